@@ -1,0 +1,188 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The digits set: same arguments give the same bytes, boxes fit the ink, nothing of the user's is overwritten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from ultralytics.data.utils import check_det_dataset
+
+from yolo_qc_plugin import digits
+
+IMGSZ = 96
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of 24 + 8 images."""
+    return digits.compose(tmp_path_factory.mktemp("digits") / "set", 24, 8, IMGSZ).parent
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but the YAML, which holds the folder's own path, by relative name."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "digits.yaml"
+    }
+
+
+def read_rows(file: Path) -> np.ndarray:
+    """Label rows (n, 5) of one file."""
+    return np.loadtxt(file, ndmin=2)
+
+
+def test_layout_is_what_ultralytics_reads(folder: Path):
+    info = check_det_dataset(folder / "digits.yaml")
+    assert info["names"] == {i: str(i) for i in range(10)}
+    for split, count in (("train", 24), ("val", 8)):
+        images = sorted(Path(info[split]).glob("*.jpg"))
+        assert len(images) == count
+        assert all(cv2.imread(str(image)).shape == (IMGSZ, IMGSZ, 3) for image in images)
+    assert len(contents(folder)) == 2 * (24 + 8)
+
+
+def test_same_arguments_give_the_same_bytes(folder: Path, tmp_path: Path):
+    digits.compose(tmp_path / "again", 24, 8, IMGSZ)
+    assert contents(tmp_path / "again") == contents(folder)
+
+
+def test_first_images_do_not_depend_on_the_counts(folder: Path, tmp_path: Path):
+    digits.compose(tmp_path / "fewer", 3, 2, IMGSZ)
+    fewer, more = contents(tmp_path / "fewer"), contents(folder)
+    assert len(fewer) == 10
+    assert all(more[name] == data for name, data in fewer.items())
+
+
+def test_another_seed_gives_other_images(folder: Path, tmp_path: Path):
+    digits.compose(tmp_path / "other", 3, 2, IMGSZ, seed=1)
+    other, one = contents(tmp_path / "other"), contents(folder)
+    assert all(one[name] != data for name, data in other.items() if name.endswith("jpg"))
+
+
+def test_boxes_lie_in_the_image_and_cover_each_other_little(folder: Path):
+    counts = []
+    for file in sorted(folder.glob("labels/*/*.txt")):
+        rows = read_rows(file)
+        counts.append(len(rows))
+        low, high = rows[:, 1:3] - rows[:, 3:] / 2, rows[:, 1:3] + rows[:, 3:] / 2
+        assert low.min() >= -1e-6 and high.max() <= 1 + 1e-6 and rows[:, 3:].min() > 0
+        for i in range(len(rows)):  # rows stand in the order of pasting
+            sides = np.minimum(high[i], high[i + 1 :]) - np.maximum(low[i], low[i + 1 :])
+            covered = sides.clip(0).prod(axis=1).sum()
+            assert covered <= digits.MAX_COVER * rows[i, 3:].prod() + 1e-4
+    assert min(counts) >= 1 and max(counts) <= 8 and len(set(counts)) > 3
+
+
+def test_boxes_are_tight_around_the_ink():
+    scans, classes = digits._load_scans(0)
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        canvas = np.full((160, 160, 3), 128, np.uint8)
+        boxes = np.array(digits._paste_digits(rng, canvas, scans["train"], classes["train"]))[:, 1:]
+        changed = (canvas != 128).any(axis=2)
+        inside = np.zeros_like(changed)
+        for x, y, w, h in boxes:
+            inside[y : y + h, x : x + w] = True
+        assert not (changed & ~inside).any()
+        if len(boxes) == 1 or not any(digits._intersection(boxes[0], box) for box in boxes[1:]):
+            x, y, w, h = boxes[0]
+            rows, columns = np.nonzero(changed[y : y + h, x : x + w])
+            # The outermost ink may be too transparent to move an integer grey level, hence 2 pixels of slack.
+            assert rows.min() <= 2 and columns.min() <= 2 and rows.max() >= h - 3 and columns.max() >= w - 3
+
+
+def test_ink_stands_out_in_the_written_images(folder: Path):
+    """Shuffling the boxes among the images must lose the ink: the labels belong to their images."""
+
+    def spread(shift: int) -> float:
+        files = sorted(folder.glob("labels/train/*.txt"))
+        values = []
+        for i, file in enumerate(files):
+            image = cv2.imread(str(folder / "images/train" / f"{(i + shift) % len(files):05d}.jpg"))
+            for _, x, y, w, h in read_rows(file) * IMGSZ:
+                values.append(image[round(y - h / 2) : round(y + h / 2), round(x - w / 2) : round(x + w / 2)].std())
+        return float(np.median(values))
+
+    assert spread(0) > 1.3 * spread(7)
+
+
+def test_splits_share_no_scan_and_no_photograph_pixel():
+    scans, classes = digits._load_scans(0)
+    assert sum(map(len, scans.values())) == sum(map(len, classes.values())) == 1797
+    train, val = ({scan.tobytes() for scan in scans[split]} for split in ("train", "val"))
+    assert not train & val
+    assert all(set(classes[split]) == set(range(10)) for split in scans)
+    for name, left, right in zip(digits.PHOTOGRAPHS, *(digits._load_photographs(split) for split in digits.SPLITS)):
+        whole = cv2.imread(str(digits.ASSETS / name))
+        assert np.array_equal(np.hstack([left, right]), whole)
+
+
+def test_a_second_call_rewrites_nothing(folder: Path):
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert digits.compose(folder, 24, 8, IMGSZ) == folder / "digits.yaml"
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_an_empty_folder_is_accepted(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    assert digits.compose(tmp_path / "empty", 1, 1, 64).is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]  # and no temporary folder is left
+
+
+def test_other_parameters_are_refused(folder: Path):
+    before = contents(folder)
+    with pytest.raises(ValueError, match="seed=0.*seed=3.*choose another folder"):
+        digits.compose(folder, 24, 8, IMGSZ, seed=3)
+    assert contents(folder) == before
+
+
+def test_a_folder_of_the_user_is_refused(tmp_path: Path):
+    (tmp_path / "digits.yaml").write_text("path: mine\n")
+    with pytest.raises(ValueError, match="not empty.*choose another folder"):
+        digits.compose(tmp_path, 1, 1, 64)
+    assert [path.name for path in tmp_path.iterdir()] == ["digits.yaml"]
+    with pytest.raises(ValueError, match="choose another folder"):
+        digits.compose(tmp_path / "digits.yaml", 1, 1, 64)
+    assert (tmp_path / "digits.yaml").read_text() == "path: mine\n"
+
+
+def test_an_incomplete_or_moved_set_is_refused(tmp_path: Path):
+    yaml = digits.compose(tmp_path / "set", 2, 1, 64)
+    yaml.parent.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="moved"):
+        digits.compose(tmp_path / "moved", 2, 1, 64)
+    (tmp_path / "moved").rename(tmp_path / "set")
+    (tmp_path / "set/labels/train/00001.txt").unlink()
+    with pytest.raises(ValueError, match="lacks files in labels/train"):
+        digits.compose(tmp_path / "set", 2, 1, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train": 0}, "train=0"),
+        ({"val": -1}, "val=-1"),
+        ({"train": 2.0}, "train=2.0.*integer"),
+        ({"imgsz": 32}, "imgsz=32.*>= 64"),
+        ({"imgsz": 100}, "imgsz=100.*multiple of 32"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path: Path, options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        digits.compose(tmp_path / "set", **{"train": 1, "val": 1, "imgsz": 64, **options})
+    assert not (tmp_path / "set").exists()
+
+
+def test_an_interrupted_call_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def stop(rows, imgsz):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(digits, "_label_text", stop)
+    with pytest.raises(KeyboardInterrupt):
+        digits.compose(tmp_path / "set", 2, 1, 64)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,157 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The callbacks: inject on_pretrain_routine, average on_train_batch_end, correct on_train_end."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from itertools import islice
+
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils import LOGGER, RANK
+from ultralytics.utils.torch_utils import unwrap_model
+
+from . import host
+from .checkpoint import QuantRecord
+from .config import QCConfig, QCError
+from .ema import ConstantEMA
+from .finish import finish, validate
+from .inject import calibrate, inject
+from .layers import is_quantized
+from .optimizer import ScaleSteps
+
+
+class QCCallbacks:
+    """One run's callbacks and the little state they share.
+
+    Args:
+        config: The options of the run.
+    """
+
+    def __init__(self, config: QCConfig):
+        self.config = config
+        self.float_model = None  # the model before injection, until it is measured
+        self.steps = None  # ScaleSteps of the optimizer, which counts its real steps
+        self.averaged = 0  # steps that the EMA has seen
+
+    def register(self, model) -> None:
+        """Add the callbacks to a YOLO object or a trainer, in place of earlier ones of ours."""
+        for event, callback in self.events().items():
+            others = [c for c in model.callbacks[event] if not isinstance(getattr(c, "__self__", None), QCCallbacks)]
+            model.callbacks[event] = [*others, callback]
+
+    def events(self) -> dict:
+        """Event name -> callback."""
+        return {
+            "on_pretrain_routine_start": self.on_pretrain_routine_start,
+            host.ON_MODEL_SETUP: self.on_model_setup,
+            "on_pretrain_routine_end": self.on_pretrain_routine_end,
+            "on_train_epoch_start": self.on_train_epoch_start,
+            "on_train_batch_end": self.on_train_batch_end,
+            "on_train_epoch_end": self.on_train_batch_end,  # a timed stop skips the last batch's own callback
+            "on_train_end": self.on_train_end,
+        }
+
+    def on_pretrain_routine_start(self, trainer: BaseTrainer) -> None:
+        """Refuse what cannot work, before any training time is spent."""
+        args = trainer.args
+        if args.task != "detect":
+            raise QCError(f"QC: task={args.task!r} is not supported yet; accepted: 'detect'.")
+        if args.quantize is not None:
+            raise QCError(
+                f"QC: quantize={args.quantize!r} is Ultralytics' own quantization and cannot be combined with "
+                "callbacks=qc; leave it out (widths are qc_bits, qc_weight_bits and qc_act_bits)."
+            )
+        if args.compile:
+            raise QCError(f"QC: compile={args.compile!r} does not work with quantizers yet; accepted: compile=False.")
+        if not args.resume and str(args.model).endswith(".pt") and is_quantized(load_checkpoint(args.model)[0]):
+            raise QCError(
+                f"QC: model={args.model} is already quantized. Start callbacks=qc from a float checkpoint, or train "
+                "it without callbacks=qc."
+            )
+
+    def on_model_setup(self, trainer: BaseTrainer) -> None:
+        """Inject the quantizers; on resume, with the state that the checkpoint holds."""
+        model = trainer.model
+        host.check_model(model)
+        resumed = trainer.qc_checkpoint
+        if not resumed and RANK in {-1, 0}:
+            self.float_model = deepcopy(model)
+        injection = inject(model, self.config, host.edge_convs(model), host.fixed_convs(model))
+        model.qc = QuantRecord(self.config.to_dict())
+        if resumed:
+            model.qc.float_metrics = resumed["ema"].qc.float_metrics
+            model.load_state_dict(resumed["ema"].float().state_dict())
+        LOGGER.info(f"{host.PREFIX}{injection}")
+
+    def on_pretrain_routine_end(self, trainer: BaseTrainer) -> None:
+        """Measure the float start, start the scales from data, and take over the EMA."""
+        model = unwrap_model(trainer.model)
+        if not trainer.qc_checkpoint:
+            if self.float_model is not None:
+                LOGGER.info(f"{host.PREFIX}measuring the float model that training starts from")
+                model.qc.float_metrics = validate(trainer, self.float_model)
+                self.float_model = None
+            self._calibrate(trainer, model)
+            trainer.ema.ema.load_state_dict(model.state_dict())
+            trainer.ema.ema.qc = model.qc
+        self._take_over_ema(trainer)
+        self.steps = ScaleSteps(trainer.optimizer, model)
+
+    def on_train_epoch_start(self, trainer: BaseTrainer) -> None:
+        """Take the EMA over again where the host replaced it (recovery from a NaN loss)."""
+        self._take_over_ema(trainer)
+
+    def on_train_batch_end(self, trainer: BaseTrainer) -> None:
+        """Average once per real optimizer step: micro-batches that only accumulate gradients take none."""
+        if self.steps.taken > self.averaged:
+            trainer.ema.step(unwrap_model(trainer.model))
+            self.averaged = self.steps.taken
+
+    def on_train_end(self, trainer: BaseTrainer) -> None:
+        """Correct, keep the better, report."""
+        finish(trainer, self.config)
+
+    def _calibrate(self, trainer: BaseTrainer, model) -> None:
+        calibrate(
+            model,
+            islice(trainer.train_loader, self.config.calibration_batches),
+            lambda batch: model(trainer.preprocess_batch(batch)["img"]),
+            self.config.scale_init,
+        )
+        trainer.train_loader.reset()  # the first epoch sees every image once, calibration or not
+
+    def _take_over_ema(self, trainer: BaseTrainer) -> None:
+        if not isinstance(trainer.ema, ConstantEMA):
+            trainer.ema = ConstantEMA(trainer.ema.ema, self.config.ema_decay, trainer.ema.updates)
+
+
+def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConfig:
+    """Make the next `model.train(...)` a quantization-aware one, corrected at its end.
+
+    Args:
+        model: An `ultralytics.YOLO` object with a float detection model, or a trainer that has not started.
+        config: The options; or give them by name:
+        **options: Fields of `QCConfig`, e.g. bits=4.
+
+    Returns:
+        The config in force.
+
+    Raises:
+        QCError: On an option, a model or an Ultralytics version that is not accepted.
+
+    Examples:
+        >>> from yolo_qc_plugin import add_qc_callbacks
+        >>> add_qc_callbacks(model, bits=4)
+    """
+    if config is not None and options:
+        raise QCError(f"QC: give config or options, not both (got config and {', '.join(options)}).")
+    config = config or QCConfig.from_options(options)
+    host.attach()
+    module = getattr(model, "model", None)
+    if hasattr(module, "modules"):
+        host.check_model(module)
+        if is_quantized(module):
+            raise QCError("QC: the model is already quantized; start from a float checkpoint.")
+    QCCallbacks(config).register(model)
+    return config

@@ -1,0 +1,68 @@
+# yolo_qc_plugin, AGPL-3.0
+"""What a quantized checkpoint carries beside its layers, and how one is written.
+
+A model of ours is the host's model with QuantConv2d layers and a `QuantRecord` as its attribute `qc`. Unpickling the
+record attaches the plugin to the host, so that a fresh process needs no import of ours.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import __version__
+from .config import QCConfig
+
+FORMAT = 1  # raise it when a checkpoint of an older plugin cannot be read as it is
+
+
+@dataclass
+class QuantRecord:
+    """How a model was quantized.
+
+    Args:
+        config: Its options, `QCConfig.to_dict()`.
+        float_metrics: map50_95, map50 and fitness of the float model that training began with, where measured.
+        format: Version of the checkpoint's form.
+        plugin: Version of the plugin that wrote it.
+    """
+
+    config: dict
+    float_metrics: dict[str, float] = field(default_factory=dict)
+    format: int = FORMAT
+    plugin: str = __version__
+
+    def __setstate__(self, state: dict) -> None:
+        if state["format"] > FORMAT:
+            raise RuntimeError(
+                f"QC: this checkpoint was written by yolo-qc-plugin {state['plugin']} in format {state['format']}; "
+                f"version {__version__} reads formats up to {FORMAT}. Upgrade yolo-qc-plugin."
+            )
+        self.__dict__.update(state)
+        from .host import attach  # the record is read wherever a checkpoint is, before anything else of ours runs
+
+        attach()
+
+    @property
+    def options(self) -> QCConfig:
+        """The config as a checked object."""
+        return QCConfig.from_options(self.config)
+
+
+def record_of(model: nn.Module | None) -> QuantRecord | None:
+    """The record of a model of ours (a distillation wrapper's student included), else None."""
+    return getattr(getattr(model, "student_model", model), "qc", None)
+
+
+def write_checkpoint(checkpoint: dict, path: Path) -> None:
+    """Write atomically: a reader sees the old file or the new one, never a part; an error leaves the old one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,90 @@
+# yolo_qc_plugin, AGPL-3.0
+"""QC, the correction after QAT (the paper's second means).
+
+Each quantized convolution gets a scale gamma (1 at first) and a shift beta (0 at first); everything else is frozen and
+gamma and beta are trained with the detector's own loss for an epoch. Folding (`fold`) makes them free at inference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .layers import ChannelAffine, quant_convs
+
+
+def insert_correction(model: nn.Module, per_channel: bool, scale: bool = True, shift: bool = True) -> list[nn.Parameter]:
+    """Add gamma and beta to every quantized convolution and freeze all else.
+
+    Args:
+        model: Quantized model; changed in place.
+        per_channel: One factor per output channel, or one per layer.
+        scale: Train gamma.
+        shift: Train beta.
+
+    Returns:
+        The parameters to train.
+    """
+    model.requires_grad_(False)
+    trained = []
+    for _, conv in quant_convs(model):
+        conv.correction = ChannelAffine(conv.out_channels if per_channel else 1).to(conv.weight.device)
+        conv.correction.gamma.requires_grad_(scale)
+        conv.correction.beta.requires_grad_(shift)
+        trained += [p for p in (conv.correction.gamma, conv.correction.beta) if p.requires_grad]
+    return trained
+
+
+def freeze_statistics(model: nn.Module) -> None:
+    """Training mode for what needs it to compute a loss (the head), eval for all that would draw or keep statistics."""
+    model.train()
+    for m in model.modules():
+        if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+            m.eval()
+
+
+def train_correction(
+    parameters: list[nn.Parameter],
+    epochs: Iterable[Iterable[object]],
+    loss: Callable[[object], Tensor],
+    lr: float,
+    steps: int,
+    scaler: torch.amp.GradScaler | None = None,
+) -> int:
+    """Train gamma and beta by Adam with a cosine learning rate that ends at 0.
+
+    Args:
+        parameters: From `insert_correction`.
+        epochs: Each an iterable of batches.
+        loss: Loss of one batch, a 0-dim tensor.
+        lr: Learning rate at the start.
+        steps: Total number of batches, for the schedule.
+        scaler: Gradient scaler under FP16 mixed precision.
+
+    Returns:
+        Number of optimizer steps taken.
+
+    Raises:
+        FloatingPointError: If the loss is not finite; the parameters are then of no use.
+    """
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.5 + 0.5 * math.cos(math.pi * n / max(steps, 1)))
+    done = 0
+    for batches in epochs:
+        for batch in batches:
+            value = loss(batch)
+            if not math.isfinite(value.detach()):
+                raise FloatingPointError(f"QC: the loss became {value.item()} at step {done} of the correction")
+            optimizer.zero_grad()
+            scaler.scale(value).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters, 10.0)  # the host's own bound
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            done += 1
+    return done

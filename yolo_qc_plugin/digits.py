@@ -1,0 +1,238 @@
+# yolo_qc_plugin, AGPL-3.0
+"""A small detection data set from real pixels that installed packages ship.
+
+Handwritten digits (scikit-learn's `load_digits`: 1797 scans of 8x8 pixels) are pasted over crops of the photographs in
+Ultralytics' assets. Nothing is downloaded. Train and val share neither a digit scan nor a photograph's pixel.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+from ultralytics.utils import ASSETS, TQDM
+
+# What decides how hard the set is. Whoever changes one of these raises VERSION, for the same arguments then give other
+# pixels.
+VERSION = 1
+OBJECTS = (1, 8)  # digits per image, uniform
+SIZE = (1 / 12, 1 / 2.5)  # a digit's height over the image side, log-uniform
+ROTATION = 15.0  # degrees either way
+CONTRAST = (80.0, 180.0)  # ink against the mean of what it covers, in grey levels
+TINT = 30.0  # standard deviation of the ink's colour per channel, in grey levels
+OPACITY = (0.8, 1.0)
+NOISE = (0.0, 6.0)  # standard deviation of the sensor noise, in grey levels
+MAX_COVER = 0.4  # of a digit's box, by all digits pasted later
+TRIES = 20  # placements tried before a digit is given up
+CROP = (120, 280)  # side of a background crop, in pixels of the photograph
+SHARE = 0.65  # of each photograph's width (from the left) and of the digit scans, for train; the rest for val
+JPEG_QUALITY = 92
+
+PHOTOGRAPHS = ("bus.jpg", "zidane.jpg")
+SPLITS = ("train", "val")
+# Intensities between which ink goes from transparent to opaque. The lower one is well above 0 so that a tight box is
+# tight to the eye too, not to a halo.
+INK = (0.3, 0.55)
+
+
+def compose(out: str | Path, train: int, val: int, imgsz: int, seed: int = 0) -> Path:
+    """Write the data set in YOLO layout and return the path of its YAML.
+
+    The same arguments give the same bytes, and the first n images of a split depend on `imgsz` and `seed` alone, not
+    on how many are made. The folder appears only when it is complete: an interrupted call leaves none. A second call
+    with the same arguments returns at once.
+
+    Args:
+        out: Folder to make; it must be absent or empty, or hold the same set already.
+        train: Images of the train split, >= 1.
+        val: Images of the val split, >= 1.
+        imgsz: Side of the square images in pixels, a multiple of 32, >= 64.
+        seed: Seed of every random draw, >= 0.
+
+    Returns:
+        `out/digits.yaml`, beside `images/{train,val}/*.jpg` and `labels/{train,val}/*.txt`; classes 0 to 9.
+
+    Raises:
+        ValueError: An option is out of range, or `out` holds anything else than this very set.
+        ImportError: scikit-learn is not installed.
+    """
+    _check_options(train=train, val=val, imgsz=imgsz, seed=seed)
+    out = Path(out).resolve()
+    yaml = out / "digits.yaml"
+    counts = {"train": train, "val": val}
+    text = _yaml_text(out, counts, imgsz, seed)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        _check_same(out, text, counts)
+        return yaml
+
+    scans, classes = _load_scans(seed)
+    partial = out.with_name(f".{out.name}.{os.getpid()}")  # beside `out`, so that the last step is one rename
+    try:
+        for index, split in enumerate(SPLITS):
+            images, labels = partial / "images" / split, partial / "labels" / split
+            images.mkdir(parents=True)
+            labels.mkdir(parents=True)
+            photographs = _load_photographs(split)
+            for i in TQDM(range(counts[split]), desc=f"digits {split}"):
+                rng = np.random.default_rng([seed, index, i])
+                canvas = _crop_background(rng, photographs, imgsz)
+                rows = _paste_digits(rng, canvas, scans[split], classes[split])
+                canvas = _add_noise(rng, canvas)
+                jpeg = cv2.imencode(".jpg", canvas, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+                (images / f"{i:05d}.jpg").write_bytes(jpeg.tobytes())
+                (labels / f"{i:05d}.txt").write_text(_label_text(rows, imgsz), encoding="utf-8")
+        (partial / yaml.name).write_text(text, encoding="utf-8")
+        if out.exists():
+            out.rmdir()  # it is empty; not every system renames over a folder
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return yaml
+
+
+def _check_options(**options: int) -> None:
+    """Raise a ValueError for the first option out of its range."""
+    minimum = {"train": 1, "val": 1, "imgsz": 64, "seed": 0}
+    for name, value in options.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum[name]:
+            raise ValueError(f"{name}={value!r} is not accepted: it must be an integer >= {minimum[name]}")
+    if options["imgsz"] % 32:
+        raise ValueError(f"imgsz={options['imgsz']} is not accepted: it must be a multiple of 32")
+
+
+def _yaml_text(out: Path, counts: dict[str, int], imgsz: int, seed: int) -> str:
+    """The data YAML; its first line says what made the folder."""
+    names = "".join(f"  {digit}: '{digit}'\n" for digit in range(10))
+    return (
+        f"# yolo_qc_plugin digits, version {VERSION}: train={counts['train']} val={counts['val']} imgsz={imgsz} "
+        f"seed={seed}\npath: '{str(out).replace(chr(39), chr(39) * 2)}'\n"
+        f"train: images/train\nval: images/val\nnames:\n{names}"
+    )
+
+
+def _check_same(out: Path, text: str, counts: dict[str, int]) -> None:
+    """Raise a ValueError unless the folder `out` holds all of the set whose YAML is `text`."""
+    yaml = out / "digits.yaml"
+    found = yaml.read_text(encoding="utf-8") if yaml.is_file() else ""
+    first, wanted = found.partition("\n")[0], text.partition("\n")[0]
+    if not first.startswith("# yolo_qc_plugin digits"):
+        raise ValueError(f"out='{out}' is not empty and no digits set: choose another folder")
+    if first != wanted:
+        raise ValueError(f"out='{out}' holds '{first[2:]}', not '{wanted[2:]}': choose another folder")
+    if found != text:
+        raise ValueError(f"out='{out}' was moved or its digits.yaml edited: choose another folder")
+    for split, count in counts.items():
+        for kind, suffix in (("images", "jpg"), ("labels", "txt")):
+            if any(not (out / kind / split / f"{i:05d}.{suffix}").is_file() for i in range(count)):
+                raise ValueError(f"out='{out}' lacks files in {kind}/{split}: delete it or choose another folder")
+
+
+def _load_scans(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Digit scans (n, 8, 8) in 0..1 and their classes (n,), by split; the splits share none."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as e:
+        raise ImportError("the digits set needs scikit-learn: pip install yolo-qc-plugin[demo]") from e
+    bunch = load_digits()
+    order = np.random.default_rng(seed).permutation(len(bunch.target))
+    parts = dict(zip(SPLITS, np.split(order, [int(SHARE * len(order))])))
+    scans = {split: (bunch.images[part] / 16.0).astype(np.float32) for split, part in parts.items()}
+    return scans, {split: bunch.target[part] for split, part in parts.items()}
+
+
+def _load_photographs(split: str) -> list[np.ndarray]:
+    """The split's part of each photograph, (H, W, 3) uint8 BGR."""
+    parts = []
+    for name in PHOTOGRAPHS:
+        image = cv2.imread(str(ASSETS / name))
+        if image is None:
+            raise FileNotFoundError(f"{ASSETS / name} is missing: reinstall ultralytics")
+        edge = int(SHARE * image.shape[1])
+        parts.append(image[:, :edge] if split == "train" else image[:, edge:])
+    return parts
+
+
+def _crop_background(rng: np.random.Generator, photographs: list[np.ndarray], imgsz: int) -> np.ndarray:
+    """A random square crop, mirrored half the time, as (imgsz, imgsz, 3) uint8."""
+    image = photographs[rng.integers(len(photographs))]
+    side = int(rng.integers(CROP[0], min(*CROP[1:], *image.shape[:2]) + 1))
+    y, x = (int(rng.integers(n - side + 1)) for n in image.shape[:2])
+    crop = image[y : y + side, x : x + side]
+    if rng.random() < 0.5:
+        crop = crop[:, ::-1]
+    shrinks = side > imgsz
+    return cv2.resize(crop, (imgsz, imgsz), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def _paste_digits(
+    rng: np.random.Generator, canvas: np.ndarray, scans: np.ndarray, classes: np.ndarray
+) -> list[tuple[int, int, int, int, int]]:
+    """Paste digits into `canvas` (in place) and return their rows (class, x, y, w, h), corner and size in pixels."""
+    imgsz = canvas.shape[0]
+    rows: list[tuple[int, int, int, int, int]] = []
+    covered: list[int] = []  # pixels of each row's box that later boxes cover, an upper bound where those overlap
+    for _ in range(rng.integers(OBJECTS[0], OBJECTS[1] + 1)):
+        k = rng.integers(len(scans))
+        size = imgsz * np.exp(rng.uniform(*np.log(SIZE)))
+        alpha = _draw_glyph(scans[k], size, rng.uniform(-ROTATION, ROTATION)) * rng.uniform(*OPACITY)
+        h, w = alpha.shape
+        for _ in range(TRIES):
+            x, y = int(rng.integers(imgsz - w + 1)), int(rng.integers(imgsz - h + 1))
+            overlap = [_intersection((x, y, w, h), row[1:]) for row in rows]
+            if all(c + o <= MAX_COVER * row[3] * row[4] for c, o, row in zip(covered, overlap, rows)):
+                _blend(canvas[y : y + h, x : x + w], alpha, _pick_ink(rng, canvas[y : y + h, x : x + w]))
+                covered = [c + o for c, o in zip(covered, overlap)] + [0]
+                rows.append((int(classes[k]), x, y, w, h))
+                break
+    return rows
+
+
+def _draw_glyph(scan: np.ndarray, size: float, degrees: float) -> np.ndarray:
+    """A scan (8, 8) enlarged to about `size` pixels a side and turned, as opacity 0..1 cropped to its ink (h, w)."""
+    scale = size / scan.shape[0]
+    side = int(np.ceil(1.5 * size)) + 2  # room for the corners of a turned square
+    matrix = cv2.getRotationMatrix2D(((scan.shape[1] - 1) / 2, (scan.shape[0] - 1) / 2), degrees, scale)
+    matrix[:, 2] += (side - 1) / 2 - np.array([scan.shape[1] - 1, scan.shape[0] - 1]) / 2
+    drawn = cv2.warpAffine(scan, matrix, (side, side), flags=cv2.INTER_CUBIC)
+    alpha = np.clip((drawn - INK[0]) / (INK[1] - INK[0]), 0.0, 1.0)
+    rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
+    return alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _intersection(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> int:
+    """Pixels that two boxes (x, y, w, h) share."""
+    w = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    h = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    return max(w, 0) * max(h, 0)
+
+
+def _pick_ink(rng: np.random.Generator, under: np.ndarray) -> np.ndarray:
+    """A colour (3,) lighter or darker than the pixels `under` (h, w, 3) it will cover."""
+    step = rng.uniform(*CONTRAST) * rng.choice([-1.0, 1.0])
+    mean = under.mean(axis=(0, 1))
+    if not 0 <= mean.mean() + step <= 255:  # no room on this side
+        step = -step
+    return np.clip(mean + step + rng.normal(0.0, TINT, 3), 0, 255)
+
+
+def _blend(under: np.ndarray, alpha: np.ndarray, ink: np.ndarray) -> None:
+    """Lay `ink` (3,) over the pixels `under` (h, w, 3) with opacity `alpha` (h, w), in place."""
+    alpha = alpha[..., None]
+    under[:] = np.round(under * (1 - alpha) + ink * alpha)
+
+
+def _add_noise(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+    """The image with sensor noise, (H, W, 3) uint8."""
+    noise = rng.normal(0.0, rng.uniform(*NOISE), canvas.shape)
+    return np.clip(np.round(canvas + noise), 0, 255).astype(np.uint8)
+
+
+def _label_text(rows: list[tuple[int, int, int, int, int]], imgsz: int) -> str:
+    """YOLO's rows `class x y w h`, centre and size over the image side."""
+    return "".join(
+        f"{c} {(x + w / 2) / imgsz:.6f} {(y + h / 2) / imgsz:.6f} {w / imgsz:.6f} {h / imgsz:.6f}\n"
+        for c, x, y, w, h in rows
+    )

@@ -1,0 +1,148 @@
+# yolo_qc_plugin, AGPL-3.0
+"""What follows the stock loop: correct the best checkpoint, measure both, keep the better, write the record."""
+
+from __future__ import annotations
+
+import shutil
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import nn
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils import LOGGER, TQDM
+from ultralytics.utils.patches import torch_load
+from ultralytics.utils.torch_utils import autocast, unwrap_model
+
+from . import host
+from .checkpoint import write_checkpoint
+from .config import QCConfig
+from .correction import freeze_statistics, insert_correction, train_correction
+from .report import build_report, console_table, write_report
+
+
+def validate(trainer: BaseTrainer, model: nn.Module | Path) -> dict[str, float]:
+    """Measure a model on the validation set as the host's final evaluation does.
+
+    Args:
+        trainer: Set up; its validator and loader are used.
+        model: Checkpoint, or a module (fused in the course of it, so give a copy).
+
+    Returns:
+        map50_95, map50 and fitness, each in [0, 1].
+    """
+    validator = trainer.validator
+    plots, validator.args.plots = validator.args.plots, False
+    try:
+        validator(model=model)
+    finally:
+        validator.args.plots = plots
+    return metrics_of(validator)
+
+
+def metrics_of(validator) -> dict[str, float]:
+    """The figures of the validator's last pass."""
+    results = validator.metrics.results_dict
+    return {
+        "map50_95": float(results["metrics/mAP50-95(B)"]),
+        "map50": float(results["metrics/mAP50(B)"]),
+        "fitness": float(results["fitness"]),
+    }
+
+
+def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
+    """Correct, compare and report; runs at on_train_end.
+
+    The host's final evaluation has just measured best.pt. It becomes qat.pt; a corrected copy replaces best.pt where its
+    fitness is higher, and `trainer.validator.metrics` (what `model.train()` returns) are those of what best.pt holds.
+
+    Returns:
+        The report, as written to qc/report.json.
+    """
+    best = trainer.best if trainer.best.exists() else trainer.last
+    qat = trainer.wdir / "qat.pt"
+    shutil.copyfile(best, qat)
+    before, before_metrics = metrics_of(trainer.validator), deepcopy(trainer.validator.metrics)
+    after, kept = None, "qat"
+    if config.correction != "off":
+        corrected = trainer.wdir / "qc.pt"
+        try:
+            correct_checkpoint(trainer, config, qat, corrected)
+            LOGGER.info(f"{host.PREFIX}measuring the corrected model")
+            after = validate(trainer, corrected)
+            if after["fitness"] > before["fitness"]:
+                kept = "qc"
+                corrected.replace(best)
+        finally:
+            corrected.unlink(missing_ok=True)
+        if kept == "qat":
+            trainer.validator.metrics = before_metrics
+    trainer.metrics = {**trainer.metrics, **trainer.validator.metrics.results_dict}
+    trainer.metrics.pop("fitness", None)
+
+    model, _ = load_checkpoint(best, device=trainer.device)
+    images = (batch["img"].to(trainer.device).float() / 255 for batch in trainer.test_loader)
+    report = build_report(model, config, qat=before, qc=after, kept=kept, images=images)
+    path = write_report(report, trainer.save_dir / "qc")
+    LOGGER.info(f"\n{console_table(report)}\n{host.PREFIX}best.pt holds the {kept.upper()} model, record in {path}")
+    return report
+
+
+def correct_checkpoint(trainer: BaseTrainer, config: QCConfig, source: Path, target: Path) -> None:
+    """Train QC on `source` over the trainer's own loader, with its own loss and precision, and write `target`.
+
+    Raises:
+        FloatingPointError: If the loss is not finite.
+    """
+    model, _ = load_checkpoint(source, device=trainer.device)
+    record_args, model.args = model.args, trainer.args  # the criterion reads hyperparameters as attributes
+    parameters = insert_correction(
+        model, config.correction == "channel", config.correction_scale, config.correction_shift
+    )
+    freeze_statistics(model)
+    model.criterion = model.init_criterion()
+    if hasattr(model.criterion, "update"):  # the end-to-end loss shifts its weights by the epoch: use the last one's
+        model.criterion.updates = trainer.epoch
+        model.criterion.update()
+
+    dtype = torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp
+    scaler = torch.amp.GradScaler(trainer.device.type, enabled=trainer.amp and trainer.args.amp != "bf16")
+    shown = {}
+
+    def loss(batch: dict) -> torch.Tensor:
+        with autocast(dtype, device=trainer.device.type):
+            batch = trainer.preprocess_batch(batch)
+            value, items = model(batch)
+        shown.update(items=items, instances=batch["cls"].shape[0], imgsz=batch["img"].shape[-1])
+        return value.sum()
+
+    epochs = (_progress(trainer, epoch, config.correction_epochs, shown) for epoch in range(config.correction_epochs))
+    train_correction(
+        parameters, epochs, loss, config.correction_lr, config.correction_epochs * len(trainer.train_loader), scaler
+    )
+    model.criterion, model.args = None, record_args
+    model.eval()
+    checkpoint = torch_load(source, map_location="cpu")
+    write_checkpoint({**checkpoint, "model": model.cpu().half()}, target)
+
+
+def _progress(trainer: BaseTrainer, epoch: int, epochs: int, shown: dict):
+    """The training loader with the bar of training: epoch, memory, mean losses, instances, size."""
+    LOGGER.info(trainer.progress_string())
+    trainer.train_loader.reset()
+    bar = TQDM(trainer.train_loader, total=len(trainer.train_loader))
+    mean: dict[str, float] = {}
+    for i, batch in enumerate(bar):
+        yield batch
+        mean = {k: (mean.get(k, 0.0) * i + v.detach()) / (i + 1) for k, v in shown["items"].items()}
+        bar.set_description(
+            ("%11s" * 2 + "%11.4g" * (2 + len(mean)))
+            % (
+                f"QC {epoch + 1}/{epochs}",
+                f"{trainer._get_memory():.3g}G",
+                *mean.values(),
+                shown["instances"],
+                shown["imgsz"],
+            )
+        )

@@ -1,0 +1,114 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Fake quantization with learned scale and offset, as pure tensor functions.
+
+    v    = (x - offset) / scale
+    code = clip(round(v), quant_min, quant_max)
+    xhat = scale * code + offset
+
+Sources: LSQ (Esser et al., ICLR 2020, equations 1 to 3), LSQ+ (Bhalgat et al., CVPR Workshops 2020, equations 4 to 7).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_codes(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
+    """Integer codes of `x`, as floats in [quant_min, quant_max]; rounds half to even.
+
+    Args:
+        x: Any shape.
+        scale: Positive, broadcastable to `x`.
+        offset: Broadcastable to `x`, or None for 0.
+        quant_min: Smallest code.
+        quant_max: Largest code.
+    """
+    return _grid_position(x, scale, offset).round_().clamp_(quant_min, quant_max)
+
+
+def from_codes(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """The values that `codes` stand for: scale * codes + offset."""
+    return codes * scale if offset is None else codes * scale + offset
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    grad_scale: float = 1.0,
+) -> Tensor:
+    """Quantize and dequantize `x`, differentiable in `x`, `scale` and `offset`.
+
+    Gradients (LSQ equation 3, LSQ+ equation 5), with "inside" meaning quant_min < v < quant_max:
+        by x: 1 inside, 0 outside (straight-through);
+        by scale: code - v inside, quant_min or quant_max outside, times `grad_scale`;
+        by offset: 0 inside, 1 outside, times `grad_scale`.
+
+    Worked numbers: x = 0.26, scale = 0.1, offset = 0, range [-8, 7] gives v = 2.6, code = 3, xhat = 0.3, and a gradient
+    by scale of 3 - 2.6 = 0.4.
+
+    Args:
+        x: Any shape, any floating dtype; computed in FP32 at least.
+        scale: Positive. Shape (1,) for the tensor, or (C,) for one per slice of x's first axis.
+        offset: Shape of `scale`, or None.
+        quant_min: Smallest code.
+        quant_max: Largest code.
+        grad_scale: LSQ's gradient scale, 1 / sqrt(numel * quant_max).
+
+    Returns:
+        Tensor of x's shape and dtype.
+    """
+    return _FakeQuantize.apply(x, scale, offset, quant_min, quant_max, grad_scale)
+
+
+def _grid_position(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """v of the formula, in fresh memory: division, not multiplication by 1/scale, as QuantizeLinear has it."""
+    return x / scale if offset is None else (x - offset).div_(scale)
+
+
+def _per_slice(p: Tensor | None, x: Tensor) -> Tensor | None:
+    """View a (C,) parameter along x's first axis; a (1,) parameter broadcasts as it is."""
+    return p if p is None or p.numel() == 1 else p.view(-1, *[1] * (x.dim() - 1))
+
+
+def _dot(a: Tensor, b: Tensor, slices: int) -> Tensor:
+    """Sum of a * b over everything (slices = 1) or over each slice of the first axis; shape (slices,)."""
+    if slices == 1:
+        return torch.dot(a.reshape(-1), b.reshape(-1)).view(1)
+    return torch.einsum("cn,cn->c", a.reshape(slices, -1), b.reshape(slices, -1))
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Keeps x alone and recomputes v in backward: one saved tensor instead of three."""
+
+    @staticmethod
+    def forward(ctx, x, scale, offset, quant_min, quant_max, grad_scale):
+        ctx.save_for_backward(x, scale, offset)
+        ctx.quant_min, ctx.quant_max, ctx.grad_scale = quant_min, quant_max, grad_scale
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        s, z = _per_slice(scale, x), _per_slice(offset, x)
+        out = to_codes(wide, s, z, quant_min, quant_max).mul_(s)
+        return (out if z is None else out.add_(z)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale, offset = ctx.saved_tensors
+        need_x, need_scale, need_offset = ctx.needs_input_grad[:3]
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        g = grad.to(wide.dtype)
+        v = _grid_position(wide, _per_slice(scale, x), _per_slice(offset, x))
+        # one fused pass: g where quant_min < v < quant_max, else 0
+        inside = torch.ops.aten.hardtanh_backward(g, v, ctx.quant_min, ctx.quant_max)
+        grad_scale = grad_offset = None
+        slices = scale.numel()
+        if need_offset:
+            outside = g.sum() - inside.sum() if slices == 1 else (g - inside).flatten(1).sum(1)
+            grad_offset = outside.view(slices) * ctx.grad_scale
+        if need_scale:
+            v_part = _dot(inside, v, slices)
+            codes = v.round_().clamp_(ctx.quant_min, ctx.quant_max)  # v is not needed any more
+            grad_scale = (_dot(g, codes, slices) - v_part) * ctx.grad_scale
+        return (inside.to(x.dtype) if need_x else None), grad_scale, grad_offset, None, None, None

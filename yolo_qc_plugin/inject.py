@@ -1,0 +1,163 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Put quantizers into a model and take them out again; start them from data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from .config import QCConfig, QCError
+from .layers import QuantConv2d, is_quantized, quant_convs
+from .observers import SampleObserver
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What `inject` touched.
+
+    Attributes:
+        quantized: Name -> (weight bits, activation bits).
+        skipped: Names of convolutions left in float by option or because they are fixed (DFL).
+    """
+
+    quantized: dict[str, tuple[int, int]]
+    skipped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        widths: dict[str, int] = {}
+        for w, a in self.quantized.values():
+            widths[f"W{w}A{a}"] = widths.get(f"W{w}A{a}", 0) + 1
+        shares = ", ".join(f"{n} at {k}" for k, n in widths.items())
+        return f"{len(self.quantized)} convolutions quantized ({shares}), {len(self.skipped)} left in float"
+
+
+def inject(
+    model: nn.Module, config: QCConfig, edges: Collection[str] = (), keep_float: Collection[str] = ()
+) -> Injection:
+    """Replace every nn.Conv2d of `model` by a QuantConv2d, in place; scales are not calibrated yet.
+
+    Exact type nn.Conv2d: subclasses may compute something else. All checks come before the first change.
+
+    Args:
+        model: Any module.
+        config: Widths, granularity and patterns.
+        edges: Names of convolutions that get `config.edge_bits`.
+        keep_float: Names of convolutions that stay float whatever the options say.
+
+    Returns:
+        What was touched.
+
+    Raises:
+        QCError: If the model is quantized already, has no convolution to quantize, or a pattern matches nothing.
+    """
+    if is_quantized(model):
+        raise QCError(
+            "QC: the model is already quantized (it has QuantConv2d layers); start from a float checkpoint."
+        )
+    convs = {name: m for name, m in model.named_modules() if type(m) is nn.Conv2d}
+    if not convs:
+        raise QCError(f"QC: {type(model).__name__} has no nn.Conv2d to quantize.")
+    for option, patterns in (("skip", config.skip), ("layer_bits", config.layer_bits)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in convs):
+                raise QCError(
+                    f"QC: {option}={pattern!r} matches no convolution; names look like {', '.join(list(convs)[:3])}."
+                )
+
+    plan: dict[str, tuple[int, int]] = {}
+    for name in convs:
+        if name in keep_float or any(fnmatchcase(name, p) for p in config.skip):
+            continue
+        plan[name] = (config.edge_bits, config.edge_bits) if name in edges else config.body_bits
+        for pattern, bits in config.layer_bits.items():
+            if fnmatchcase(name, pattern):
+                plan[name] = (bits, bits)
+    if not plan:
+        raise QCError(f"QC: skip={list(config.skip)} leaves no convolution to quantize.")
+
+    twins = {
+        convs[name]: QuantConv2d.from_float(convs[name], w, a, config.per_channel, config.act_offset)
+        for name, (w, a) in plan.items()
+    }
+    _replace(model, twins)
+    return Injection(plan, tuple(name for name in convs if name not in plan))
+
+
+def remove(model: nn.Module) -> int:
+    """Take the quantizers (and a correction) out, in place; the float parameters are the same objects.
+
+    Returns:
+        Number of convolutions restored.
+    """
+    twins = {m: m.to_float() for _, m in quant_convs(model)}
+    _replace(model, twins)
+    return len(twins)
+
+
+def _replace(model: nn.Module, twins: dict[nn.Module, nn.Module]) -> None:
+    """Swap modules wherever they are registered, twice-registered ones included."""
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child in twins:
+                parent._modules[key] = twins[child]
+
+
+@contextmanager
+def quantizers_off(model: nn.Module):
+    """Let values pass unquantized within the context."""
+    quantizers = [q for _, m in quant_convs(model) for q in (m.weight_quant, m.act_quant)]
+    was = [q.enabled for q in quantizers]
+    try:
+        for q in quantizers:
+            q.enabled = False
+        yield
+    finally:
+        for q, enabled in zip(quantizers, was):
+            q.enabled = enabled
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, batches: Iterable[object], forward: Callable[[object], object], method: str = "mse"
+) -> None:
+    """Start every scale and offset: weights from themselves, activations from batches run in float.
+
+    The model runs in eval mode, so batch-norm statistics are not disturbed; its modes are restored.
+
+    Args:
+        model: Injected model.
+        batches: What `forward` takes, one at a time.
+        forward: Runs the model on one batch.
+        method: "mse" or "lsq".
+
+    Raises:
+        RuntimeError: If a quantized convolution did not run on the batches.
+    """
+    convs = dict(quant_convs(model))
+    observers = {name: SampleObserver() for name in convs}
+    modes = {m: m.training for m in model.modules()}
+    hooks = [
+        m.act_quant.register_forward_pre_hook(lambda _, args, seen=observers[name]: seen.update(args[0]))
+        for name, m in convs.items()
+    ]
+    try:
+        model.eval()
+        with quantizers_off(model):
+            for batch in batches:
+                forward(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for m, training in modes.items():
+            m.training = training
+
+    for name, m in convs.items():
+        if not observers[name].samples:
+            raise RuntimeError(f"QC: convolution {name} did not run on the calibration batches; add it to skip.")
+        m.weight_quant.calibrate(m.weight, method)
+        m.act_quant.calibrate(observers[name].values, observers[name].low, method)

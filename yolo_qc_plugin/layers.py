@@ -1,0 +1,110 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The quantized convolution: the float convolution with a quantized input and a quantized weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .quantizer import ActQuantizer, Quantizer, WeightQuantizer
+
+
+class ChannelAffine(nn.Module):
+    """y = gamma * x + beta, per output channel or for the whole tensor.
+
+    QC's correction (our reading of the paper: after the convolution and its bias, before BN), and what BN folds into.
+
+    Args:
+        channels: Length of gamma and beta: the layer's output channels, or 1.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to x of shape (batch, channels, height, width); keeps its dtype."""
+        return torch.addcmul(self.beta.view(1, -1, 1, 1), x, self.gamma.view(1, -1, 1, 1)).to(x.dtype)
+
+
+class QuantConv2d(nn.Conv2d):
+    """nn.Conv2d whose input and weight are fake-quantized.
+
+    Made by `from_float`, undone by `to_float`; both share the very Parameter objects. All its parameters stay FP32 (or
+    wider) whatever the model is cast to: a latent weight near a rounding threshold changes its code when it is rounded
+    to FP16, and a small scale loses its digits.
+
+    Attributes:
+        weight: Latent weight; `weight_quant(weight)` is what convolves.
+        weight_quant: WeightQuantizer.
+        act_quant: ActQuantizer of the input.
+        correction: ChannelAffine of the output, or None.
+    """
+
+    weight_quant: WeightQuantizer
+    act_quant: ActQuantizer
+    correction: ChannelAffine | None
+
+    @classmethod
+    def from_float(
+        cls, conv: nn.Conv2d, weight_bits: int, act_bits: int, per_channel: bool, act_offset: bool
+    ) -> QuantConv2d:
+        """The quantized twin of `conv`: same parameters, same attributes, plus quantizers (not calibrated)."""
+        self = cls.__new__(cls)
+        self.__dict__ = _shared_state(conv)
+        self.weight_quant = WeightQuantizer(weight_bits, conv.out_channels if per_channel else 1)
+        self.act_quant = ActQuantizer(act_bits, act_offset)
+        self.correction = None
+        nn.Module.to(self.weight_quant, conv.weight.device)
+        nn.Module.to(self.act_quant, conv.weight.device)
+        return self
+
+    def to_float(self) -> nn.Conv2d:
+        """The float convolution this was made from: the same parameters, without quantizers."""
+        conv = nn.Conv2d.__new__(nn.Conv2d)
+        conv.__dict__ = _shared_state(self)
+        for name in ("weight_quant", "act_quant", "correction"):
+            conv._modules.pop(name)
+        return conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x of shape (batch, in, height, width)."""
+        weight = self.weight_quant(self.weight).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = self._conv_forward(self.act_quant(x), weight, bias)
+        return y if self.correction is None else self.correction(y)
+
+    def _apply(self, fn, recurse: bool = True):
+        return super()._apply(lambda t: _keep_wide(t, fn(t)), recurse)
+
+    def weight_codes(self) -> Tensor:
+        """Integer codes of the weight, int8, shape of the weight."""
+        return self.weight_quant.codes(self.weight)
+
+
+def _shared_state(module: nn.Module) -> dict:
+    """A module's __dict__ with containers of its own and the same contents."""
+    return {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items()}
+
+
+def _keep_wide(before: Tensor, after: Tensor) -> Tensor:
+    """Undo a cast below FP32 and keep the rest of what was done, such as a move to another device."""
+    return before.to(after.device) if after.dtype in (torch.float16, torch.bfloat16) else after
+
+
+def quant_convs(model: nn.Module) -> Iterator[tuple[str, QuantConv2d]]:
+    """Name and module of every quantized convolution, in model order."""
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, QuantConv2d))
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether the model has quantized convolutions."""
+    return any(True for _ in quant_convs(model))
+
+
+def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Scales and offsets of all quantizers, in model order."""
+    return [p for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters(recurse=False)]

@@ -1,0 +1,150 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The quantizers: learned scale (LSQ) for weights, learned scale and offset (LSQ+) for activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .functional import fake_quantize, to_codes
+from .observers import TINY, lsq_scale, mse_scale, mse_scale_offset
+
+
+class Quantizer(nn.Module):
+    """State common to both quantizers: a positive scale, the integer range, and a switch.
+
+    Args:
+        bits: Width, 2 to 8.
+        channels: Length of the scale: 1 for the tensor, or one per output channel.
+        signed: Range [-2^(bits-1), 2^(bits-1) - 1] if true, else [0, 2^bits - 1].
+
+    Attributes:
+        scale: Parameter of shape (channels,), FP32, positive.
+        quant_range: Buffer (quant_min, quant_max); a buffer because it changes what forward does.
+        enabled: False lets values pass unquantized (calibration, float comparison).
+    """
+
+    def __init__(self, bits: int, channels: int = 1, signed: bool = True):
+        super().__init__()
+        self.bits = bits
+        self.enabled = True
+        self.scale = nn.Parameter(torch.ones(channels))
+        self.register_buffer("quant_range", torch.zeros(2, dtype=torch.int32))
+        self.set_signed(signed)
+
+    def set_signed(self, signed: bool) -> None:
+        """Choose the signed or the unsigned range of this width."""
+        half = 2 ** (self.bits - 1)
+        self.quant_range.copy_(torch.tensor([-half, half - 1] if signed else [0, 2 * half - 1]))
+        self._read_range()
+
+    def _read_range(self) -> None:
+        # plain ints beside the buffer: reading a tensor in every forward would wait for the device
+        self.quant_min, self.quant_max = self.quant_range.tolist()
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._read_range()
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, range=[{self.quant_min}, {self.quant_max}], scales={self.scale.numel()}"
+
+
+class WeightQuantizer(Quantizer):
+    """Signed, symmetric, per tensor (channels=1) or per output channel.
+
+    LSQ's gradient scale counts the weights that share a scale.
+    """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Fake-quantize a weight of shape (out, ...)."""
+        if not self.enabled:
+            return weight
+        grad_scale = (weight.numel() / self.scale.numel() * self.quant_max) ** -0.5
+        return fake_quantize(weight, self.scale, None, self.quant_min, self.quant_max, grad_scale)
+
+    @torch.no_grad()
+    def calibrate(self, weight: Tensor, method: str) -> None:
+        """Start the scale from the weight itself by `method` ("mse" or "lsq")."""
+        rows = weight.detach().float().reshape(self.scale.numel(), -1)
+        scale = (
+            lsq_scale(rows, self.quant_max) if method == "lsq" else mse_scale(rows, self.quant_min, self.quant_max)
+        )
+        self.scale.copy_(scale)
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> Tensor:
+        """Integer codes of `weight`, int8, in its shape."""
+        scale = self.scale.view(-1, *[1] * (weight.dim() - 1))
+        return to_codes(weight.float(), scale, None, self.quant_min, self.quant_max).to(torch.int8)
+
+
+class ActQuantizer(Quantizer):
+    """Per tensor; symmetric without offset (LSQ), or with a learned one (LSQ+).
+
+    Without offset the range is unsigned where the calibration data are non-negative, else signed. With offset it is
+    unsigned, and the offset is used as the nearest whole number of steps (straight-through), so that 0 is a grid point:
+    zero padding is exact, and the deployed form has an integer zero point. Our reading; LSQ+ leaves the offset free.
+
+    LSQ's gradient scale counts one sample's features.
+
+    Args:
+        bits: Width, 2 to 8.
+        offset: Learn an offset.
+
+    Attributes:
+        offset: Parameter of shape (1,), FP32, or None.
+    """
+
+    def __init__(self, bits: int, offset: bool):
+        super().__init__(bits, signed=not offset)
+        self.offset = nn.Parameter(torch.zeros(1)) if offset else None
+
+    def grid_offset(self) -> Tensor | None:
+        """The offset that forward uses: a whole number of steps in [-quant_max, 0]; gradient straight through."""
+        if self.offset is None:
+            return None
+        snapped = -self.scale * (-self.offset / self.scale).round().clamp(self.quant_min, self.quant_max)
+        return self.offset + (snapped - self.offset).detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize activations of shape (batch, ...)."""
+        if not self.enabled:
+            return x
+        grad_scale = (max(x[0].numel(), 1) * self.quant_max) ** -0.5
+        return fake_quantize(x, self.scale, self.grid_offset(), self.quant_min, self.quant_max, grad_scale)
+
+    @torch.no_grad()
+    def calibrate(self, values: Tensor, low: float, method: str) -> None:
+        """Start scale, offset and range from a sample.
+
+        Args:
+            values: Sample of the activations, shape (n,).
+            low: Smallest activation seen, in the sample or not.
+            method: "mse" or "lsq".
+        """
+        if self.offset is None:
+            self.set_signed(low < 0)
+            rows = values[None]
+            scale = (
+                lsq_scale(rows, self.quant_max) if method == "lsq" else mse_scale(rows, self.quant_min, self.quant_max)
+            )
+        elif method == "lsq":
+            offset = min(low, 0.0)
+            scale = lsq_scale(values[None] - offset, self.quant_max)
+            self.offset.fill_(offset)
+        else:
+            scale, offset = mse_scale_offset(values, self.quant_max)
+            self.offset.copy_(offset)
+        self.scale.copy_(scale)
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer codes of `x`, int16, in its shape."""
+        return to_codes(x.float(), self.scale, self.grid_offset(), self.quant_min, self.quant_max).to(torch.int16)
+
+    @torch.no_grad()
+    def clipped(self, x: Tensor) -> Tensor:
+        """Share of `x` outside the range, rounding included: a 0-dim tensor in [0, 1]."""
+        v = x.float() / self.scale if self.offset is None else (x.float() - self.grid_offset()) / self.scale
+        return ((v < self.quant_min - 0.5) | (v > self.quant_max + 0.5)).float().mean()

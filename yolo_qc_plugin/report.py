@@ -1,0 +1,144 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The record of a run: qc/report.json and the table that ends the console output."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+import torch
+import ultralytics
+from torch import Tensor, nn
+
+from . import __version__
+from .checkpoint import record_of
+from .config import QCConfig
+from .layers import QuantConv2d, quant_convs
+
+CLIP_BATCHES = 4  # validation batches over which the share of clipped activations is counted
+
+
+def build_report(
+    model: nn.Module, config: QCConfig, qat: dict, qc: dict | None, kept: str, images: Iterable[Tensor]
+) -> dict:
+    """Collect the record.
+
+    Args:
+        model: The model that best.pt holds, in eval mode.
+        config: Options of the run.
+        qat: map50_95, map50, fitness before the correction.
+        qc: The same after it, or None where correction is off.
+        kept: "qat" or "qc".
+        images: Batches in [0, 1] on the model's device, for the share of clipped activations.
+
+    Returns:
+        A dict of plain values.
+    """
+    clipped = clipped_shares(model, images)
+    return {
+        "config": config.to_dict(),
+        "versions": {
+            "yolo_qc_plugin": __version__,
+            "ultralytics": ultralytics.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "metrics": {"float": record_of(model).float_metrics, "qat": qat, "qc": qc},
+        "kept": kept,
+        "size_mb": model_size(model),
+        "layers": [{**describe(name, conv), "act_clipped": clipped[name]} for name, conv in quant_convs(model)],
+    }
+
+
+def describe(name: str, conv: QuantConv2d) -> dict:
+    """One layer's record: widths, scales, offset, codes in use and share of clipped weights."""
+    weight, act = conv.weight_quant, conv.act_quant
+    codes = conv.weight_codes()
+    v = conv.weight.detach().float() / weight.scale.detach().view(-1, 1, 1, 1)
+    offset = act.grid_offset()
+    return {
+        "name": name,
+        "weight_bits": weight.bits,
+        "act_bits": act.bits,
+        "weight_scale": weight.scale.tolist(),
+        "act_scale": act.scale.item(),
+        "act_offset": None if offset is None else offset.item(),
+        "act_range": [act.quant_min, act.quant_max],
+        "weight_codes": codes.unique().numel(),
+        "weight_clipped": ((v < weight.quant_min - 0.5) | (v > weight.quant_max + 0.5)).float().mean().item(),
+    }
+
+
+@torch.no_grad()
+def clipped_shares(model: nn.Module, images: Iterable[Tensor]) -> dict[str, float]:
+    """Share of each layer's input values that its quantizer clips, over the first `CLIP_BATCHES` batches."""
+    shares: dict[str, list[Tensor]] = {name: [] for name, _ in quant_convs(model)}
+    hooks = [
+        conv.register_forward_pre_hook(lambda m, args, seen=shares[name]: seen.append(m.act_quant.clipped(args[0])))
+        for name, conv in quant_convs(model)
+    ]
+    try:
+        for batch in islice(images, CLIP_BATCHES):
+            model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: float(torch.stack(seen).mean()) if seen else 0.0 for name, seen in shares.items()}
+
+
+def model_size(model: nn.Module) -> dict[str, float]:
+    """Size of the deployed parameters in MB (1e6 bytes): all in FP32, and with quantized weights at their bits.
+
+    Both count weights, one scale and one bias per output channel of a quantized convolution (BN and QC folded in), and
+    everything else in FP32.
+    """
+    convs = [conv for _, conv in quant_convs(model)]
+    inside = {id(p) for conv in convs for p in conv.parameters()}
+    norms = {id(p) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+    rest = 4 * sum(p.numel() for p in model.parameters() if id(p) not in inside | norms)
+    channels = sum(conv.out_channels for conv in convs)
+    return {
+        "float32": (rest + 4 * sum(c.weight.numel() for c in convs) + 4 * channels) / 1e6,
+        "quantized": (rest + sum(c.weight.numel() * c.weight_quant.bits for c in convs) / 8 + 8 * channels) / 1e6,
+    }
+
+
+def write_report(report: dict, folder: Path) -> Path:
+    """Write report.json into `folder`, atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.json"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def console_table(report: dict) -> str:
+    """The record as text: a row per layer, then float, QAT and QC side by side."""
+    rows = [f"{'layer':<32}{'bits':>7}{'w scale':>10}{'a scale':>10}{'offset':>10}{'w clip':>8}{'a clip':>8}{'codes':>7}"]
+    for x in report["layers"]:
+        scales = x["weight_scale"]
+        offset = "-" if x["act_offset"] is None else f"{x['act_offset']:.4f}"
+        rows.append(
+            f"{x['name']:<32}{_widths(x):>7}{sum(scales) / len(scales):>10.4g}"
+            f"{x['act_scale']:>10.4g}{offset:>10}{x['weight_clipped']:>8.2%}{x['act_clipped']:>8.2%}{x['weight_codes']:>7}"
+        )
+    size, metrics = report["size_mb"], report["metrics"]
+    rows += ["", f"{'':<14}{'mAP50-95':>10}{'mAP50':>10}{'MB':>10}"]
+    for key, label, mb in (
+        ("float", "float start", size["float32"]),
+        ("qat", "QAT", size["quantized"]),
+        ("qc", "QAT + QC", size["quantized"]),
+    ):
+        if metrics.get(key):
+            mark = "  <- best.pt" if key == report["kept"] else ""
+            rows.append(f"{label:<14}{metrics[key]['map50_95']:>10.4f}{metrics[key]['map50']:>10.4f}{mb:>10.2f}{mark}")
+    return "\n".join(rows)
+
+
+def _widths(layer: dict) -> str:
+    return f"W{layer['weight_bits']}A{layer['act_bits']}"
