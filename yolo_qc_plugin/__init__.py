@@ -18,7 +18,7 @@ _EXPORTS = {
     "inject": "inject",
     "remove": "inject",
     "evaluate": "evaluate",
-    "compose_digits": "digits",
+    "compose": "digits",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -113,6 +113,7 @@ class QCCallbacks:
         finish(trainer, self.config)
 
     def _calibrate(self, trainer: BaseTrainer, model) -> None:
+        trainer._model_train()  # batch norms of frozen layers keep their statistics, as they will in training
         calibrate(
             model,
             islice(trainer.train_loader, self.config.calibration_batches),

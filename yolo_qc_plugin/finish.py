@@ -122,7 +122,7 @@ def correct_checkpoint(trainer: BaseTrainer, config: QCConfig, source: Path, tar
         parameters, epochs, loss, config.correction_lr, config.correction_epochs * len(trainer.train_loader), scaler
     )
     model.criterion, model.args = None, record_args
-    model.eval()
+    model.eval().requires_grad_(False)  # as the host strips a checkpoint
     checkpoint = torch_load(source, map_location="cpu")
     write_checkpoint({**checkpoint, "model": model.cpu().half()}, target)
 

@@ -127,7 +127,8 @@ def calibrate(
 ) -> None:
     """Start every scale and offset: weights from themselves, activations from batches run in float.
 
-    The model runs in eval mode, so batch-norm statistics are not disturbed; its modes are restored.
+    Batch norms in training mode use the batch's statistics, as in the training that follows (an untrained model has no
+    others), and keep their own undisturbed; everything else runs in eval mode. All modes are restored.
 
     Args:
         model: Injected model.
@@ -141,12 +142,15 @@ def calibrate(
     convs = dict(quant_convs(model))
     observers = {name: SampleObserver() for name in convs}
     modes = {m: m.training for m in model.modules()}
+    norms = {m: m.track_running_stats for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     hooks = [
         m.act_quant.register_forward_pre_hook(lambda _, args, seen=observers[name]: seen.update(args[0]))
         for name, m in convs.items()
     ]
     try:
         model.eval()
+        for m in norms:
+            m.training, m.track_running_stats = modes[m], norms[m] and not modes[m]
         with quantizers_off(model):
             for batch in batches:
                 forward(batch)
@@ -155,6 +159,8 @@ def calibrate(
             hook.remove()
         for m, training in modes.items():
             m.training = training
+        for m, tracking in norms.items():
+            m.track_running_stats = tracking
 
     for name, m in convs.items():
         if not observers[name].samples:

@@ -56,10 +56,10 @@ class ScaleSteps:
 
     def __init__(self, optimizer: Optimizer, model: nn.Module):
         quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
-        offsets = [q for q in quantizers if getattr(q, "offset", None) is not None]
+        with_offset = [i for i, q in enumerate(quantizers) if getattr(q, "offset", None) is not None]
         self.scales = [q.scale.detach() for q in quantizers]
-        self.parameters = self.scales + [q.offset.detach() for q in offsets]
-        self.units = self.scales + [q.scale.detach() for q in offsets]
+        self.parameters = self.scales + [quantizers[i].offset.detach() for i in with_offset]
+        self.unit = [*range(len(quantizers)), *with_offset]  # index of the scale that each parameter is measured in
         self.relative = type(optimizer).__name__ in self.ADAPTIVE
         self.taken = 0
         optimizer.register_step_pre_hook(self._before)
@@ -67,12 +67,11 @@ class ScaleSteps:
 
     def _before(self, optimizer, args, kwargs) -> None:
         self.old = torch._foreach_add(self.parameters, 0.0)
-        self.old_units = self.old[: len(self.scales)] + torch._foreach_add(self.units[len(self.scales) :], 0.0)
 
     def _after(self, optimizer, args, kwargs) -> None:
         if self.relative:
             steps = torch._foreach_sub(self.parameters, self.old)
-            torch._foreach_mul_(steps, self.old_units)
+            torch._foreach_mul_(steps, [self.old[i] for i in self.unit])
             torch._foreach_copy_(self.parameters, torch._foreach_add(self.old, steps))
         old = self.old[: len(self.scales)]
         torch._foreach_maximum_(self.scales, torch._foreach_mul(old, 0.5))

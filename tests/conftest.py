@@ -1,0 +1,74 @@
+# yolo_qc_plugin, AGPL-3.0
+"""What several test files share: a tiny data set, real training runs on it, and the shared float checkpoint if present."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="yolo_config_"))  # leave the user's settings alone
+
+import pytest  # noqa: E402
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# the smallest real run: 24 images of 64 px, three batches an epoch
+TINY = {
+    "imgsz": 64,
+    "batch": 8,
+    "epochs": 1,
+    "device": "cpu",
+    "plots": False,
+    "workers": 0,
+    "verbose": False,
+    "warmup_epochs": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """YAML of a digits data set: 24 training and 8 validation images of 64 px."""
+    from yolo_qc_plugin.digits import compose
+
+    return compose(tmp_path_factory.mktemp("data") / "digits", train=24, val=8, imgsz=64, seed=0)
+
+
+@pytest.fixture
+def train(digits, tmp_path):
+    """Train YOLOv5n on the digits with the plugin, in this process: train(options, callbacks, **host arguments)."""
+    from ultralytics import YOLO
+
+    from yolo_qc_plugin import add_qc_callbacks
+
+    def run(options: dict | None = None, callbacks: dict | None = None, model="yolov5n.yaml", **arguments):
+        yolo = YOLO(model)
+        if options is not None:
+            add_qc_callbacks(yolo, **options)
+        for event, callback in (callbacks or {}).items():
+            yolo.add_callback(event, callback)
+        arguments = {**TINY, "data": str(digits), "project": str(tmp_path), "name": "run", **arguments}
+        yolo.returned = yolo.train(**arguments)
+        return yolo
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def bccd(tmp_path_factory) -> tuple[Path, Path]:
+    """(data YAML, float checkpoint) of the shared blood-cell set, a part of it; skips where it is missing."""
+    import shutil
+
+    source, weights = SHARED / "data" / "bccd", SHARED / "weights" / "bccd-yolov5n-320.pt"
+    if not (source.exists() and weights.exists()):
+        pytest.skip("the shared blood-cell data are not beside this checkout")
+    root = tmp_path_factory.mktemp("bccd")
+    for split, count in (("train", 32), ("val", 24)):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for image in sorted((source / "images" / split).iterdir())[:count]:
+            shutil.copy(image, root / "images" / split)
+            shutil.copy(source / "labels" / split / f"{image.stem}.txt", root / "labels" / split)
+    yaml = root / "bccd.yaml"
+    yaml.write_text(f"path: {root}\ntrain: images/train\nval: images/val\nnames: [Platelets, RBC, WBC]\n")
+    return yaml, weights

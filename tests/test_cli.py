@@ -1,0 +1,80 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The command lines: what is taken out of a `yolo` line, what is refused, and `yolo-qc`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from yolo_qc_plugin.cli import main, split_arguments
+from yolo_qc_plugin.config import QCConfig, QCError
+
+
+def test_own_arguments_are_taken_out():
+    config, rest = split_arguments(
+        ["train", "model=a.pt", "callbacks=qc", "qc_bits=3", "--qc_skip=model.9.*,model.2.*", "qc_ema_decay=0", "imgsz=64"]
+    )
+    assert rest == ["train", "model=a.pt", "imgsz=64"]
+    assert (config.bits, config.skip, config.ema_decay) == (3, ("model.9.*", "model.2.*"), 0)
+
+
+def test_without_callbacks_nothing_is_touched():
+    assert split_arguments(["val", "model=a.pt"]) == (None, ["val", "model=a.pt"])
+
+
+def test_every_option_has_its_argument():
+    text = {"skip": "a", "layer_bits": "a:4", "scale_init": "lsq", "correction": "tensor"}
+    for f in fields(QCConfig):
+        value = text.get(f.name, str(f.default))
+        config, _ = split_arguments(["train", "callbacks=qc", f"qc_{f.name}={value}"])
+        assert isinstance(config, QCConfig)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "callbacks=foo"], "Accepted: qc"),
+        (["train", "callbacks="], "Accepted: qc"),
+        (["train", "callbacks=qc", "qc_bit=4"], "Did you mean bits"),
+        (["train", "callbacks=qc", "qc_bits=16"], "bits=16 is not accepted; give a whole number from 2 to 8"),
+        (["train", "callbacks=qc", "qc_bits=four"], "bits='four'"),
+        (["train", "callbacks=qc", "qc_correction=row"], "'channel' or 'tensor' or 'off'"),
+        (["train", "callbacks=qc", "qc_per_channel"], "needs a value"),
+        (["train", "qc_bits=4"], "needs callbacks=qc"),
+        (["val", "callbacks=qc"], "yolo train"),
+    ],
+)
+def test_refusals_name_the_argument_and_what_is_accepted(arguments, message):
+    with pytest.raises(QCError, match=message):
+        split_arguments(arguments)
+
+
+def test_eval_of_files(tmp_path, capsys):
+    truth = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 100, "height": 100}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 50, 50], "area": 2500, "iscrowd": 0}],
+        "categories": [{"id": 1, "name": "x"}],
+    }
+    found = [{"image_id": 1, "category_id": 1, "bbox": [10, 10, 50, 50], "score": 0.9}]
+    (tmp_path / "gt.json").write_text(json.dumps(truth))
+    (tmp_path / "dt.json").write_text(json.dumps(found))
+    files = [f"annotations={tmp_path / 'gt.json'}", f"detections={tmp_path / 'dt.json'}"]
+    assert main(["eval", *files, f"json={tmp_path / 'out.json'}"]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["AP"] == pytest.approx(1.0)
+    assert "AP50" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pairs", [["model=x.pt"], ["modle=x.pt"], ["imgsz=big", "model=a", "data=b"], ["model"]])
+def test_eval_refuses_in_one_line(pairs, capsys):
+    assert main(["eval", *pairs]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_digits_and_hook_status(tmp_path, capsys):
+    assert main(["digits", "--out", str(tmp_path / "d"), "--train", "2", "--val", "1", "--imgsz", "64"]) == 0
+    assert (tmp_path / "d" / "digits.yaml").exists()
+    assert main(["digits", "--out", str(tmp_path / "d"), "--train", "0"]) == 1
+    assert main(["hook", "status"]) == 0
+    assert "hook" in capsys.readouterr().out

@@ -1,0 +1,226 @@
+# yolo_qc_plugin, AGPL-3.0
+"""QCConfig: what it accepts, what it refuses and how it says so, reading text."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from yolo_qc_plugin.config import QCConfig, QCError
+
+NAN, INF = float("nan"), float("inf")
+NAMES = [f.name for f in fields(QCConfig)]
+
+# option -> (what the message must contain beside the option's name, values to refuse)
+BITS = ("2 to 8", [1, 0, 9, 16, -4, 4.0, True, "4", "four", NAN, [4]])
+FACTOR = ("above 0", [0, -0.1, NAN, INF, -INF, True, "1", None])
+COUNT = ("at least 1", [0, -1, 1.0, 1.5, True, "1", None, INF])
+FLAG = ("True or False", [0, 1, None, "true", "yes", 1.0])
+REFUSED = {
+    "bits": (BITS[0], [*BITS[1], None]),
+    "edge_bits": (BITS[0], [*BITS[1], None]),
+    "weight_bits": BITS,
+    "act_bits": BITS,
+    "per_channel": FLAG,
+    "act_offset": FLAG,
+    "correction_scale": FLAG,
+    "correction_shift": FLAG,
+    "scale_init": ("'mse' or 'lsq'", ["", "MSE", "minmax", None, 1, True, ["mse"]]),
+    "correction": ("'channel' or 'tensor' or 'off'", ["", "channels", "none", None, False, 0]),
+    "scale_lr": FACTOR,
+    "correction_lr": FACTOR,
+    "correction_epochs": COUNT,
+    "calibration_batches": COUNT,
+    "ema_decay": ("[0, 1)", [-0.1, 1, 1.0, 1.5, NAN, INF, -INF, True, "0.9", None]),
+    "skip": ("non-empty strings", ["", ("",), ("a", 3), (None,), b"model", 5, None]),
+    "layer_bits": ("", [None, 5, "a:6", [("a", 6)], {"": 4}, {3: 4}, {"a": 1}, {"a": 9}, {"a": 4.0}, {"a": True}]),
+}
+CASES = [(name, accepted, value) for name, (accepted, values) in REFUSED.items() for value in values]
+
+
+def test_every_option_has_refused_values():
+    assert REFUSED.keys() == set(NAMES)
+
+
+@pytest.mark.parametrize("name,accepted,value", CASES, ids=[f"{n}={v!r}" for n, _, v in CASES])
+def test_refusal_names_the_option_and_what_is_accepted(name, accepted, value):
+    with pytest.raises(QCError) as e:
+        QCConfig(**{name: value})
+    message = str(e.value)
+    assert message.startswith("QC: ") and name in message and "give " in message and accepted in message
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, {"a": 16}, {"b": 4, "a": "4"}])
+def test_layer_bits_refusal_names_the_pattern(value):
+    with pytest.raises(QCError, match=r"layer_bits\['a'\].*2 to 8"):
+        QCConfig(layer_bits=value)
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        *((n, b) for n in ("bits", "edge_bits", "weight_bits", "act_bits") for b in range(2, 9)),
+        ("weight_bits", None), ("act_bits", None),
+        ("ema_decay", 0), ("ema_decay", 0.0), ("ema_decay", 0.9999),
+        ("scale_lr", 1e-9), ("scale_lr", 3), ("correction_lr", 1e9),
+        ("correction_epochs", 1), ("calibration_batches", 1000),
+        ("scale_init", "lsq"), ("correction", "tensor"), ("correction", "off"),
+        ("skip", ()), ("skip", ("a", "b.*")), ("layer_bits", {"a.*": 2, "b": 8}),
+    ],
+)  # fmt: skip
+def test_accepted_values_are_kept(name, value):
+    assert getattr(QCConfig(**{name: value}), name) == value
+
+
+def test_correction_needs_a_factor():
+    with pytest.raises(QCError, match="correction=.*correction_scale=True or correction_shift=True.*'off'"):
+        QCConfig(correction_scale=False, correction_shift=False)
+    QCConfig(correction="off", correction_scale=False, correction_shift=False)
+    QCConfig(correction_scale=False)
+    QCConfig(correction_shift=False)
+
+
+def test_skip_and_layer_bits_are_copied_and_normalised():
+    assert QCConfig(skip="model.9.*").skip == ("model.9.*",)
+    assert QCConfig(skip=["a", "b"]).skip == ("a", "b")
+    widths = {"a": 4}
+    config = QCConfig(layer_bits=widths)
+    widths["a"] = 1
+    assert config.layer_bits == {"a": 4}
+
+
+@pytest.mark.parametrize("options,expected", [
+    ({}, (4, 4)), ({"bits": 3}, (3, 3)), ({"weight_bits": 2}, (2, 4)), ({"act_bits": 8, "bits": 5}, (5, 8)),
+])  # fmt: skip
+def test_body_bits(options, expected):
+    assert QCConfig(**options).body_bits == expected
+
+
+@pytest.mark.parametrize("name,text,value", [
+    ("bits", "3", 3), ("bits", " 8 ", 8), ("edge_bits", "2", 2),
+    ("weight_bits", "none", None), ("act_bits", "None", None), ("act_bits", "", None), ("weight_bits", "6", 6),
+    ("per_channel", "true", True), ("per_channel", "True", True), ("per_channel", "1", True),
+    ("act_offset", "false", False), ("act_offset", "False", False), ("act_offset", "0", False),
+    ("scale_init", "lsq", "lsq"), ("scale_init", " mse ", "mse"), ("correction", "tensor", "tensor"),
+    ("correction_scale", "false", False), ("correction_shift", "0", False),
+    ("scale_lr", "0.5", 0.5), ("correction_lr", "1e-4", 1e-4), ("ema_decay", "0", 0.0), ("ema_decay", ".999", 0.999),
+    ("correction_epochs", "2", 2), ("calibration_batches", "16", 16),
+    ("skip", "", ()), ("skip", "model.9.*", ("model.9.*",)), ("skip", "a, b.*", ("a", "b.*")),
+    ("skip", "[a,b]", ("a", "b")), ("skip", "('a', \"b\",)", ("a", "b")), ("skip", "model.[01].conv", ("model.[01].conv",)),
+    ("skip", "model.[01]", ("model.[01]",)), ("skip", "a,model.[01]", ("a", "model.[01]")),
+    ("layer_bits", "", {}), ("layer_bits", "model.24.*:6", {"model.24.*": 6}),
+    ("layer_bits", "a:6, b.*: 2", {"a": 6, "b.*": 2}), ("layer_bits", "{'a': 6, 'b': 3}", {"a": 6, "b": 3}),
+])  # fmt: skip
+def test_text_is_read_by_the_options_type(name, text, value):
+    read = getattr(QCConfig.from_options({name: text}), name)
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize("name,text", [
+    ("bits", "4.0"), ("bits", "four"), ("bits", ""), ("bits", "none"), ("bits", "9"), ("edge_bits", "true"),
+    ("weight_bits", "nan"), ("per_channel", "yes"), ("per_channel", "2"), ("act_offset", "none"),
+    ("scale_lr", "fast"), ("scale_lr", "0"), ("scale_lr", "nan"), ("correction_lr", "1e999"), ("ema_decay", "1"),
+    ("correction_epochs", "1.5"), ("calibration_batches", "0"), ("scale_init", "max"), ("correction", "on"),
+    ("layer_bits", "6"), ("layer_bits", "a:"), ("layer_bits", "a:b"), ("layer_bits", ":6"), ("layer_bits", "a:9"),
+    ("layer_bits", "a:-4"), ("layer_bits", "a:²"), ("layer_bits", "a:" + "9" * 5000),
+])  # fmt: skip
+def test_text_of_the_wrong_type_or_range_is_refused_by_name(name, text):
+    with pytest.raises(QCError, match=name):
+        QCConfig.from_options({name: text})
+
+
+@pytest.mark.parametrize("name,near", [("bit", "bits"), ("ema_decy", "ema_decay"), ("weights_bits", "weight_bits")])
+def test_unknown_option_suggests_and_lists(name, near):
+    with pytest.raises(QCError) as e:
+        QCConfig.from_options({name: 4, "bits": 4})
+    message, _, listed = str(e.value).partition("Accepted: ")
+    assert repr(name) in message and f"Did you mean {near}" in message
+    assert listed.rstrip(".").split(", ") == NAMES
+
+
+def test_unknown_option_that_resembles_nothing_gets_no_suggestion():
+    with pytest.raises(QCError) as e:
+        QCConfig.from_options({"zzz": 1, "qqq": 2})
+    assert "'zzz', 'qqq'" in str(e.value) and "Did you mean" not in str(e.value)
+
+
+def test_defaults_survive_a_round_trip():
+    assert QCConfig.from_options(QCConfig().to_dict()) == QCConfig()
+
+
+configs = st.builds(
+    QCConfig,
+    bits=st.integers(2, 8),
+    weight_bits=st.none() | st.integers(2, 8),
+    act_bits=st.none() | st.integers(2, 8),
+    edge_bits=st.integers(2, 8),
+    per_channel=st.booleans(),
+    act_offset=st.booleans(),
+    scale_init=st.sampled_from(["mse", "lsq"]),
+    scale_lr=st.floats(1e-6, 100),
+    ema_decay=st.floats(0, 1, exclude_max=True),
+    correction=st.sampled_from(["channel", "tensor", "off"]),
+    correction_scale=st.just(True),
+    correction_shift=st.booleans(),
+    correction_epochs=st.integers(1, 9),
+    correction_lr=st.floats(1e-6, 100),
+    calibration_batches=st.integers(1, 99),
+    skip=st.lists(st.text(min_size=1)).map(tuple),
+    layer_bits=st.dictionaries(st.text(min_size=1), st.integers(2, 8)),
+)
+
+
+@given(configs)
+@settings(max_examples=100, deadline=None)
+def test_to_dict_is_json_and_round_trips(config):
+    plain = config.to_dict()
+    assert list(plain) == NAMES
+    assert QCConfig.from_options(json.loads(json.dumps(plain))) == config
+
+
+plain_patterns = st.text("abc.*?0123456789", min_size=1, max_size=12)
+
+
+@given(configs, st.lists(plain_patterns), st.dictionaries(plain_patterns, st.integers(2, 8)))
+@settings(max_examples=100, deadline=None)
+def test_every_value_can_be_given_as_text(config, skip, layer_bits):
+    config = replace(config, skip=skip, layer_bits=layer_bits)
+    texts = {name: str(value) for name, value in config.to_dict().items()}
+    texts |= {"skip": ",".join(skip), "layer_bits": ",".join(f"{k}:{v}" for k, v in layer_bits.items())}
+    assert QCConfig.from_options(texts) == config
+
+
+TEXTS = st.text() | st.from_regex(r"[-+0-9.eE_]*", fullmatch=True) | st.from_regex(r"[{(\['\"a-c*,:0-9²٣ ]*", fullmatch=True)
+
+
+@given(st.sampled_from(NAMES), TEXTS)
+@example("layer_bits", "a:²")
+@example("skip", "()")
+@example("bits", "٤")  # a digit of another script is a digit to int()
+@example("scale_lr", "1_0")
+@settings(max_examples=300, deadline=None)
+def test_any_text_gives_a_config_or_a_qc_error(name, text):
+    try:
+        config = QCConfig.from_options({name: text})
+    except QCError as e:
+        assert name in str(e)
+    else:
+        assert isinstance(config, QCConfig)
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.binary() | st.complex_numbers(),
+    lambda inner: st.lists(inner) | st.tuples(inner) | st.dictionaries(st.text() | st.integers(), inner),
+    max_leaves=4,
+)
+
+
+@given(st.sampled_from(NAMES), ANY)
+@settings(max_examples=300, deadline=None)
+def test_any_value_gives_a_config_or_a_qc_error(name, value):
+    try:
+        QCConfig.from_options({name: value})
+    except QCError as e:
+        assert name in str(e)

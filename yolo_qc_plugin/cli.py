@@ -1,0 +1,184 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The command lines: what the plugin adds to the stock `yolo`, and the program `yolo-qc`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import wraps
+from pathlib import Path
+
+from .config import QCConfig, QCError
+
+CALLBACKS = ("qc",)
+OPTION = "qc_"
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[QCConfig | None, list[str]]:
+    """Take the plugin's own arguments out of a `yolo` command line.
+
+    Args:
+        arguments: Without the program's name, and with 'key=value' in one piece.
+
+    Returns:
+        The config, or None where the plugin is not asked for, and the arguments that are the host's.
+
+    Raises:
+        QCError: On an unknown name after callbacks=, an unknown or malformed qc_ option, qc_ options without
+            callbacks=qc, or a mode other than train.
+    """
+    names, options, rest = [], {}, []
+    for argument in arguments:
+        key, sep, value = argument.lstrip("-").partition("=")
+        if key == "callbacks":
+            names += [v.strip(" '\"") for v in value.strip("[]()").split(",") if v.strip(" '\"")] or [""]
+        elif key.startswith(OPTION):
+            if not sep:
+                raise QCError(f"QC: {key} needs a value, as in {key}=...")
+            options[key.removeprefix(OPTION)] = value.rstrip(",")
+        else:
+            rest.append(argument)
+    if unknown := [n for n in names if n not in CALLBACKS]:
+        raise QCError(
+            f"QC: callbacks={','.join(unknown)!r} is not known. Accepted: {', '.join(CALLBACKS)}, with the options "
+            f"{', '.join(OPTION + f.name for f in fields(QCConfig))}."
+        )
+    if options and not names:
+        raise QCError(f"QC: {', '.join(OPTION + k for k in options)} needs callbacks=qc.")
+    if not names:
+        return None, rest
+    if "train" not in rest and "mode=train" not in rest:
+        raise QCError(
+            "QC: callbacks=qc applies to 'yolo train'. A checkpoint of ours needs no callbacks for val, predict, track "
+            "or export."
+        )
+    return QCConfig.from_options(options), rest
+
+
+def wrap_entrypoint(module) -> None:
+    """Make `ultralytics.cfg.entrypoint` understand callbacks=qc and qc_ options.
+
+    Args:
+        module: The module ultralytics.cfg, just loaded; its `entrypoint` is replaced.
+    """
+    original = module.entrypoint
+
+    @wraps(original)
+    def entrypoint(debug: str = "") -> None:
+        program, *arguments = debug.split(" ") if debug else module.ARGV
+        try:
+            config, rest = split_arguments(module.merge_equals_args(arguments))
+            if config is None:
+                return original(debug)
+            if debug:
+                return _with_callbacks(config, lambda: original(" ".join([program, *rest])))
+            module.ARGV[:] = [program, *rest]  # sys.argv itself: what runs later sees a command line of the host's
+            return _with_callbacks(config, original)
+        except QCError as e:
+            raise SystemExit(str(e)) from None
+
+    entrypoint.__module__ = __name__
+    module.entrypoint = entrypoint
+
+
+def _with_callbacks(config: QCConfig, command) -> None:
+    """Run a command whose YOLO object is made with the plugin's callbacks among the host's default ones."""
+    from ultralytics.utils.callbacks.base import default_callbacks
+
+    from . import host
+    from .callbacks import QCCallbacks
+
+    host.attach()
+    events = QCCallbacks(config).events()
+    before = {event: default_callbacks.get(event) for event in events}
+    try:
+        for event, callback in events.items():
+            default_callbacks[event] = [*(before[event] or []), callback]
+        command()
+    finally:
+        for event, callbacks in before.items():
+            if callbacks is None:
+                default_callbacks.pop(event)
+            else:
+                default_callbacks[event] = callbacks
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program `yolo-qc`: eval, digits, hook."""
+    parser = argparse.ArgumentParser(prog="yolo-qc", description="Tools beside `yolo train ... callbacks=qc`.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="AP by pycocotools",
+        usage="yolo-qc eval model=best.pt data=data.yaml [imgsz= batch= device= split= conf= iou= max_det= json=FILE]\n"
+        "       yolo-qc eval annotations=gt.json detections=dt.json [max_det= json=FILE]",
+    )
+    evaluate.add_argument("pairs", nargs="+", metavar="key=value")
+
+    digits = commands.add_parser("digits", help="compose a detection data set from pixels that installed packages ship")
+    digits.add_argument("--out", required=True, type=Path, help="new folder")
+    digits.add_argument("--train", type=int, default=300, help="training images (300)")
+    digits.add_argument("--val", type=int, default=100, help="validation images (100)")
+    digits.add_argument("--imgsz", type=int, default=160, help="image side in pixels, a multiple of 32 (160)")
+    digits.add_argument("--seed", type=int, default=0)
+
+    hook = commands.add_parser("hook", help="the start-up hook of `yolo`: needed by hand for editable installs only")
+    hook.add_argument("action", choices=("install", "remove", "status"))
+
+    args = parser.parse_args(arguments)
+    try:
+        {"eval": _eval, "digits": _digits, "hook": _hook}[args.command](args)
+    except (ValueError, OSError, ImportError, RuntimeError) as e:
+        print(f"yolo-qc {args.command}: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> None:
+    kinds = dict(model=str, data=str, annotations=str, detections=str, json=str, device=str, split=str)
+    kinds |= dict(imgsz=int, batch=int, max_det=int, conf=float, iou=float)
+    options = {}
+    for pair in args.pairs:
+        key, sep, value = pair.partition("=")
+        if not sep or key not in kinds:
+            raise ValueError(f"{pair!r} is not accepted; give key=value with a key of {', '.join(kinds)}")
+        try:
+            options[key] = kinds[key](value)
+        except ValueError:
+            raise ValueError(f"{pair!r} is not accepted; {key} takes a {kinds[key].__name__}") from None
+    target = options.pop("json", None)
+    if {"annotations", "detections"} <= options.keys():
+        from .evaluate import coco_metrics
+
+        result = coco_metrics(**options)
+        print("\n".join(f"{k:<8}{'-' if v is None else f'{v:.4f}'}" for k, v in result.items() if k != "per_class"))
+    elif {"model", "data"} <= options.keys():
+        from .evaluate import evaluate, format_table
+
+        result = evaluate(**options)
+        print(format_table(result))
+    else:
+        raise ValueError("give model= and data=, or annotations= and detections=")
+    if target:
+        Path(target).write_text(json.dumps(result, indent=1), encoding="utf-8")
+        print(f"written to {target}")
+
+
+def _digits(args: argparse.Namespace) -> None:
+    from .digits import compose
+
+    print(compose(args.out, args.train, args.val, args.imgsz, args.seed))
+
+
+def _hook(args: argparse.Namespace) -> None:
+    from . import hook
+
+    if args.action == "status":
+        print(hook.status())
+        return
+    done = hook.install() if args.action == "install" else hook.remove()
+    print("\n".join(f"{args.action.removesuffix('e')}ed {p}" for p in done) or "nothing to remove")
