@@ -66,17 +66,15 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
     before, before_metrics = metrics_of(trainer.validator), deepcopy(trainer.validator.metrics)
     after, kept = None, "qat"
     if config.correction != "off":
-        corrected = trainer.wdir / "qc.pt"
-        try:
-            correct_checkpoint(trainer, config, qat, corrected)
-            LOGGER.info(f"{host.PREFIX}measuring the corrected model")
-            after = validate(trainer, corrected)
-            if after["fitness"] > before["fitness"]:
-                kept = "qc"
-                corrected.replace(best)
-        finally:
-            corrected.unlink(missing_ok=True)
-        if kept == "qat":
+        corrected = correct(trainer, config, qat)
+        LOGGER.info(f"{host.PREFIX}measuring the corrected model")
+        after = validate(trainer, deepcopy(corrected))
+        if after["fitness"] > before["fitness"]:
+            kept = "qc"
+            checkpoint = torch_load(qat, map_location="cpu")
+            checkpoint["train_metrics"] = {**checkpoint["train_metrics"], **trainer.validator.metrics.results_dict}
+            write_checkpoint({**checkpoint, "model": corrected.cpu().half()}, best)
+        else:
             trainer.validator.metrics = before_metrics
     trainer.metrics = {**trainer.metrics, **trainer.validator.metrics.results_dict}
     trainer.metrics.pop("fitness", None)
@@ -89,8 +87,11 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
     return report
 
 
-def correct_checkpoint(trainer: BaseTrainer, config: QCConfig, source: Path, target: Path) -> None:
-    """Train QC on `source` over the trainer's own loader, with its own loss and precision, and write `target`.
+def correct(trainer: BaseTrainer, config: QCConfig, source: Path) -> nn.Module:
+    """Train QC on the checkpoint `source` over the trainer's own loader, with its own loss and precision.
+
+    Returns:
+        The corrected model, in eval mode.
 
     Raises:
         FloatingPointError: If the loss is not finite.
@@ -122,9 +123,7 @@ def correct_checkpoint(trainer: BaseTrainer, config: QCConfig, source: Path, tar
         parameters, epochs, loss, config.correction_lr, config.correction_epochs * len(trainer.train_loader), scaler
     )
     model.criterion, model.args = None, record_args
-    model.eval().requires_grad_(False)  # as the host strips a checkpoint
-    checkpoint = torch_load(source, map_location="cpu")
-    write_checkpoint({**checkpoint, "model": model.cpu().half()}, target)
+    return model.eval().requires_grad_(False)  # as the host strips a checkpoint
 
 
 def _progress(trainer: BaseTrainer, epoch: int, epochs: int, shown: dict):
