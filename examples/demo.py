@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""The main job on a fresh machine: compose a data set, train a small float YOLO, take it to 4 bits with the stock command.
+"""The main job on a fresh machine: compose a data set, train a small float YOLO, take it to 4 bits.
 
     make demo        or        python examples/demo.py [--out demo]
 

@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""What several test files share: a tiny data set, real training runs on it, and the shared float checkpoint if present."""
+"""What test files share: a tiny data set, real training runs on it, and the shared float checkpoint if present."""
 
 from __future__ import annotations
 

@@ -14,7 +14,15 @@ from yolo_qc_plugin.config import QCConfig, QCError
 
 def test_own_arguments_are_taken_out():
     config, rest = split_arguments(
-        ["train", "model=a.pt", "callbacks=qc", "qc_bits=3", "--qc_skip=model.9.*,model.2.*", "qc_ema_decay=0", "imgsz=64"]
+        [
+            "train",
+            "model=a.pt",
+            "callbacks=qc",
+            "qc_bits=3",
+            "--qc_skip=model.9.*,model.2.*",
+            "qc_ema_decay=0",
+            "imgsz=64",
+        ]
     )
     assert rest == ["train", "model=a.pt", "imgsz=64"]
     assert (config.bits, config.skip, config.ema_decay) == (3, ("model.9.*", "model.2.*"), 0)
@@ -54,7 +62,9 @@ def test_refusals_name_the_argument_and_what_is_accepted(arguments, message):
 def test_eval_of_files(tmp_path, capsys):
     truth = {
         "images": [{"id": 1, "file_name": "a.jpg", "width": 100, "height": 100}],
-        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 50, 50], "area": 2500, "iscrowd": 0}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 50, 50], "area": 2500, "iscrowd": 0}
+        ],
         "categories": [{"id": 1, "name": "x"}],
     }
     found = [{"image_id": 1, "category_id": 1, "bbox": [10, 10, 50, 50], "score": 0.9}]

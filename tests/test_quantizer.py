@@ -14,17 +14,17 @@ from yolo_qc_plugin.observers import SampleObserver, lsq_scale, mse_scale
 from yolo_qc_plugin.quantizer import ActQuantizer, WeightQuantizer
 
 RAND = torch.Generator().manual_seed(0)
-NORMAL = torch.randn(4096, generator=RAND)
-SILU = torch.nn.functional.silu(2 * torch.randn(4096, generator=RAND))
+NORMAL = torch.randn(1024, generator=RAND)
+SILU = torch.nn.functional.silu(2 * torch.randn(1024, generator=RAND))
 ROWS = {  # each a distribution that a weight (or one of its channels) may have
     "normal": NORMAL,
-    "uniform": torch.rand(4096, generator=RAND) - 0.5,
+    "uniform": torch.rand(1024, generator=RAND) - 0.5,
     "outlier": torch.cat([0.1 * NORMAL, torch.tensor([1.0])]),
     "negative outlier": torch.cat([0.1 * NORMAL, torch.tensor([-1.0])]),
     "shifted up": NORMAL + 2,
     "shifted down": NORMAL - 2,
-    "all negative": -torch.rand(4096, generator=RAND) - 0.1,
-    "all positive": torch.rand(4096, generator=RAND) + 0.1,
+    "all negative": -torch.rand(1024, generator=RAND) - 0.1,
+    "all positive": torch.rand(1024, generator=RAND) + 0.1,
     "nine weights": NORMAL[:9],
     "small": 1e-4 * NORMAL,
 }
@@ -32,7 +32,7 @@ BITS = [2, 3, 4, 8]
 
 # The search steps by 1% of the largest magnitude, so it misses the best scale by at most half of that. Around the minimum
 # the error is flat: 1% is generous. At 8 bits it is less flat: one step clips or wastes more than one of 128 levels.
-SLACK = {2: 1.01, 3: 1.01, 4: 1.01, 8: 1.1}
+SLACK = {2: 1.01, 3: 1.01, 4: 1.01, 8: 1.2}
 
 
 def squared_error(x, scales, lo, hi, zero=0):
@@ -42,9 +42,9 @@ def squared_error(x, scales, lo, hi, zero=0):
 
 
 def dense(x, lo, hi):
-    """Least error over 2,000 scales from nearly 0 to one that clips nothing."""
+    """Least error over 1,000 scales from nearly 0 to one that clips nothing."""
     full = max(float(x.max()) / hi, float(x.min()) / lo if lo else 0.0)
-    return squared_error(x, full * torch.arange(1, 2001, dtype=torch.float64) / 2000, lo, hi).min()
+    return squared_error(x, full * torch.arange(1, 1001, dtype=torch.float64) / 1000, lo, hi).min()
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -106,13 +106,13 @@ def test_mse_start_of_an_activation_with_offset(values, bits):
 def test_lsq_start_is_the_published_formula(quant_max):
     x = torch.stack([NORMAL, 3 * SILU])
     expected = [2 * sum(abs(v) for v in row) / len(row) / quant_max**0.5 for row in x.double().tolist()]
-    assert lsq_scale(x, quant_max).tolist() == pytest.approx(expected, rel=1e-6)  # a float32 mean of 4,096 values
+    assert lsq_scale(x, quant_max).tolist() == pytest.approx(expected, rel=1e-6)  # a float32 mean of 1,024 values
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_lsq_start_of_each_quantizer(bits):
     w = WeightQuantizer(bits, channels=4)
-    w.calibrate(NORMAL.view(4, 16, 8, 8), "lsq")
+    w.calibrate(NORMAL.view(4, 4, 8, 8), "lsq")
     assert torch.equal(w.scale, lsq_scale(NORMAL.view(4, -1), 2 ** (bits - 1) - 1))
     a = ActQuantizer(bits, offset=False)
     a.calibrate(SILU.relu(), 0.0, "lsq")

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from .layers import ChannelAffine, quant_convs
 
 
-def insert_correction(model: nn.Module, per_channel: bool, scale: bool = True, shift: bool = True) -> list[nn.Parameter]:
+def insert_correction(
+    model: nn.Module, per_channel: bool, scale: bool = True, shift: bool = True
+) -> list[nn.Parameter]:
     """Add gamma and beta to every quantized convolution and freeze all else.
 
     Args:

@@ -1,7 +1,7 @@
 # yolo_qc_plugin, AGPL-3.0
 """EMA of latent weights, scales and offsets with a constant decay (the paper's first means).
 
-    ema <- decay * ema + (1 - decay) * value        after each optimizer step
+ema <- decay * ema + (1 - decay) * value        after each optimizer step
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, TQDM
 from ultralytics.utils.patches import torch_load
-from ultralytics.utils.torch_utils import autocast, unwrap_model
+from ultralytics.utils.torch_utils import autocast
 
 from . import host
 from .checkpoint import write_checkpoint
@@ -54,8 +54,9 @@ def metrics_of(validator) -> dict[str, float]:
 def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
     """Correct, compare and report; runs at on_train_end.
 
-    The host's final evaluation has just measured best.pt. It becomes qat.pt; a corrected copy replaces best.pt where its
-    fitness is higher, and `trainer.validator.metrics` (what `model.train()` returns) are those of what best.pt holds.
+    The host's final evaluation has just measured best.pt. It is copied to qat.pt; the corrected model replaces best.pt
+    where its fitness is higher, and `trainer.validator.metrics` (what `model.train()` returns) are those of what
+    best.pt holds.
 
     Returns:
         The report, as written to qc/report.json.

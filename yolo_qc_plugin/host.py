@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Everything that touches Ultralytics from outside: the supported versions, three patches, and where a model's edges are.
+"""Everything that touches Ultralytics from outside: supported versions, three patches, where a model's edges are.
 
 The patches, each a wrapper that calls the original and does nothing for models without quantizers:
     BaseTrainer.setup_model      announces the event on_model_setup, which the host lacks: the model is there, and the
@@ -41,12 +41,13 @@ _PATCHED = {
 
 
 def supported_versions() -> str:
-    """The supported Ultralytics versions, read from this package's own metadata, e.g. ">=8.4.150,<8.5"; "" if unknown."""
+    """Supported Ultralytics versions as this package's metadata state them, e.g. ">=8.4.150,<8.5"; "" if unknown."""
     try:
         requirements = metadata.requires("yolo-qc-plugin") or []
     except metadata.PackageNotFoundError:  # run from a checkout without installing: the look-alike check remains
         return ""
-    return next(r for r in requirements if r.startswith("ultralytics")).removeprefix("ultralytics").split(";")[0].strip()
+    ours = next(r for r in requirements if r.startswith("ultralytics"))
+    return ours.removeprefix("ultralytics").split(";")[0].strip()
 
 
 def check_host() -> None:
@@ -106,7 +107,9 @@ def _group_scales(original):
         record = record_of(unwrap_model(model))
         if record:
             group = separate_scales(optimizer, scale_parameters(model), record.options.scale_lr)
-            LOGGER.info(f"{PREFIX}{len(group['params'])} scales and offsets in a group of their own, lr={group['lr']:g}")
+            LOGGER.info(
+                f"{PREFIX}{len(group['params'])} scales and offsets in a group of their own, lr={group['lr']:g}"
+            )
         return optimizer
 
     return build_optimizer
@@ -147,10 +150,11 @@ def check_model(model: nn.Module) -> None:
     Raises:
         QCError: Naming the model and what is accepted.
     """
-    if type(model) is not DetectionModel or not isinstance(model.model[-1], Detect):
+    head = getattr(model, "model", [None])[-1]
+    if type(model) is not DetectionModel or not isinstance(head, Detect):
         raise QCError(
-            f"QC: {type(model).__name__} with head {type(getattr(model, 'model', [None])[-1]).__name__} is not supported "
-            "yet; give a YOLO detection model (YOLOv5, v8, 11, 26, ... with a Detect head)."
+            f"QC: {type(model).__name__} with head {type(head).__name__} is not supported yet; give a YOLO "
+            "detection model (YOLOv5, v8, 11, 26, ... with a Detect head)."
         )
 
 

@@ -56,9 +56,7 @@ def inject(
         QCError: If the model is quantized already, has no convolution to quantize, or a pattern matches nothing.
     """
     if is_quantized(model):
-        raise QCError(
-            "QC: the model is already quantized (it has QuantConv2d layers); start from a float checkpoint."
-        )
+        raise QCError("QC: the model is already quantized (it has QuantConv2d layers); start from a float checkpoint.")
     convs = {name: m for name, m in model.named_modules() if type(m) is nn.Conv2d}
     if not convs:
         raise QCError(f"QC: {type(model).__name__} has no nn.Conv2d to quantize.")

@@ -32,9 +32,7 @@ def separate_scales(optimizer: Optimizer, scales: list[nn.Parameter], lr_factor:
         group["params"] = [p for p in group["params"] if id(p) not in moved]
     settings = {k: v for k, v in model_group.items() if k not in {"params", "initial_lr"}}
     lr = min(g["lr"] for g in optimizer.param_groups) * lr_factor
-    optimizer.add_param_group(
-        {**settings, "params": scales, "lr": lr, "weight_decay": 0.0, "param_group": "scale"}
-    )
+    optimizer.add_param_group({**settings, "params": scales, "lr": lr, "weight_decay": 0.0, "param_group": "scale"})
     return optimizer.param_groups[-1]
 
 
@@ -42,10 +40,10 @@ class ScaleSteps:
     """Keeps every optimizer step on scales and offsets in proportion to the scale, and every scale positive.
 
     An adaptive optimizer (the Adam family, RMSprop) moves each parameter by about lr, whatever its size: at lr 1e-3 the
-    scale of an 8-bit weight, about 2e-3, would change sign within two steps. Its step is therefore taken in units of the
-    scale: lr 1e-3 moves a scale by 0.1%, and an offset by a thousandth of a quantization step. The SGD family follows
-    LSQ's gradient, which the published gradient scale already brings into proportion, and is left as it is. In either
-    case one step at most halves or doubles a scale, so none reaches 0. Our reading; the papers train with SGD.
+    scale of an 8-bit weight, about 2e-3, would change sign within two steps. Its step is therefore taken in units of
+    the scale: lr 1e-3 moves a scale by 0.1%, and an offset by a thousandth of a quantization step. The SGD family
+    follows LSQ's gradient, which the published gradient scale already brings into proportion, and is left as it is. In
+    either case one step at most halves or doubles a scale, so none reaches 0. Our reading; the papers train with SGD.
 
     Args:
         optimizer: Holds the parameters below; gets a pre- and a post-step hook.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import fake_quantize, to_codes
-from .observers import TINY, lsq_scale, mse_scale, mse_scale_offset
+from .observers import lsq_scale, mse_scale, mse_scale_offset
 
 
 class Quantizer(nn.Module):
@@ -67,9 +67,7 @@ class WeightQuantizer(Quantizer):
     def calibrate(self, weight: Tensor, method: str) -> None:
         """Start the scale from the weight itself by `method` ("mse" or "lsq")."""
         rows = weight.detach().float().reshape(self.scale.numel(), -1)
-        scale = (
-            lsq_scale(rows, self.quant_max) if method == "lsq" else mse_scale(rows, self.quant_min, self.quant_max)
-        )
+        scale = lsq_scale(rows, self.quant_max) if method == "lsq" else mse_scale(rows, self.quant_min, self.quant_max)
         self.scale.copy_(scale)
 
     @torch.no_grad()

@@ -119,7 +119,8 @@ def write_report(report: dict, folder: Path) -> Path:
 
 def console_table(report: dict) -> str:
     """The record as text: a row per layer, then float, QAT and QC side by side."""
-    rows = [f"{'layer':<32}{'bits':>7}{'w scale':>10}{'a scale':>10}{'offset':>10}{'w clip':>8}{'a clip':>8}{'codes':>7}"]
+    head = ("bits", 7), ("w scale", 10), ("a scale", 10), ("offset", 10), ("w clip", 8), ("a clip", 8), ("codes", 7)
+    rows = [f"{'layer':<32}" + "".join(f"{title:>{width}}" for title, width in head)]
     for x in report["layers"]:
         scales = x["weight_scale"]
         offset = "-" if x["act_offset"] is None else f"{x['act_offset']:.4f}"
