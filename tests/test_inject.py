@@ -242,8 +242,8 @@ def test_calibrate_starts_from_what_each_layer_sees(small, method):
     assert torch.equal(first.weight_quant.scale, twin.weight_quant.scale)
     seen = torch.cat([images(seed=s).flatten()[::3] for s in (1, 2)])  # the observer's stride at this size
     twin.act_quant.calibrate(seen, float(seen.min()), method)
-    # another sample of the same uniform noise: extremes and mean agree to a few percent
-    torch.testing.assert_close(first.act_quant.scale, twin.act_quant.scale, rtol=0.05, atol=0)
+    assert torch.equal(first.act_quant.scale, twin.act_quant.scale)
+    assert torch.equal(first.act_quant.offset, twin.act_quant.offset)
 
 
 def test_calibrate_chooses_unsigned_without_offset(small):
@@ -296,17 +296,19 @@ def test_subclasses_of_conv2d_are_left_alone():
 
 @pytest.mark.parametrize("pristine", ["yolov5n.yaml", "yolo26n.yaml"], indirect=True)
 def test_eight_bits_are_near_float_and_two_are_not(pristine):
-    """Deviation relative to each channel's spread over images and positions: biases would flatter it."""
-    x = images(4)
-    reference = heads(pristine, x)
-    error = {}
-    for bits in (8, 2):
+    """Layer by layer, on the input that the float model gives it (an untrained network with batch norm amplifies any
+    deviation from layer to layer, so its final outputs tell nothing). Relative to the output's spread."""
+    model, x = copy.deepcopy(pristine), images()
+    seen = {}
+    for name, m in model.named_modules():
+        if type(m) is nn.Conv2d:
+            m.register_forward_hook(lambda m, args, y, name=name: seen.update({name: (args[0].detach(), y.detach())}))
+    model(x)
+    for bits, low, high in ((8, 0.0, 0.03), (2, 0.25, 2.0)):
         quantized = copy.deepcopy(pristine)
         inject(quantized, QCConfig(bits=bits, edge_bits=bits), (), fixed_convs(quantized))
         calibrate(quantized, [x], quantized)
-        error[bits] = [
-            ((y - r).norm() / (r - r.mean((0, 2), keepdim=True)).norm()).item()
-            for y, r in zip(heads(quantized, x), reference)
-        ]
-    print(error)
-    assert max(error[8]) < 0.1 and min(error[2]) > 0.3
+        with torch.no_grad():
+            error = [((m(seen[n][0]) - seen[n][1]).norm() / (seen[n][1] - seen[n][1].mean()).norm()).item()
+                     for n, m in quant_convs(quantized)]  # fmt: skip
+        assert low < min(error) and max(error) < high
