@@ -77,7 +77,7 @@ def test_two_epochs_through_the_stock_program(digits, tmp_path):
     [
         {"optimizer": "SGD", "freeze": 5, "cos_lr": True, "batch": 4, "nbs": 8},
         {"optimizer": "AdamW", "multi_scale": 0.5, "batch": 4, "nbs": 16},
-        {"optimizer": "MuSGD", "close_mosaic": 1, "epochs": 3, "patience": 1, "save_period": 1},
+        {"optimizer": "MuSGD", "close_mosaic": 1, "epochs": 3, "patience": 1, "save_period": 1, "plots": True},
         {"optimizer": "auto", "warmup_epochs": 1, "epochs": 2, "nbs": 8},
     ],
     ids=lambda a: a["optimizer"],

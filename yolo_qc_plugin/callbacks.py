@@ -71,11 +71,15 @@ class QCCallbacks:
             )
 
     def on_model_setup(self, trainer: BaseTrainer) -> None:
-        """Inject the quantizers; on resume, with the state that the checkpoint holds."""
+        """Inject the quantizers; on resume, with the options and the state that the checkpoint holds."""
         model = trainer.model
         host.check_model(model)
         resumed = trainer.qc_checkpoint
-        if not resumed and RANK in {-1, 0}:
+        if resumed:
+            self.config = resumed["ema"].qc.options
+        elif trainer.resume:
+            raise QCError(f"QC: {trainer.args.model} is a float run and cannot be resumed with callbacks=qc.")
+        elif RANK in {-1, 0}:
             self.float_model = deepcopy(model)
         injection = inject(model, self.config, host.edge_convs(model), host.fixed_convs(model))
         model.qc = QuantRecord(self.config.to_dict())
@@ -96,7 +100,7 @@ class QCCallbacks:
             trainer.ema.ema.load_state_dict(model.state_dict())
             trainer.ema.ema.qc = model.qc
         self._take_over_ema(trainer)
-        self.steps = ScaleSteps(trainer.optimizer, model)
+        self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
 
     def on_train_epoch_start(self, trainer: BaseTrainer) -> None:
         """Take the EMA over again where the host replaced it (recovery from a NaN loss)."""
