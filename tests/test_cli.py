@@ -76,7 +76,16 @@ def test_eval_of_files(tmp_path, capsys):
     assert "AP50" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("pairs", [["model=x.pt"], ["modle=x.pt"], ["imgsz=big", "model=a", "data=b"], ["model"]])
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        ["model=x.pt"],
+        ["modle=x.pt"],
+        ["imgsz=big", "model=a", "data=b"],
+        ["model"],
+        ["annotations=a", "detections=b", "imgsz=3"],
+    ],
+)
 def test_eval_refuses_in_one_line(pairs, capsys):
     assert main(["eval", *pairs]) == 1
     assert capsys.readouterr().err.count("\n") == 1

@@ -108,7 +108,7 @@ def test_body_bits(options, expected):
     ("scale_lr", "0.5", 0.5), ("correction_lr", "1e-4", 1e-4), ("ema_decay", "0", 0.0), ("ema_decay", ".999", 0.999),
     ("correction_epochs", "2", 2), ("calibration_batches", "16", 16),
     ("skip", "", ()), ("skip", "model.9.*", ("model.9.*",)), ("skip", "a, b.*", ("a", "b.*")),
-    ("skip", "[a,b]", ("a", "b")), ("skip", "('a', \"b\",)", ("a", "b")), ("skip", "model.[01].conv", ("model.[01].conv",)),
+    ("skip", "[a,b]", ("a", "b")), ("skip", "('a', \"b\",)", ("a", "b")), ("skip", "a.[01].b", ("a.[01].b",)),
     ("skip", "model.[01]", ("model.[01]",)), ("skip", "a,model.[01]", ("a", "model.[01]")),
     ("layer_bits", "", {}), ("layer_bits", "model.24.*:6", {"model.24.*": 6}),
     ("layer_bits", "a:6, b.*: 2", {"a": 6, "b.*": 2}), ("layer_bits", "{'a': 6, 'b': 3}", {"a": 6, "b": 3}),
@@ -176,7 +176,7 @@ configs = st.builds(
 @settings(max_examples=100, deadline=None)
 def test_to_dict_is_json_and_round_trips(config):
     plain = config.to_dict()
-    assert list(plain) == NAMES
+    assert list(plain) == NAMES and json.loads(json.dumps(plain)) == plain
     assert QCConfig.from_options(json.loads(json.dumps(plain))) == config
 
 
@@ -192,7 +192,7 @@ def test_every_value_can_be_given_as_text(config, skip, layer_bits):
     assert QCConfig.from_options(texts) == config
 
 
-TEXTS = st.text() | st.from_regex(r"[-+0-9.eE_]*", fullmatch=True) | st.from_regex(r"[{(\['\"a-c*,:0-9²٣ ]*", fullmatch=True)
+TEXTS = st.text() | st.text("-+.eE_0123456789") | st.text("{}()[]'\"abc*,: 09²٣")
 
 
 @given(st.sampled_from(NAMES), TEXTS)

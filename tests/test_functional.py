@@ -61,6 +61,22 @@ def test_values_equal_the_formula_bit_for_bit(bits, signed, with_offset, channel
     assert torch.equal(from_codes(used, along(s, x), along(z, x) if with_offset else None), expected)
 
 
+@pytest.mark.parametrize("with_offset", [False, True], ids=["symmetric", "offset"])
+def test_values_at_rounding_thresholds_equal_the_formula(with_offset):
+    """On every threshold and a few ulp around: a product with 1 / scale instead of a division shows there."""
+    scales = torch.rand(64, generator=torch.Generator().manual_seed(0)) + 0.01
+    up, reciprocal_differs = torch.tensor(torch.inf), 0
+    for s in scales.split(1):
+        z = -5 * s if with_offset else None
+        x = from_codes(torch.arange(-8, 7) + 0.5, s, z)
+        for x in (x, x.nextafter(up), x.nextafter(-up), x.nextafter(up).nextafter(up)):
+            expected = formula(x, s, z, -8, 7)
+            assert torch.equal(fake_quantize(x, s, z, -8, 7), expected)
+            product = ((x - z if with_offset else x) * (1 / s)).round().clamp(-8, 7)
+            reciprocal_differs += (from_codes(product, s, z) != expected).sum().item()
+    assert reciprocal_differs > 10
+
+
 @pytest.mark.parametrize("channels", [1, 5])
 @pytest.mark.parametrize("with_offset", [False, True], ids=["symmetric", "offset"])
 @pytest.mark.parametrize("bits,signed", RANGES)
@@ -153,7 +169,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("grad_layout", [lambda x: x, LAYOUTS["channels_last"]], ids=["plain_grad", "channels_last_grad"])
+@pytest.mark.parametrize("grad_layout", [lambda x: x, LAYOUTS["channels_last"]], ids=["plain grad", "other grad"])
 @pytest.mark.parametrize("channels", [1, 5])
 def test_memory_layout_does_not_matter(layout, grad_layout, channels):
     x, s, z = sample(-8, 7, channels, True)

@@ -15,6 +15,7 @@ from yolo_qc_plugin.correction import insert_correction
 from yolo_qc_plugin.host import edge_convs, fixed_convs
 from yolo_qc_plugin.inject import calibrate, inject, quantizers_off, remove
 from yolo_qc_plugin.layers import QuantConv2d, quant_convs
+from yolo_qc_plugin.observers import SampleObserver
 
 MODELS = ["yolov5n.yaml", "yolov8n.yaml", "yolo11n.yaml", "yolo26n.yaml"]
 
@@ -219,9 +220,9 @@ def test_calibrate_changes_scales_offsets_and_ranges_only(model, fails):
 
     if fails:
         with pytest.raises(KeyError, match="forward failed"):
-            calibrate(model, [images(seed=s) for s in (1, 2)], forward)
+            calibrate(model, [images(seed=s) for s in (1, 2)], forward, "lsq")
     else:
-        calibrate(model, [images(seed=s) for s in (1, 2)], forward)
+        calibrate(model, [images(seed=s) for s in (1, 2)], forward, "lsq")
     after = model.state_dict()
     changed = {k for k in after if not torch.equal(after[k], before[k])}
     assert {k.rpartition(".")[2] for k in changed} == (set() if fails else {"scale", "offset"})
@@ -232,18 +233,23 @@ def test_calibrate_changes_scales_offsets_and_ranges_only(model, fails):
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("method", ["mse", "lsq"])
-def test_calibrate_starts_from_what_each_layer_sees(small, method):
-    model = copy.deepcopy(small)
-    put_in(model, False, scale_init=method)
-    calibrate(model, [images(seed=s) for s in (1, 2)], model, method)
-    first, twin = model.model[0].conv, copy.deepcopy(model.model[0].conv)
-    twin.weight_quant.calibrate(small.model[0].conv.weight, method)
-    assert torch.equal(first.weight_quant.scale, twin.weight_quant.scale)
-    seen = torch.cat([images(seed=s).flatten()[::3] for s in (1, 2)])  # the observer's stride at this size
-    twin.act_quant.calibrate(seen, float(seen.min()), method)
-    assert torch.equal(first.act_quant.scale, twin.act_quant.scale)
-    assert torch.equal(first.act_quant.offset, twin.act_quant.offset)
+@pytest.mark.parametrize("method,training", [("mse", True), ("lsq", True), ("lsq", False)])
+def test_calibrate_starts_from_what_each_layer_sees(small, method, training):
+    """In a float model whose batch norms are in the mode that the model is in."""
+    model, plain = copy.deepcopy(small).train(training), copy.deepcopy(small).train(training)
+    put_in(model, False)
+    batches = [images(seed=s) for s in (1, 2)]
+    calibrate(model, batches, model, method)
+    for name in ("model.0.conv", "model.2.cv1.conv", "model.24.cv2.1.2"):
+        seen = SampleObserver()
+        plain.get_submodule(name).register_forward_pre_hook(lambda _, args, seen=seen: seen.update(args[0]))
+        for x in batches:
+            plain(x)
+        found, expected = model.get_submodule(name), copy.deepcopy(model.get_submodule(name))
+        expected.weight_quant.calibrate(plain.get_submodule(name).weight, method)
+        expected.act_quant.calibrate(seen.values, seen.low, method)
+        for key, value in expected.state_dict().items():
+            assert torch.equal(found.state_dict()[key], value) and not (value == 1).all(), (name, key)
 
 
 def test_calibrate_chooses_unsigned_without_offset(small):
@@ -294,18 +300,17 @@ def test_subclasses_of_conv2d_are_left_alone():
     assert list(inject(model, QCConfig()).quantized) == ["1"] and type(model[0]) is Other
 
 
-@pytest.mark.parametrize("pristine", ["yolov5n.yaml", "yolo26n.yaml"], indirect=True)
-def test_eight_bits_are_near_float_and_two_are_not(pristine):
+def test_eight_bits_are_near_float_and_two_are_not(small):
     """Layer by layer, on the input that the float model gives it (an untrained network with batch norm amplifies any
     deviation from layer to layer, so its final outputs tell nothing). Relative to the output's spread."""
-    model, x = copy.deepcopy(pristine), images()
+    model, x = copy.deepcopy(small), images()
     seen = {}
     for name, m in model.named_modules():
         if type(m) is nn.Conv2d:
             m.register_forward_hook(lambda m, args, y, name=name: seen.update({name: (args[0].detach(), y.detach())}))
     model(x)
     for bits, low, high in ((8, 0.0, 0.03), (2, 0.25, 2.0)):
-        quantized = copy.deepcopy(pristine)
+        quantized = copy.deepcopy(small)
         inject(quantized, QCConfig(bits=bits, edge_bits=bits), (), fixed_convs(quantized))
         calibrate(quantized, [x], quantized)
         with torch.no_grad():

@@ -144,6 +144,16 @@ def test_forward_in_half_returns_half(dtype):
     assert error < 3 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_forward_in_half_convolves_the_codes_of_fp32(dtype):
+    q = quantized()
+    q.correction = None
+    at_thresholds(q)
+    x, weight = images().to(dtype), q.weight_quant(q.weight).to(dtype)
+    expected = nn.functional.conv2d(q.act_quant(x), weight, q.bias.to(dtype), padding=1)
+    assert torch.equal(q(x), expected)
+
+
 def at_thresholds(q):
     """Weights on every rounding threshold of q's grid, and one ulp to either side; returns how many there are."""
     s = q.weight_quant.scale.detach()
@@ -185,7 +195,7 @@ def test_at_most_two_to_the_bits_codes(bits, per_channel):
     assert q.act_quant(images(8)).unique().numel() <= 2**bits
 
 
-@pytest.mark.parametrize("through", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))], ids=["copy", "pickle"])
 @pytest.mark.parametrize("offset", [False, True])
 def test_copies_compute_the_same_and_share_nothing(through, offset):
     q = quantized(per_channel=True, offset=offset)

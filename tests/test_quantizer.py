@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from yolo_qc_plugin.functional import fake_quantize
 from yolo_qc_plugin.observers import SampleObserver, lsq_scale, mse_scale
@@ -15,7 +16,7 @@ from yolo_qc_plugin.quantizer import ActQuantizer, WeightQuantizer
 
 RAND = torch.Generator().manual_seed(0)
 NORMAL = torch.randn(1024, generator=RAND)
-SILU = torch.nn.functional.silu(2 * torch.randn(1024, generator=RAND))
+SILU = nn.functional.silu(2 * torch.randn(1024, generator=RAND))
 ROWS = {  # each a distribution that a weight (or one of its channels) may have
     "normal": NORMAL,
     "uniform": torch.rand(1024, generator=RAND) - 0.5,
@@ -30,7 +31,7 @@ ROWS = {  # each a distribution that a weight (or one of its channels) may have
 }
 BITS = [2, 3, 4, 8]
 
-# The search steps by 1% of the largest magnitude, so it misses the best scale by at most half of that. Around the minimum
+# The search steps by 1% of the largest magnitude and misses the best scale by at most half of that. Around the minimum
 # the error is flat: 1% is generous. At 8 bits it is less flat: one step clips or wastes more than one of 128 levels.
 SLACK = {2: 1.01, 3: 1.01, 4: 1.01, 8: 1.2}
 
@@ -120,6 +121,8 @@ def test_lsq_start_of_each_quantizer(bits):
     a = ActQuantizer(bits, offset=True)
     a.calibrate(SILU, float(SILU.min()), "lsq")
     assert a.offset.item() == SILU.min() and torch.equal(a.scale, lsq_scale((SILU - SILU.min())[None], 2**bits - 1))
+    a.calibrate(SILU + 9, 8.0, "lsq")  # the grid begins at 0 where nothing is negative
+    assert a.offset.item() == 0 and torch.equal(a.scale, lsq_scale((SILU + 9)[None], 2**bits - 1))
 
 
 @pytest.mark.parametrize("low,signed", [(0.0, False), (-0.0, False), (0.5, False), (-1e-6, True), (-3.0, True)])
@@ -164,6 +167,13 @@ def test_observer_bounds_its_sample_and_sees_every_channel():
     assert set(seen.samples[0].clamp(min=0).tolist()) == set(map(float, range(16)))
     with pytest.raises(RuntimeError, match="nothing observed"):
         SampleObserver().values
+
+
+def test_observer_sees_every_column_of_a_large_tensor():
+    """A stride of a power of two would see one column of each row."""
+    seen = SampleObserver(capacity=128)
+    seen.update(torch.arange(32.0).expand(1, 32, 32, 32))
+    assert 128 <= len(seen.values) <= 256 and len(seen.values.unique()) == 32
 
 
 offsets = st.floats(-40, 5)  # in steps: in the range of 4 bits, beyond it, and above 0
@@ -234,7 +244,7 @@ def test_activations_of_an_empty_batch(with_offset):
 
 @pytest.mark.parametrize("through", [
     lambda q, fresh: fresh.load_state_dict(q.state_dict()) and fresh,
-    lambda q, fresh: torch.nn.Sequential(fresh).load_state_dict({f"0.{k}": v for k, v in q.state_dict().items()}) and fresh,
+    lambda q, fresh: nn.Sequential(fresh).load_state_dict(nn.Sequential(q).state_dict()) and fresh,
     lambda q, fresh: copy.deepcopy(q),
     lambda q, fresh: pickle.loads(pickle.dumps(q)),
 ], ids=["state_dict", "nested state_dict", "deepcopy", "pickle"])  # fmt: skip
@@ -275,3 +285,15 @@ def test_clipped_share_counts_what_lies_beyond_the_range(with_offset):
         q.offset.data.fill_(-2.0)
     x = torch.tensor([-2.6, -2.4, 0.0, 1.4, 1.6, 9.0])  # range [-2, 1] either way, and half a step beyond is rounding
     assert q.clipped(x).item() == pytest.approx(3 / 6)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_mse_start_sees_negative_weights(bits):
+    """An all-negative tensor has a scale as good as its mirror image's, but for the one code more on its side."""
+    w = torch.rand(4, 8, 3, 3, generator=torch.Generator().manual_seed(0)) + 0.1
+    scales = []
+    for x in (w, -w):
+        quantizer = WeightQuantizer(bits)
+        quantizer.calibrate(x, "mse")
+        scales.append(float(quantizer.scale))
+    assert scales[1] == pytest.approx(scales[0], rel=0.6)

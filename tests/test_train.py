@@ -245,7 +245,7 @@ def test_float_runs_are_not_changed(digits, tmp_path):
     """With the patches installed, a run that does not ask for the plugin ends with the same bytes of weights."""
     code = (
         "import sys, torch\nfrom ultralytics import YOLO\n"
-        "if sys.argv[1] == 'attached':\n    from yolo_qc_plugin.host import attach; attach()\n"
+        "if sys.argv[1] == 'attached':\n    from yolo_qc_plugin.callbacks import attach; attach()\n"
         f"YOLO('yolov5n.yaml').train(data={str(digits)!r}, project={str(tmp_path)!r}, name=sys.argv[1], **{TINY!r})\n"
     )
     for name in ("attached", "stock"):
@@ -262,6 +262,7 @@ def test_float_runs_are_not_changed(digits, tmp_path):
     [
         ({"quantize": 8}, "quantize=8"),
         ({"compile": True}, "compile=True"),
+        ({"distill_model": "yolov5s.yaml"}, "distill_model"),
     ],
 )
 def test_refused_before_training(train, arguments, message):

@@ -10,14 +10,12 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-# public name -> module that defines it
+# public name -> module that defines it; none is named as its module, which would hide it once imported
 _EXPORTS = {
     "QCConfig": "config",
     "add_qc_callbacks": "callbacks",
     "QuantConv2d": "layers",
-    "inject": "inject",
     "remove": "inject",
-    "evaluate": "evaluate",
     "compose": "digits",
 }
 

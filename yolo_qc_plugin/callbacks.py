@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import fields
 from itertools import islice
 
 from ultralytics.engine.trainer import BaseTrainer
@@ -62,6 +63,10 @@ class QCCallbacks:
                 f"QC: quantize={args.quantize!r} is Ultralytics' own quantization and cannot be combined with "
                 "callbacks=qc; leave it out (widths are qc_bits, qc_weight_bits and qc_act_bits)."
             )
+        if args.distill_model is not None:
+            raise QCError(f"QC: distill_model={args.distill_model!r} does not work with quantizers yet; leave it out.")
+        if trainer.world_size > 1:
+            raise QCError(f"QC: device={args.device!r} is not supported yet; give one device.")
         if args.compile:
             raise QCError(f"QC: compile={args.compile!r} does not work with quantizers yet; accepted: compile=False.")
         if not args.resume and str(args.model).endswith(".pt") and is_quantized(load_checkpoint(args.model)[0]):
@@ -76,9 +81,12 @@ class QCCallbacks:
         host.check_model(model)
         resumed = trainer.qc_checkpoint
         if resumed:
-            self.config = resumed["ema"].qc.options
+            self._take_options(resumed["ema"].qc.options)
         elif trainer.resume:
-            raise QCError(f"QC: {trainer.args.model} is a float run and cannot be resumed with callbacks=qc.")
+            raise QCError(
+                f"QC: {trainer.args.model} is no unfinished run of callbacks=qc and cannot be resumed as one; start "
+                "from a float checkpoint without resume."
+            )
         elif RANK in {-1, 0}:
             self.float_model = deepcopy(model)
         injection = inject(model, self.config, host.edge_convs(model), host.fixed_convs(model))
@@ -97,6 +105,8 @@ class QCCallbacks:
                 model.qc.float_metrics = validate(trainer, self.float_model)
                 self.float_model = None
             self._calibrate(trainer, model)
+            for stale in (trainer.wdir / "qat.pt", trainer.save_dir / "qc" / "report.json"):  # of an earlier run here
+                stale.unlink(missing_ok=True)
             trainer.ema.ema.load_state_dict(model.state_dict())
             trainer.ema.ema.qc = model.qc
         self._take_over_ema(trainer)
@@ -116,6 +126,14 @@ class QCCallbacks:
         """Correct, keep the better, report."""
         finish(trainer, self.config)
 
+    def _take_options(self, saved: QCConfig) -> None:
+        """Continue with the checkpoint's options; say so where others were given."""
+        defaults = QCConfig()
+        names = [f.name for f in fields(QCConfig) if getattr(self.config, f.name) != getattr(saved, f.name)]
+        if ignored := [n for n in names if getattr(self.config, n) != getattr(defaults, n)]:
+            LOGGER.warning(f"{host.PREFIX}resume ignores {', '.join(ignored)} and uses the checkpoint's options.")
+        self.config = saved
+
     def _calibrate(self, trainer: BaseTrainer, model) -> None:
         trainer._model_train()  # batch norms of frozen layers keep their statistics, as they will in training
         calibrate(
@@ -129,6 +147,11 @@ class QCCallbacks:
     def _take_over_ema(self, trainer: BaseTrainer) -> None:
         if not isinstance(trainer.ema, ConstantEMA):
             trainer.ema = ConstantEMA(trainer.ema.ema, self.config.ema_decay, trainer.ema.updates)
+
+
+def attach() -> None:
+    """Attach the plugin to the host in this process; costs nothing where it is not asked for."""
+    host.attach(on_resume=lambda trainer, record: QCCallbacks(record.options).register(trainer))
 
 
 def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConfig:
@@ -152,7 +175,7 @@ def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConf
     if config is not None and options:
         raise QCError(f"QC: give config or options, not both (got config and {', '.join(options)}).")
     config = config or QCConfig.from_options(options)
-    host.attach()
+    attach()
     module = getattr(model, "model", None)
     if hasattr(module, "modules"):
         host.check_model(module)

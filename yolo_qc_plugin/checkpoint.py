@@ -43,7 +43,7 @@ class QuantRecord:
                 f"version {__version__} reads formats up to {FORMAT}. Upgrade yolo-qc-plugin."
             )
         self.__dict__.update(state)
-        from .host import attach  # the record is read wherever a checkpoint is, before anything else of ours runs
+        from .callbacks import attach  # a checkpoint may be all that this process has of the plugin
 
         attach()
 

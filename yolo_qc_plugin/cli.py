@@ -52,8 +52,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[QCConfig | None, list[str
         return None, rest
     if "train" not in rest and "mode=train" not in rest:
         raise QCError(
-            "QC: callbacks=qc applies to 'yolo train'. A checkpoint of ours needs no callbacks for val, predict, track "
-            "or export."
+            "QC: callbacks=qc applies to 'yolo train'. A checkpoint of ours needs no callbacks for val, predict and track."
         )
     return QCConfig.from_options(options), rest
 
@@ -88,10 +87,9 @@ def _with_callbacks(config: QCConfig, command) -> None:
     """Run a command whose YOLO object is made with the plugin's callbacks among the host's default ones."""
     from ultralytics.utils.callbacks.base import default_callbacks
 
-    from . import host
-    from .callbacks import QCCallbacks
+    from .callbacks import QCCallbacks, attach
 
-    host.attach()
+    attach()
     events = QCCallbacks(config).events()
     before = {event: default_callbacks.get(event) for event in events}
     try:
@@ -154,6 +152,8 @@ def _eval(args: argparse.Namespace) -> None:
     if {"annotations", "detections"} <= options.keys():
         from .evaluate import coco_metrics
 
+        if extra := options.keys() - {"annotations", "detections", "max_det"}:
+            raise ValueError(f"{', '.join(sorted(extra))} is not accepted with annotations= and detections=")
         result = coco_metrics(**options)
         print("\n".join(f"{k:<8}{'-' if v is None else f'{v:.4f}'}" for k, v in result.items() if k != "per_class"))
     elif {"model", "data"} <= options.keys():

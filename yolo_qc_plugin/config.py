@@ -65,9 +65,9 @@ class QCConfig:
     layer_bits: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
-        if isinstance(self.skip, str):
-            object.__setattr__(self, "skip", (self.skip,))
-        object.__setattr__(self, "skip", tuple(self.skip))
+        if not isinstance(self.skip, (str, tuple, list)):
+            _refuse("skip", self.skip, "names or patterns as non-empty strings, e.g. ('model.9.*',)")
+        object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
         if not isinstance(self.layer_bits, Mapping):
             _refuse("layer_bits", self.layer_bits, "a mapping of name patterns to widths, e.g. {'model.24.*': 6}")
         object.__setattr__(self, "layer_bits", dict(self.layer_bits))
@@ -132,6 +132,15 @@ class QCConfig:
         return cls(**{n: _parse(n, v, known[n]) if isinstance(v, str) else v for n, v in options.items()})
 
 
+_WIDTHS = {str(bits) for bits in range(MIN_BITS, MAX_BITS + 1)}
+
+
+def _unwrap(text: str, opening: str, closing: str) -> str:
+    """Take off one pair of outer brackets; a lone bracket belongs to a pattern such as model.[01]."""
+    text = text.strip()
+    return text[1:-1] if len(text) > 1 and text[0] in opening and text[-1] in closing else text
+
+
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -155,16 +164,16 @@ def _parse(name: str, text: str, kind: str):
             _refuse(name, text, "True or False")
         return low in {"true", "1"}
     if kind.startswith("tuple"):
-        return tuple(p.strip() for p in text.strip("()[]").split(",") if p.strip(" '\""))
+        return tuple(p for p in (p.strip(" '\"") for p in _unwrap(text, "([", ")]").split(",")) if p)
     if kind.startswith("Mapping"):
-        pairs = [p.rpartition(":") for p in text.strip("{}").split(",") if p.strip()]
-        if not all(sep and bits.strip().isdigit() for _, sep, bits in pairs):
+        pairs = [p.rpartition(":") for p in _unwrap(text, "{", "}").split(",") if p.strip()]
+        if not all(sep and bits.strip() in _WIDTHS for _, sep, bits in pairs):
             _refuse(name, text, "pattern:bits[,pattern:bits...], e.g. model.24.*:6")
         return {pattern.strip(" '\""): int(bits) for pattern, _, bits in pairs}
     if kind.startswith(("int", "float")):
         cast = int if kind.startswith("int") else float
         try:
-            return cast(low)
+            return cast(low)  # more digits than Python reads are refused here too
         except ValueError:
             _refuse(name, text, "a whole number" if cast is int else "a number")
     return text.strip()

@@ -51,7 +51,9 @@ class ConstantEMA:
     def _match(self, model: nn.Module) -> tuple[list, list, list, list]:
         state = model.state_dict()
         averages, values, copies, sources = [], [], [], []
-        for name, tensor in self.ema.state_dict().items():
+        # a tensor shared by two modules has two names and is to be moved once
+        own = {tensor.data_ptr(): (name, tensor) for name, tensor in self.ema.state_dict().items() if tensor.numel()}
+        for name, tensor in own.values():
             floating = tensor.is_floating_point()
             (averages if floating else copies).append(tensor)
             (values if floating else sources).append(state[name])

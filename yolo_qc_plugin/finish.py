@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import shutil
-from copy import deepcopy
+from copy import copy, deepcopy
 from pathlib import Path
 
 import torch
@@ -33,11 +33,13 @@ def validate(trainer: BaseTrainer, model: nn.Module | Path) -> dict[str, float]:
         map50_95, map50 and fitness, each in [0, 1].
     """
     validator = trainer.validator
-    plots, validator.args.plots = validator.args.plots, False
+    # arguments of its own: a measurement outside training sets some of them for good (save_json on COCO, say)
+    args, validator.args = validator.args, copy(validator.args)
+    validator.args.plots = validator.args.save_json = False
     try:
         validator(model=model)
     finally:
-        validator.args.plots = plots
+        validator.args = args
     return metrics_of(validator)
 
 
@@ -105,7 +107,7 @@ def correct(trainer: BaseTrainer, config: QCConfig, source: Path) -> nn.Module:
     freeze_statistics(model)
     model.criterion = model.init_criterion()
     if hasattr(model.criterion, "update"):  # the end-to-end loss shifts its weights by the epoch: use the last one's
-        model.criterion.updates = trainer.epoch
+        model.criterion.updates = trainer.epoch - 1
         model.criterion.update()
 
     dtype = torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp

@@ -32,4 +32,5 @@ def fold_bn(conv: QuantConv2d, bn: nn.BatchNorm2d) -> QuantConv2d:
     folded.gamma.copy_(a * gamma)
     folded.beta.copy_(a * (beta - bn.running_mean.double()) + bn.bias)
     conv.correction = folded.requires_grad_(False)
+    conv.folded = True
     return conv.requires_grad_(False)

@@ -11,7 +11,8 @@ The patches, each a wrapper that calls the original and does nothing for models 
 from __future__ import annotations
 
 import inspect
-from functools import wraps
+from collections.abc import Callable
+from functools import partial, wraps
 from importlib import metadata
 
 from torch import nn
@@ -23,7 +24,7 @@ from ultralytics.utils import LOGGER, colorstr
 from ultralytics.utils.checks import check_version
 from ultralytics.utils.torch_utils import fuse_conv_and_bn, fuse_deconv_and_bn, unwrap_model
 
-from .checkpoint import record_of
+from .checkpoint import QuantRecord, record_of
 from .config import QCError
 from .fold import fold_bn
 from .layers import QuantConv2d, is_quantized, scale_parameters
@@ -71,8 +72,11 @@ def check_host() -> None:
             )
 
 
-def attach() -> None:
+def attach(on_resume: Callable[[BaseTrainer, QuantRecord], None]) -> None:
     """Install the patches, once per process.
+
+    Args:
+        on_resume: Called with a trainer that resumes a quantized run without our callbacks, and the run's record.
 
     Raises:
         QCError: From `check_host`.
@@ -80,20 +84,19 @@ def attach() -> None:
     if hasattr(BaseTrainer.setup_model, "qc_patch"):
         return
     check_host()
-    for (owner, name), patch in zip(_PATCHED, (_announce_model, _group_scales, _fold_quantized)):
+    patches = partial(_announce_model, on_resume=on_resume), _group_scales, _fold_quantized
+    for (owner, name), patch in zip(_PATCHED, patches):
         wrapped = wraps(getattr(owner, name))(patch(getattr(owner, name)))
         wrapped.qc_patch = True
         setattr(owner, name, wrapped)
 
 
-def _announce_model(original):
+def _announce_model(original, on_resume):
     def setup_model(self):
         checkpoint = original(self)
         record = record_of(checkpoint.get("ema")) if self.resume and checkpoint else None
         if record and not self.callbacks.get(ON_MODEL_SETUP):  # a resumed run need not name the plugin again
-            from .callbacks import QCCallbacks
-
-            QCCallbacks(record.options).register(self)
+            on_resume(self, record)
         self.qc_checkpoint = checkpoint if record else None
         self.run_callbacks(ON_MODEL_SETUP)
         return checkpoint
@@ -104,9 +107,9 @@ def _announce_model(original):
 def _group_scales(original):
     def build_optimizer(self, model, *args, **kwargs):
         optimizer = original(self, model, *args, **kwargs)
-        record = record_of(unwrap_model(model))
-        if record:
-            group = separate_scales(optimizer, scale_parameters(model), record.options.scale_lr)
+        scales = scale_parameters(model)
+        if scales:
+            group = separate_scales(optimizer, scales, record_of(unwrap_model(model)).options.scale_lr)
             LOGGER.info(
                 f"{PREFIX}{len(group['params'])} scales and offsets in a group of their own, lr={group['lr']:g}"
             )

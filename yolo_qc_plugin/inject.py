@@ -91,7 +91,12 @@ def remove(model: nn.Module) -> int:
 
     Returns:
         Number of convolutions restored.
+
+    Raises:
+        QCError: If the model is fused: its batch norms are gone.
     """
+    if any(m.folded for _, m in quant_convs(model)):
+        raise QCError("QC: the model is fused; load the checkpoint again and remove() before fuse().")
     twins = {m: m.to_float() for _, m in quant_convs(model)}
     _replace(model, twins)
     return len(twins)

@@ -42,7 +42,10 @@ class QuantConv2d(nn.Conv2d):
         weight_quant: WeightQuantizer.
         act_quant: ActQuantizer of the input.
         correction: ChannelAffine of the output, or None.
+        folded: The correction holds a batch norm too (`fold`), so the float layer cannot be had back.
     """
+
+    folded = False
 
     weight_quant: WeightQuantizer
     act_quant: ActQuantizer
@@ -57,7 +60,7 @@ class QuantConv2d(nn.Conv2d):
         self.__dict__ = _shared_state(conv)
         self.weight_quant = WeightQuantizer(weight_bits, conv.out_channels if per_channel else 1)
         self.act_quant = ActQuantizer(act_bits, act_offset)
-        self.correction = None
+        self.register_module("correction", None)
         nn.Module.to(self.weight_quant, conv.weight.device)
         nn.Module.to(self.act_quant, conv.weight.device)
         return self

@@ -73,7 +73,9 @@ def mse_scale(x: Tensor, quant_min: int, quant_max: int) -> Tensor:
         Shape (rows,), at least TINY.
     """
     # the scale that clips nothing; below it, clipping error is traded for rounding error
-    full = torch.maximum(x.amax(1) / quant_max, -x.amin(1) / quant_min if quant_min else x.amax(1) / quant_max)
+    full = x.amax(1) / quant_max
+    if quant_min:
+        full = torch.maximum(full, x.amin(1) / quant_min)
     full = full.clamp(min=TINY)
     best, best_error = full.clone(), torch.full_like(full, float("inf"))
     for step in range(1, SEARCH_STEPS + 1):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .observers import TINY
 from .quantizer import Quantizer
 
 
@@ -43,7 +44,7 @@ class ScaleSteps:
     scale of an 8-bit weight, about 2e-3, would change sign within two steps. Its step is therefore taken in units of
     the scale: lr 1e-3 moves a scale by 0.1%, and an offset by a thousandth of a quantization step. The SGD family
     follows LSQ's gradient, which the published gradient scale already brings into proportion, and is left as it is. In
-    either case one step at most halves or doubles a scale, so none reaches 0. Our reading; the papers train with SGD.
+    either case one step at most halves or doubles a scale, and none falls below TINY. Our reading; the papers train with SGD.
 
     Args:
         optimizer: Holds the parameters below; gets a pre- and a post-step hook.
@@ -73,5 +74,6 @@ class ScaleSteps:
             torch._foreach_copy_(self.parameters, torch._foreach_add(self.old, steps))
         old = self.old[: len(self.scales)]
         torch._foreach_maximum_(self.scales, torch._foreach_mul(old, 0.5))
+        torch._foreach_clamp_min_(self.scales, TINY)
         torch._foreach_minimum_(self.scales, torch._foreach_mul(old, 2.0))
         self.taken += 1

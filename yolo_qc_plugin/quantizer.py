@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -103,13 +105,13 @@ class ActQuantizer(Quantizer):
         if self.offset is None:
             return None
         snapped = -self.scale * (-self.offset / self.scale).round().clamp(self.quant_min, self.quant_max)
-        return self.offset + (snapped - self.offset).detach()
+        return snapped.detach() + (self.offset - self.offset.detach())  # exactly the snapped value
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize activations of shape (batch, ...)."""
         if not self.enabled:
             return x
-        grad_scale = (max(x[0].numel(), 1) * self.quant_max) ** -0.5
+        grad_scale = (max(math.prod(x.shape[1:]), 1) * self.quant_max) ** -0.5
         return fake_quantize(x, self.scale, self.grid_offset(), self.quant_min, self.quant_max, grad_scale)
 
     @torch.no_grad()
