@@ -10,6 +10,7 @@ from ultralytics.nn.modules import Conv, Conv2, ConvTranspose, RepConv
 from ultralytics.nn.modules.block import RepVGGDW
 from ultralytics.nn.tasks import BaseModel, DetectionModel
 
+from yolo_qc_plugin import host
 from yolo_qc_plugin.callbacks import attach
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.correction import insert_correction

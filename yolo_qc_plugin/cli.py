@@ -52,7 +52,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[QCConfig | None, list[str
         return None, rest
     if "train" not in rest and "mode=train" not in rest:
         raise QCError(
-            "QC: callbacks=qc applies to 'yolo train'. A checkpoint of ours needs no callbacks for val, predict and track."
+            "QC: callbacks=qc applies to 'yolo train'; val, predict and track open a checkpoint of ours without it."
         )
     return QCConfig.from_options(options), rest
 
