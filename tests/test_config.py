@@ -109,7 +109,8 @@ def test_body_bits(options, expected):
     ("correction_epochs", "2", 2), ("calibration_batches", "16", 16),
     ("skip", "", ()), ("skip", "model.9.*", ("model.9.*",)), ("skip", "a, b.*", ("a", "b.*")),
     ("skip", "[a,b]", ("a", "b")), ("skip", "('a', \"b\",)", ("a", "b")), ("skip", "a.[01].b", ("a.[01].b",)),
-    ("skip", "model.[01]", ("model.[01]",)), ("skip", "a,model.[01]", ("a", "model.[01]")),
+    ("skip", "model.[01]", ("model.[01]",)),
+    ("skip", "[ab].x,c.[01]", ("[ab].x", "c.[01]")), ("skip", "a,model.[01]", ("a", "model.[01]")),
     ("layer_bits", "", {}), ("layer_bits", "model.24.*:6", {"model.24.*": 6}),
     ("layer_bits", "a:6, b.*: 2", {"a": 6, "b.*": 2}), ("layer_bits", "{'a': 6, 'b': 3}", {"a": 6, "b": 3}),
 ])  # fmt: skip

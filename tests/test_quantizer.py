@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -181,6 +181,7 @@ scales = st.floats(1e-6, 1e3)
 
 
 @given(scales, offsets)
+@example(216.30484528616273, -34.0)  # offset + (snapped - offset) would be an ulp off here
 @settings(max_examples=200, deadline=None)
 def test_grid_offset_is_a_whole_number_of_steps(scale, steps):
     q = ActQuantizer(4, offset=True)
@@ -285,15 +286,3 @@ def test_clipped_share_counts_what_lies_beyond_the_range(with_offset):
         q.offset.data.fill_(-2.0)
     x = torch.tensor([-2.6, -2.4, 0.0, 1.4, 1.6, 9.0])  # range [-2, 1] either way, and half a step beyond is rounding
     assert q.clipped(x).item() == pytest.approx(3 / 6)
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_the_mse_start_sees_negative_weights(bits):
-    """An all-negative tensor has a scale as good as its mirror image's, but for the one code more on its side."""
-    w = torch.rand(4, 8, 3, 3, generator=torch.Generator().manual_seed(0)) + 0.1
-    scales = []
-    for x in (w, -w):
-        quantizer = WeightQuantizer(bits)
-        quantizer.calibrate(x, "mse")
-        scales.append(float(quantizer.scale))
-    assert scales[1] == pytest.approx(scales[0], rel=0.6)

@@ -138,7 +138,14 @@ _WIDTHS = {str(bits) for bits in range(MIN_BITS, MAX_BITS + 1)}
 def _unwrap(text: str, opening: str, closing: str) -> str:
     """Take off one pair of outer brackets; a lone bracket belongs to a pattern such as model.[01]."""
     text = text.strip()
-    return text[1:-1] if len(text) > 1 and text[0] in opening and text[-1] in closing else text
+    paired = len(text) > 1 and text[0] in opening and text[-1] == closing[opening.index(text[0])]
+    inner = text[1:-1] if paired else text
+    depth = 0  # the first bracket's partner must be the last character: "[ab].x,c.[01]" has no outer pair
+    for character in inner if paired else "":
+        depth += (character == text[0]) - (character == text[-1])
+        if depth < 0:
+            return text
+    return inner
 
 
 def _is_number(value) -> bool:

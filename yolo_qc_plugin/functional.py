@@ -64,6 +64,11 @@ def fake_quantize(
     return _FakeQuantize.apply(x, scale, offset, quant_min, quant_max, grad_scale)
 
 
+def widen(x: Tensor) -> Tensor:
+    """`x` in FP32 at least: codes are never computed in half precision."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 def _grid_position(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     """v of the formula, in fresh memory: division, not multiplication by 1/scale, as QuantizeLinear has it."""
     return x / scale if offset is None else (x - offset).div_(scale)
@@ -88,7 +93,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x, scale, offset, quant_min, quant_max, grad_scale):
         ctx.save_for_backward(x, scale, offset)
         ctx.quant_min, ctx.quant_max, ctx.grad_scale = quant_min, quant_max, grad_scale
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        wide = widen(x)
         s, z = _per_slice(scale, x), _per_slice(offset, x)
         out = to_codes(wide, s, z, quant_min, quant_max).mul_(s)
         return (out if z is None else out.add_(z)).to(x.dtype)
@@ -97,7 +102,7 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad):
         x, scale, offset = ctx.saved_tensors
         need_x, need_scale, need_offset = ctx.needs_input_grad[:3]
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        wide = widen(x)
         g = grad.to(wide.dtype)
         v = _grid_position(wide, _per_slice(scale, x), _per_slice(offset, x))
         # one fused pass: g where quant_min < v < quant_max, else 0

@@ -107,7 +107,7 @@ def mse_scale_offset(x: Tensor, quant_max: int) -> tuple[Tensor, Tensor]:
     for zero in sorted({round(most * i / 8) for i in range(9)}):
         reach = max(high / max(quant_max - zero, 1), -low / max(zero, 1) if zero else 0.0, TINY)
         for step in range(2, SEARCH_STEPS + 1, 2):
-            scale = reach * step / SEARCH_STEPS
+            scale = max(reach * step / SEARCH_STEPS, TINY)
             grid = (x / scale).round_().clamp_(-zero, quant_max - zero).mul_(scale)
             error = float((grid - x).square_().mean())
             if error < best[0]:

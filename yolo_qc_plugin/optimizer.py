@@ -40,12 +40,12 @@ def separate_scales(optimizer: Optimizer, scales: list[nn.Parameter], lr_factor:
 class ScaleSteps:
     """Keeps every optimizer step on scales and offsets in proportion to the scale, and every scale positive.
 
-    An adaptive optimizer (the Adam family, RMSprop) moves each parameter by about lr, whatever its size: at lr 1e-3 the
-    scale of an 8-bit weight, about 2e-3, would change sign within two steps. Its step is therefore taken in units of
-    the scale: lr 1e-3 moves a scale by 0.1%, and an offset by a thousandth of a quantization step. The SGD family
-    follows LSQ's gradient, which the published gradient scale already brings into proportion, and is left as it is. In
-    either case one step at most halves or doubles a scale, and none falls below TINY. Our reading; the papers train with
-    SGD.
+    An adaptive optimizer (the Adam family, RMSprop) moves each parameter by about lr, whatever its size: at lr 1e-3
+    the scale of an 8-bit weight, about 2e-3, would change sign within two steps. Its step is therefore taken in units
+    of the scale: lr 1e-3 moves a scale by 0.1%, and an offset by a thousandth of a quantization step. The SGD family
+    follows LSQ's gradient, which the published gradient scale already brings into proportion, and is left as it is.
+    In either case one step at most halves or doubles a scale, and none falls below TINY. Our reading; the papers
+    train with SGD.
 
     Args:
         optimizer: Holds the parameters below; gets a pre- and a post-step hook.

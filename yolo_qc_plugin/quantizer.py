@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .functional import fake_quantize, to_codes
+from .functional import fake_quantize, to_codes, widen
 from .observers import lsq_scale, mse_scale, mse_scale_offset
 
 
@@ -76,7 +76,7 @@ class WeightQuantizer(Quantizer):
     def codes(self, weight: Tensor) -> Tensor:
         """Integer codes of `weight`, int8, in its shape."""
         scale = self.scale.view(-1, *[1] * (weight.dim() - 1))
-        return to_codes(weight.float(), scale, None, self.quant_min, self.quant_max).to(torch.int8)
+        return to_codes(widen(weight), scale, None, self.quant_min, self.quant_max).to(torch.int8)
 
 
 class ActQuantizer(Quantizer):
@@ -141,10 +141,11 @@ class ActQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x`, int16, in its shape."""
-        return to_codes(x.float(), self.scale, self.grid_offset(), self.quant_min, self.quant_max).to(torch.int16)
+        return to_codes(widen(x), self.scale, self.grid_offset(), self.quant_min, self.quant_max).to(torch.int16)
 
     @torch.no_grad()
     def clipped(self, x: Tensor) -> Tensor:
         """Share of `x` outside the range, rounding included: a 0-dim tensor in [0, 1]."""
-        v = x.float() / self.scale if self.offset is None else (x.float() - self.grid_offset()) / self.scale
+        x = widen(x)
+        v = x / self.scale if self.offset is None else (x - self.grid_offset()) / self.scale
         return ((v < self.quant_min - 0.5) | (v > self.quant_max + 0.5)).float().mean()
