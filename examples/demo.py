@@ -22,7 +22,7 @@ from yolo_qc_plugin.digits import compose
 DATA = {"train": 400, "val": 200, "imgsz": 160, "seed": 0}
 COMMON = {"imgsz": 160, "batch": 16, "nbs": 16, "device": "cpu", "mosaic": 0, "fliplr": 0, "optimizer": "AdamW"}
 COMMON |= {"warmup_bias_lr": 0, "warmup_epochs": 1, "plots": False, "verbose": False, "seed": 0}
-FLOAT = {"epochs": 30, "lr0": 2e-3, "lrf": 0.05}
+FLOAT = {"epochs": 22, "lr0": 2e-3, "lrf": 0.05}
 QAT = {"epochs": 8, "lr0": 1e-3, "lrf": 0.01}
 
 
