@@ -48,6 +48,15 @@ class Quantizer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._read_range()
 
+    def _start_scale(self, rows: Tensor, method: str) -> None:
+        """Start the scale from rows (scales, n) by `method`, without offset."""
+        lsq = method == "lsq"
+        self.scale.copy_(lsq_scale(rows, self.quant_max) if lsq else mse_scale(rows, self.quant_min, self.quant_max))
+
+    def _share_outside(self, v: Tensor) -> Tensor:
+        """Share of grid positions that clip to the range, rounding included: a 0-dim tensor in [0, 1]."""
+        return ((v < self.quant_min - 0.5) | (v > self.quant_max + 0.5)).float().mean()
+
     def extra_repr(self) -> str:
         return f"bits={self.bits}, range=[{self.quant_min}, {self.quant_max}], scales={self.scale.numel()}"
 
@@ -68,15 +77,21 @@ class WeightQuantizer(Quantizer):
     @torch.no_grad()
     def calibrate(self, weight: Tensor, method: str) -> None:
         """Start the scale from the weight itself by `method` ("mse" or "lsq")."""
-        rows = weight.detach().float().reshape(self.scale.numel(), -1)
-        scale = lsq_scale(rows, self.quant_max) if method == "lsq" else mse_scale(rows, self.quant_min, self.quant_max)
-        self.scale.copy_(scale)
+        self._start_scale(weight.detach().float().reshape(self.scale.numel(), -1), method)
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:
         """Integer codes of `weight`, int8, in its shape."""
-        scale = self.scale.view(-1, *[1] * (weight.dim() - 1))
-        return to_codes(widen(weight), scale, None, self.quant_min, self.quant_max).to(torch.int8)
+        return to_codes(widen(weight), self._per_weight(weight), None, self.quant_min, self.quant_max).to(torch.int8)
+
+    @torch.no_grad()
+    def clipped(self, weight: Tensor) -> Tensor:
+        """Share of `weight` outside the range, rounding included: a 0-dim tensor in [0, 1]."""
+        return self._share_outside(widen(weight) / self._per_weight(weight))
+
+    def _per_weight(self, weight: Tensor) -> Tensor:
+        """The scale as it broadcasts to a weight of shape (out, ...)."""
+        return self.scale.view(-1, *[1] * (weight.dim() - 1))
 
 
 class ActQuantizer(Quantizer):
@@ -125,18 +140,14 @@ class ActQuantizer(Quantizer):
         """
         if self.offset is None:
             self.set_signed(low < 0)
-            rows = values[None]
-            scale = (
-                lsq_scale(rows, self.quant_max) if method == "lsq" else mse_scale(rows, self.quant_min, self.quant_max)
-            )
+            self._start_scale(values[None], method)
         elif method == "lsq":
-            offset = min(low, 0.0)
-            scale = lsq_scale(values[None] - offset, self.quant_max)
-            self.offset.fill_(offset)
+            self.offset.fill_(min(low, 0.0))
+            self._start_scale(values[None] - min(low, 0.0), method)
         else:
             scale, offset = mse_scale_offset(values, self.quant_max)
+            self.scale.copy_(scale)
             self.offset.copy_(offset)
-        self.scale.copy_(scale)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
@@ -148,4 +159,4 @@ class ActQuantizer(Quantizer):
         """Share of `x` outside the range, rounding included: a 0-dim tensor in [0, 1]."""
         x = widen(x)
         v = x / self.scale if self.offset is None else (x - self.grid_offset()) / self.scale
-        return ((v < self.quant_min - 0.5) | (v > self.quant_max + 0.5)).float().mean()
+        return self._share_outside(v)

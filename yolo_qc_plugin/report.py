@@ -58,7 +58,6 @@ def describe(name: str, conv: QuantConv2d) -> dict:
     """One layer's record: widths, scales, offset, codes in use and share of clipped weights."""
     weight, act = conv.weight_quant, conv.act_quant
     codes = conv.weight_codes()
-    v = conv.weight.detach().float() / weight.scale.detach().view(-1, 1, 1, 1)
     offset = act.grid_offset()
     return {
         "name": name,
@@ -69,7 +68,7 @@ def describe(name: str, conv: QuantConv2d) -> dict:
         "act_offset": None if offset is None else offset.item(),
         "act_range": [act.quant_min, act.quant_max],
         "weight_codes": codes.unique().numel(),
-        "weight_clipped": ((v < weight.quant_min - 0.5) | (v > weight.quant_max + 0.5)).float().mean().item(),
+        "weight_clipped": weight.clipped(conv.weight).item(),
     }
 
 
