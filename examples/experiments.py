@@ -53,6 +53,8 @@ DEFAULTS = {
     "scale_lr=10": {"scale_lr": 10.0},
     "ema_decay=0": {"ema_decay": 0.0},
     "ema_decay=0.9": {"ema_decay": 0.9},
+    "correction_lr=0.003": {"correction_lr": 0.003},
+    "correction_lr=0.01": {"correction_lr": 0.01},
 }
 
 

@@ -188,7 +188,7 @@ def test_quantizers_off_is_the_float_model_and_ends_with_the_context(small):
     model, x = copy.deepcopy(small), images(seed=1)
     put_in(model)
     quantized, reference = raw(model, x), raw(small, x)
-    with pytest.raises(KeyError), quantizers_off(model):
+    with pytest.raises(KeyError), quantizers_off(q for _, m in quant_convs(model) for q in (m.weight_quant, m.act_quant)):
         assert torch.equal(raw(model, x), reference)
         raise KeyError
     assert torch.equal(raw(model, x), quantized) and not torch.equal(quantized, reference)
@@ -199,7 +199,7 @@ def test_quantizers_off_restores_each_switch(small):
     put_in(model, False)
     first = next(quant_convs(model))[1]
     first.weight_quant.enabled = False
-    with quantizers_off(model):
+    with quantizers_off(q for _, m in quant_convs(model) for q in (m.weight_quant, m.act_quant)):
         assert not first.act_quant.enabled
     assert first.act_quant.enabled and not first.weight_quant.enabled
 

@@ -15,11 +15,13 @@ from ultralytics.utils.torch_utils import unwrap_model
 from . import host
 from .checkpoint import QuantRecord
 from .config import QCConfig, QCError
+from .deploy import deployed_convs
 from .ema import ConstantEMA
 from .finish import finish, validate
 from .inject import calibrate, inject
 from .layers import is_quantized
 from .optimizer import ScaleSteps
+from .qdq import ONNX_KINDS
 
 
 class QCCallbacks:
@@ -154,16 +156,38 @@ def attach() -> None:
     host.attach(on_resume=lambda trainer, record: QCCallbacks(record.options).register(trainer))
 
 
-def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConfig:
+def export_events(onnx: str = ONNX_KINDS[0]) -> dict:
+    """Event name -> callback for an export.
+
+    Args:
+        onnx: Kind of ONNX graph, "int8" or "int4".
+
+    Raises:
+        QCError: On another kind.
+    """
+    if onnx not in ONNX_KINDS:
+        raise QCError(f"QC: onnx={onnx!r} is not accepted; give {' or '.join(map(repr, ONNX_KINDS))}.")
+
+    def on_export_start(exporter) -> None:
+        if not deployed_convs(exporter.model):
+            raise QCError(f"QC: {exporter.file} is not quantized; callbacks=qc exports checkpoints trained with it.")
+        exporter.model.qc_onnx = onnx
+
+    return {"on_export_start": on_export_start}
+
+
+def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConfig | None:
     """Make the next `model.train(...)` a quantization-aware one, corrected at its end.
+
+    With `onnx=` alone, and a quantized model: choose the kind of graph that `model.export(format="onnx")` writes.
 
     Args:
         model: An `ultralytics.YOLO` object with a float detection model, or a trainer that has not started.
         config: The options; or give them by name:
-        **options: Fields of `QCConfig`, e.g. bits=4.
+        **options: Fields of `QCConfig`, e.g. bits=4; or onnx="int8" or "int4".
 
     Returns:
-        The config in force.
+        The config in force; None for an export.
 
     Raises:
         QCError: On an option, a model or an Ultralytics version that is not accepted.
@@ -172,6 +196,11 @@ def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConf
         >>> from yolo_qc_plugin import add_qc_callbacks
         >>> add_qc_callbacks(model, bits=4)
     """
+    if options.keys() == {"onnx"} and config is None:
+        attach()
+        for event, callback in export_events(**options).items():
+            model.add_callback(event, callback)
+        return None
     if config is not None and options:
         raise QCError(f"QC: give config or options, not both (got config and {', '.join(options)}).")
     config = config or QCConfig.from_options(options)

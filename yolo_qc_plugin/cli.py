@@ -17,18 +17,19 @@ CALLBACKS = ("qc",)
 OPTION = "qc_"
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[QCConfig | None, list[str]]:
+def split_arguments(arguments: Sequence[str]) -> tuple[QCConfig | dict | None, list[str]]:
     """Take the plugin's own arguments out of a `yolo` command line.
 
     Args:
         arguments: Without the program's name, and with 'key=value' in one piece.
 
     Returns:
-        The config, or None where the plugin is not asked for, and the arguments that are the host's.
+        The config of a training, the options of an export, or None where the plugin is not asked for; and the arguments
+        that are the host's.
 
     Raises:
         QCError: On an unknown name after callbacks=, an unknown or malformed qc_ option, qc_ options without
-            callbacks=qc, or a mode other than train.
+            callbacks=qc, or a mode other than train and export.
     """
     names, options, rest = [], {}, []
     for argument in arguments:
@@ -50,9 +51,14 @@ def split_arguments(arguments: Sequence[str]) -> tuple[QCConfig | None, list[str
         raise QCError(f"QC: {', '.join(OPTION + k for k in options)} needs callbacks=qc.")
     if not names:
         return None, rest
-    if "train" not in rest and "mode=train" not in rest:
+    if {"export", "mode=export"} & set(rest):
+        if unknown := options.keys() - {"onnx"}:
+            raise QCError(f"QC: {', '.join(OPTION + k for k in sorted(unknown))} is of training; export takes qc_onnx.")
+        return options, rest
+    if not {"train", "mode=train"} & set(rest):
         raise QCError(
-            "QC: callbacks=qc applies to 'yolo train'; val, predict and track open a checkpoint of ours without it."
+            "QC: callbacks=qc applies to 'yolo train' and 'yolo export'; val, predict and track open a checkpoint of "
+            "ours without it."
         )
     return QCConfig.from_options(options), rest
 
@@ -83,14 +89,14 @@ def wrap_entrypoint(module) -> None:
     module.entrypoint = entrypoint
 
 
-def _with_callbacks(config: QCConfig, command) -> None:
+def _with_callbacks(options: QCConfig | dict, command) -> None:
     """Run a command whose YOLO object is made with the plugin's callbacks among the host's default ones."""
     from ultralytics.utils.callbacks.base import default_callbacks
 
-    from .callbacks import QCCallbacks, attach
+    from .callbacks import QCCallbacks, attach, export_events
 
     attach()
-    events = QCCallbacks(config).events()
+    events = QCCallbacks(options).events() if isinstance(options, QCConfig) else export_events(**options)
     before = {event: default_callbacks.get(event) for event in events}
     try:
         for event, callback in events.items():

@@ -27,6 +27,8 @@ class QCConfig:
         weight_bits: Width of weights where it differs from `bits`, 2 to 8.
         act_bits: Width of activations where it differs from `bits`, 2 to 8.
         edge_bits: Width of the first convolution and of the head's bare output convolutions, 2 to 8.
+        output_bits: Width of the convolutions' outputs in the finished model, 2 to 8, or None to leave them in float.
+            Integer kernels give 8-bit outputs; the grid is set after QAT, before the correction.
         per_channel: One weight scale per output channel instead of one per tensor.
         act_offset: Learn an offset for activations (LSQ+); False is plain LSQ.
         scale_init: Start of the scales: "mse" (least squared error on the calibration batches) or "lsq"
@@ -50,6 +52,7 @@ class QCConfig:
     weight_bits: int | None = None
     act_bits: int | None = None
     edge_bits: int = 8
+    output_bits: int | None = 8
     per_channel: bool = False
     act_offset: bool = True
     scale_init: str = "mse"
@@ -76,7 +79,7 @@ class QCConfig:
 
         _check_bits("bits", self.bits)
         _check_bits("edge_bits", self.edge_bits)
-        for name in ("weight_bits", "act_bits"):
+        for name in ("weight_bits", "act_bits", "output_bits"):
             if getattr(self, name) is not None:
                 _check_bits(name, getattr(self, name))
         for pattern, bits in self.layer_bits.items():

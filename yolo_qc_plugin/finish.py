@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from copy import copy, deepcopy
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from . import host
 from .checkpoint import write_checkpoint
 from .config import QCConfig
 from .correction import freeze_statistics, insert_correction, train_correction
+from .inject import calibrate_outputs, quantize_outputs
 from .report import build_report, console_table, write_report
 
 
@@ -54,40 +56,67 @@ def metrics_of(validator) -> dict[str, float]:
 
 
 def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
-    """Correct, compare and report; runs at on_train_end.
+    """Quantize the outputs, correct, compare and report; runs at on_train_end.
 
-    The host's final evaluation has just measured best.pt. It is copied to qat.pt; the corrected model replaces best.pt
-    where its fitness is higher, and `trainer.validator.metrics` (what `model.train()` returns) are those of what
-    best.pt holds.
+    The host's final evaluation has just measured best.pt. With its outputs quantized it becomes qat.pt; the corrected
+    model replaces best.pt where its fitness is higher than that of qat.pt, else qat.pt does, and
+    `trainer.validator.metrics` (what `model.train()` returns) are those of what best.pt holds.
 
     Returns:
         The report, as written to qc/report.json.
     """
     best = trainer.best if trainer.best.exists() else trainer.last
     qat = trainer.wdir / "qat.pt"
-    shutil.copyfile(best, qat)
-    before, before_metrics = metrics_of(trainer.validator), deepcopy(trainer.validator.metrics)
-    after, kept = None, "qat"
+    metrics = {"float_outputs": metrics_of(trainer.validator)}
+    if config.output_bits is None:
+        shutil.copyfile(best, qat)
+        metrics["qat"] = metrics["float_outputs"]
+    else:
+        model, _ = load_checkpoint(best, device=trainer.device)
+        set_outputs(trainer, model, config)
+        LOGGER.info(f"{host.PREFIX}measuring the model with {config.output_bits}-bit outputs")
+        metrics["qat"] = validate(trainer, deepcopy(model))
+        _write_like(best, model, trainer.validator.metrics.results_dict, qat)
+    before = deepcopy(trainer.validator.metrics)
+
+    metrics["qc"], kept = None, "qat"
     if config.correction != "off":
         corrected = correct(trainer, config, qat)
         LOGGER.info(f"{host.PREFIX}measuring the corrected model")
-        after = validate(trainer, deepcopy(corrected))
-        if after["fitness"] > before["fitness"]:
+        metrics["qc"] = validate(trainer, deepcopy(corrected))
+        if metrics["qc"]["fitness"] > metrics["qat"]["fitness"]:
             kept = "qc"
-            checkpoint = torch_load(qat, map_location="cpu")
-            checkpoint["train_metrics"] = {**checkpoint["train_metrics"], **trainer.validator.metrics.results_dict}
-            write_checkpoint({**checkpoint, "model": corrected.cpu().half()}, best)
+            _write_like(qat, corrected, trainer.validator.metrics.results_dict, best)
         else:
-            trainer.validator.metrics = before_metrics
+            trainer.validator.metrics = before
+    if kept == "qat":
+        write_checkpoint(torch_load(qat, map_location="cpu"), best)
     trainer.metrics = {**trainer.metrics, **trainer.validator.metrics.results_dict}
     trainer.metrics.pop("fitness", None)
 
     model, _ = load_checkpoint(best, device=trainer.device)
     images = (batch["img"].to(trainer.device).float() / 255 for batch in trainer.test_loader)
-    report = build_report(model, config, qat=before, qc=after, kept=kept, images=images)
+    report = build_report(model, config, metrics, kept=kept, images=images)
     path = write_report(report, trainer.save_dir / "qc")
     LOGGER.info(f"\n{console_table(report)}\n{host.PREFIX}best.pt holds the {kept.upper()} model, record in {path}")
     return report
+
+
+def _write_like(source: Path, model: nn.Module, results: dict, target: Path) -> None:
+    """Write `model` (to the CPU and to half precision in place) with all else of a checkpoint, and its own figures."""
+    checkpoint = torch_load(source, map_location="cpu")
+    checkpoint["train_metrics"] = {**checkpoint["train_metrics"], **results}
+    write_checkpoint({**checkpoint, "model": model.cpu().half()}, target)
+
+
+def set_outputs(trainer: BaseTrainer, model: nn.Module, config: QCConfig) -> None:
+    """Quantize the convolutions' outputs of a finished model, in place, with grids from training batches."""
+    quantize_outputs(host.output_blocks(model), config.output_bits)
+    calibrate_outputs(
+        model,
+        islice(trainer.train_loader, config.calibration_batches),
+        lambda batch: model(trainer.preprocess_batch(batch)["img"]),
+    )
 
 
 def correct(trainer: BaseTrainer, config: QCConfig, source: Path) -> nn.Module:

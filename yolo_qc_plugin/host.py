@@ -1,11 +1,14 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Everything that touches Ultralytics from outside: supported versions, three patches, where a model's edges are.
+"""Everything that touches Ultralytics from outside: supported versions, six patches, where a model's edges are.
 
 The patches, each a wrapper that calls the original and does nothing for models without quantizers:
     BaseTrainer.setup_model      announces the event on_model_setup, which the host lacks: the model is there, and the
                                  optimizer, EMA, freeze list, compile and DDP wrapper are not yet
     BaseTrainer.build_optimizer  gives scales and offsets their own parameter group
-    BaseModel.fuse               folds batch norm behind a quantized convolution without touching its weight
+    BaseModel.fuse               brings quantized convolutions into the deployed form, codes untouched
+    Exporter.__call__            refuses formats that would lose the quantizers
+    torch2onnx                   turns what was traced of a deployed model into integer weights and Q/DQ nodes
+    torch2openvino               converts that graph instead of a trace
 """
 
 from __future__ import annotations
@@ -14,31 +17,44 @@ import inspect
 from collections.abc import Callable
 from functools import partial, wraps
 from importlib import metadata
+from tempfile import TemporaryDirectory
 
 from torch import nn
 from ultralytics import __version__ as ULTRALYTICS_VERSION
+from ultralytics.engine.exporter import Exporter
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.nn.modules import DFL, Conv, Conv2, ConvTranspose, Detect
+from ultralytics.nn.modules import DFL, Conv, Conv2, ConvTranspose, Detect, RepConv
+from ultralytics.nn.modules.block import RepVGGDW
 from ultralytics.nn.tasks import BaseModel, DetectionModel
 from ultralytics.utils import LOGGER, colorstr
 from ultralytics.utils.checks import check_version
+from ultralytics.utils.export import engine, openvino
 from ultralytics.utils.torch_utils import fuse_conv_and_bn, fuse_deconv_and_bn, unwrap_model
 
 from .checkpoint import QuantRecord, record_of
 from .config import QCError
-from .fold import fold_bn
-from .layers import QuantConv2d, is_quantized, scale_parameters
+from .deploy import deploy_activation, deploy_conv, deployed_convs
+from .inject import replace_modules
+from .layers import QuantConv2d, is_quantized, quant_activations, quant_convs, scale_parameters
 from .optimizer import separate_scales
+from .qdq import ONNX_KINDS, write_qdq
 
 ON_MODEL_SETUP = "on_model_setup"
 PREFIX = colorstr("QC: ")
+OPENVINO_OPSET = 18  # of the ONNX graph on the way to OpenVINO
+EXPORT_FORMATS = ("onnx", "openvino", "torchscript")  # those that carry the quantizers, see docs/deployment.md
 
 # what is patched, and the parameters it must have for the patch to be right
 _PATCHED = {
     (BaseTrainer, "setup_model"): ["self"],
     (BaseTrainer, "build_optimizer"): ["self", "model", "name", "lr", "momentum", "decay", "iterations"],
     (BaseModel, "fuse"): ["self", "verbose", "imgsz"],
-}
+    (Exporter, "__call__"): ["self", "model"],
+    (engine, "torch2onnx"): ["model", "im", "output_file", "opset", "input_names", "output_names", "dynamic"],
+    (openvino, "torch2openvino"): [
+        "model", "im", "output_dir", "dynamic", "quantize", "calibration_dataset", "int8_detect", "prefix",
+    ],
+}  # fmt: skip
 
 
 def supported_versions() -> str:
@@ -84,7 +100,8 @@ def attach(on_resume: Callable[[BaseTrainer, QuantRecord], None]) -> None:
     if hasattr(BaseTrainer.setup_model, "qc_patch"):
         return
     check_host()
-    patches = partial(_announce_model, on_resume=on_resume), _group_scales, _fold_quantized
+    announce = partial(_announce_model, on_resume=on_resume)
+    patches = announce, _group_scales, _fuse_quantized, _check_export, _write_integers, _convert_integers
     for (owner, name), patch in zip(_PATCHED, patches):
         wrapped = wraps(getattr(owner, name))(patch(getattr(owner, name)))
         wrapped.qc_patch = True
@@ -118,25 +135,77 @@ def _group_scales(original):
     return build_optimizer
 
 
-def _fold_quantized(original):
+def _fuse_quantized(original):
     def fuse(self, verbose=True, imgsz=640):
-        if not is_quantized(self):
-            return original(self, verbose, imgsz)
-        if not self.is_fused():
-            fold_model(self)
+        if is_quantized(self):
+            deploy_model(self)
             self.info(verbose=verbose, imgsz=imgsz)
+        elif not deployed_convs(self):
+            return original(self, verbose, imgsz)
         return self
 
     return fuse
 
 
-def fold_model(model: nn.Module) -> None:
-    """Fold every batch norm that follows a convolution, in place: into the scale of a quantized one, into the weight of
-    a float one. Blocks that would merge several convolutions (RepConv, RepVGGDW, Conv2) keep their branches: merged
-    weights have other codes than the trained ones."""
-    for m in model.modules():
+def _check_export(original):
+    def __call__(self, model):
+        if is_quantized(model) or deployed_convs(model):
+            if self.args.format.lower() not in EXPORT_FORMATS:
+                raise QCError(
+                    f"QC: format={self.args.format!r} cannot carry the quantizers of this model; accepted: "
+                    f"{', '.join(EXPORT_FORMATS)}. (For a float model, export the checkpoint that this one began with.)"
+                )
+            if self.args.quantize not in {None, 32}:
+                raise QCError(
+                    f"QC: quantize={self.args.quantize!r} would quantize this model a second time; leave it out. Its "
+                    f"own widths are exported; callbacks=qc qc_onnx={'|'.join(ONNX_KINDS)} chooses the ONNX container."
+                )
+        return original(self, model)
+
+    return __call__
+
+
+def _write_integers(original):
+    def torch2onnx(model, im, output_file, opset=14, *args, **kwargs):
+        layers = deployed_convs(model)
+        if not layers:
+            return original(model, im, output_file, opset, *args, **kwargs)
+        kind = next((m.qc_onnx for m in model.modules() if hasattr(m, "qc_onnx")), ONNX_KINDS[0])
+        result = original(model, im, output_file, opset, *args, **kwargs)
+        LOGGER.info(f"{PREFIX}{write_qdq(result, layers, kind)}")
+        return result
+
+    return torch2onnx
+
+
+def _convert_integers(original):
+    def torch2openvino(model, im, output_dir=None, dynamic=False, *args, **kwargs):
+        if not deployed_convs(model):
+            return original(model, im, output_dir, dynamic, *args, **kwargs)
+        import openvino as ov
+
+        axes = {"images": {0: "batch", 2: "height", 3: "width"}, "output0": {0: "batch", 2: "anchors"}}
+        with TemporaryDirectory() as folder:
+            file = engine.torch2onnx(
+                model, im, f"{folder}/model.onnx", OPENVINO_OPSET, dynamic=axes if dynamic else None
+            )
+            return ov.convert_model(file)
+
+    return torch2openvino
+
+
+def deploy_model(model: nn.Module) -> None:
+    """Bring a quantized model into its deployed form, in place.
+
+    Batch norm that follows a convolution goes into the scale of a quantized one and into the weight of a float one.
+    Blocks that would merge several convolutions (RepConv, RepVGGDW, Conv2) keep their branches: merged weights have
+    other codes than the trained ones.
+    """
+    names = {m: name for name, m in quant_convs(model)}
+    for m in list(model.modules()):
         if isinstance(m, Conv) and hasattr(m, "bn") and not isinstance(m, Conv2):
-            m.conv = (fold_bn if isinstance(m.conv, QuantConv2d) else fuse_conv_and_bn)(m.conv, m.bn)
+            quantized = m.conv in names
+            m.conv = deploy_conv(m.conv, m.bn, names[m.conv]) if quantized else fuse_conv_and_bn(m.conv, m.bn)
             delattr(m, "bn")
             m.forward = m.forward_fuse
         elif isinstance(m, ConvTranspose) and hasattr(m, "bn"):
@@ -145,6 +214,21 @@ def fold_model(model: nn.Module) -> None:
             m.forward = m.forward_fuse
         elif isinstance(m, Detect):
             m.fuse()
+    replace_modules(model, {m: deploy_conv(m, None, name) for name, m in quant_convs(model)})
+    replace_modules(model, {m: deploy_activation(m) for _, m in quant_activations(model)})
+
+
+def output_blocks(model: nn.Module) -> list[Conv]:
+    """Blocks whose convolution's output, after batch norm, can be quantized: those of a quantized convolution alone.
+
+    Blocks that add branches up before their activation (Conv2, RepConv, RepVGGDW) have no such place.
+    """
+    sums = {id(b) for m in model.modules() if isinstance(m, (RepConv, RepVGGDW)) for b in m.modules()}
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, Conv) and not isinstance(m, Conv2) and isinstance(m.conv, QuantConv2d) and id(m) not in sums
+    ]
 
 
 def check_model(model: nn.Module) -> None:

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from .config import QCConfig, QCError
-from .layers import QuantConv2d, is_quantized, quant_convs
+from .deploy import deployed_convs
+from .layers import QuantActivation, QuantConv2d, is_quantized, quant_activations, quant_convs
 from .observers import SampleObserver
+from .quantizer import Quantizer
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def inject(
         convs[name]: QuantConv2d.from_float(convs[name], w, a, config.per_channel, config.act_offset)
         for name, (w, a) in plan.items()
     }
-    _replace(model, twins)
+    replace_modules(model, twins)
     return Injection(plan, tuple(name for name in convs if name not in plan))
 
 
@@ -95,14 +97,15 @@ def remove(model: nn.Module) -> int:
     Raises:
         QCError: If the model is fused: its batch norms are gone.
     """
-    if any(m.folded for _, m in quant_convs(model)):
+    if deployed_convs(model):
         raise QCError("QC: the model is fused; load the checkpoint again and remove() before fuse().")
     twins = {m: m.to_float() for _, m in quant_convs(model)}
-    _replace(model, twins)
+    replace_modules(model, twins)
+    replace_modules(model, {m: m.act for _, m in quant_activations(model)})
     return len(twins)
 
 
-def _replace(model: nn.Module, twins: dict[nn.Module, nn.Module]) -> None:
+def replace_modules(model: nn.Module, twins: dict[nn.Module, nn.Module]) -> None:
     """Swap modules wherever they are registered, twice-registered ones included."""
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
@@ -110,10 +113,28 @@ def _replace(model: nn.Module, twins: dict[nn.Module, nn.Module]) -> None:
                 parent._modules[key] = twins[child]
 
 
+def quantize_outputs(blocks: Iterable[nn.Module], bits: int) -> list[QuantActivation]:
+    """Quantize what blocks give to their activation function, in place; to be calibrated.
+
+    Args:
+        blocks: Modules with an attribute `act`.
+        bits: Width.
+
+    Returns:
+        The new activations, one for each block.
+    """
+    acts = []
+    for block in blocks:
+        device = next(block.parameters()).device
+        block.act = QuantActivation(block.act, bits).to(device).train(block.training).requires_grad_(False)
+        acts.append(block.act)
+    return acts
+
+
 @contextmanager
-def quantizers_off(model: nn.Module):
+def quantizers_off(quantizers: Iterable[Quantizer]):
     """Let values pass unquantized within the context."""
-    quantizers = [q for _, m in quant_convs(model) for q in (m.weight_quant, m.act_quant)]
+    quantizers = list(quantizers)
     was = [q.enabled for q in quantizers]
     try:
         for q in quantizers:
@@ -124,7 +145,6 @@ def quantizers_off(model: nn.Module):
             q.enabled = enabled
 
 
-@torch.no_grad()
 def calibrate(
     model: nn.Module, batches: Iterable[object], forward: Callable[[object], object], method: str = "mse"
 ) -> None:
@@ -143,20 +163,50 @@ def calibrate(
         RuntimeError: If a quantized convolution did not run on the batches.
     """
     convs = dict(quant_convs(model))
-    observers = {name: SampleObserver() for name in convs}
+    with quantizers_off(q for m in convs.values() for q in (m.weight_quant, m.act_quant)):
+        seen = _observe(model, {name: m.act_quant for name, m in convs.items()}, batches, forward)
+    for name, m in convs.items():
+        if not seen[name].samples:
+            raise RuntimeError(f"QC: convolution {name} did not run on the calibration batches; add it to skip.")
+        with torch.no_grad():
+            m.weight_quant.calibrate(m.weight, method)
+            m.act_quant.calibrate(seen[name].values, seen[name].low, method)
+
+
+def calibrate_outputs(model: nn.Module, batches: Iterable[object], forward: Callable[[object], object]) -> None:
+    """Set the grids of all quantized outputs from batches run with everything else quantized.
+
+    Args:
+        model: Model with quantized outputs, in eval mode.
+        batches: What `forward` takes, one at a time.
+        forward: Runs the model on one batch.
+    """
+    acts = dict(quant_activations(model))
+    with quantizers_off(m.quant for m in acts.values()):
+        seen = _observe(model, {name: m.quant for name, m in acts.items()}, batches, forward)
+    for name, m in acts.items():
+        if seen[name].samples:  # a head that training alone uses does not run here: any grid does
+            m.calibrate(seen[name].values, seen[name].low, seen[name].high)
+
+
+@torch.no_grad()
+def _observe(
+    model: nn.Module, watched: dict[str, nn.Module], batches: Iterable[object], forward: Callable[[object], object]
+) -> dict[str, SampleObserver]:
+    """What reaches the watched modules; see `calibrate` for the modes the model runs in."""
+    observers = {name: SampleObserver() for name in watched}
     modes = {m: m.training for m in model.modules()}
     norms = {m: m.track_running_stats for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     hooks = [
-        m.act_quant.register_forward_pre_hook(lambda _, args, seen=observers[name]: seen.update(args[0]))
-        for name, m in convs.items()
+        m.register_forward_pre_hook(lambda _, args, seen=observers[name]: seen.update(args[0]))
+        for name, m in watched.items()
     ]
     try:
         model.eval()
         for m in norms:
             m.training, m.track_running_stats = modes[m], norms[m] and not modes[m]
-        with quantizers_off(model):
-            for batch in batches:
-                forward(batch)
+        for batch in batches:
+            forward(batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -164,9 +214,4 @@ def calibrate(
             m.training = training
         for m, tracking in norms.items():
             m.track_running_stats = tracking
-
-    for name, m in convs.items():
-        if not observers[name].samples:
-            raise RuntimeError(f"QC: convolution {name} did not run on the calibration batches; add it to skip.")
-        m.weight_quant.calibrate(m.weight, method)
-        m.act_quant.calibrate(observers[name].values, observers[name].low, method)
+    return observers

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from .observers import mse_range
 from .quantizer import ActQuantizer, Quantizer, WeightQuantizer
 
 
 class ChannelAffine(nn.Module):
     """y = gamma * x + beta, per output channel or for the whole tensor.
 
-    QC's correction (our reading of the paper: after the convolution and its bias, before BN), and what BN folds into.
+    QC's correction (our reading of the paper: after the convolution and its bias, before BN).
 
     Args:
         channels: Length of gamma and beta: the layer's output channels, or 1.
@@ -30,22 +31,28 @@ class ChannelAffine(nn.Module):
         return torch.addcmul(self.beta.view(1, -1, 1, 1), x, self.gamma.view(1, -1, 1, 1)).to(x.dtype)
 
 
-class QuantConv2d(nn.Conv2d):
+class KeepWide:
+    """Keeps a module's parameters and buffers in FP32 (or wider), whatever the model is cast to.
+
+    A latent weight near a rounding threshold changes its code when it is rounded to FP16, and a small scale loses its
+    digits.
+    """
+
+    def _apply(self, fn, recurse: bool = True):
+        return super()._apply(lambda t: _keep_wide(t, fn(t)), recurse)
+
+
+class QuantConv2d(KeepWide, nn.Conv2d):
     """nn.Conv2d whose input and weight are fake-quantized.
 
-    Made by `from_float`, undone by `to_float`; both share the very Parameter objects. All its parameters stay FP32 (or
-    wider) whatever the model is cast to: a latent weight near a rounding threshold changes its code when it is rounded
-    to FP16, and a small scale loses its digits.
+    Made by `from_float`, undone by `to_float`; both share the very Parameter objects.
 
     Attributes:
         weight: Latent weight; `weight_quant(weight)` is what convolves.
         weight_quant: WeightQuantizer.
         act_quant: ActQuantizer of the input.
         correction: ChannelAffine of the output, or None.
-        folded: The correction holds a batch norm too (`fold`), so the float layer cannot be had back.
     """
-
-    folded = False
 
     weight_quant: WeightQuantizer
     act_quant: ActQuantizer
@@ -80,12 +87,37 @@ class QuantConv2d(nn.Conv2d):
         y = self._conv_forward(self.act_quant(x), weight, bias)
         return y if self.correction is None else self.correction(y)
 
-    def _apply(self, fn, recurse: bool = True):
-        return super()._apply(lambda t: _keep_wide(t, fn(t)), recurse)
-
     def weight_codes(self) -> Tensor:
         """Integer codes of the weight, int8, shape of the weight."""
         return self.weight_quant.codes(self.weight)
+
+
+class QuantActivation(KeepWide, nn.Module):
+    """An activation function whose input, a convolution's output after batch norm, is quantized.
+
+    Integer convolutions of today's runtimes give 8-bit results; this is that rounding, so that the model measured is
+    the model deployed.
+
+    Attributes:
+        quant: ActQuantizer with offset.
+        act: The activation function itself.
+    """
+
+    def __init__(self, act: nn.Module, bits: int):
+        super().__init__()
+        self.quant = ActQuantizer(bits, offset=True)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize and activate x of any shape."""
+        return self.act(self.quant(x))
+
+    @torch.no_grad()
+    def calibrate(self, values: Tensor, low: float, high: float) -> None:
+        """Set the grid from a sample of the input, shape (n,), and its extremes."""
+        scale, offset = mse_range(values, low, high, self.quant.quant_max, self.act)
+        self.quant.scale.fill_(scale)
+        self.quant.offset.fill_(offset)
 
 
 def _shared_state(module: nn.Module) -> dict:
@@ -103,8 +135,13 @@ def quant_convs(model: nn.Module) -> Iterator[tuple[str, QuantConv2d]]:
     return ((n, m) for n, m in model.named_modules() if isinstance(m, QuantConv2d))
 
 
+def quant_activations(model: nn.Module) -> Iterator[tuple[str, QuantActivation]]:
+    """Name and module of every activation with a quantized input, in model order."""
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, QuantActivation))
+
+
 def is_quantized(model: nn.Module) -> bool:
-    """Whether the model has quantized convolutions."""
+    """Whether the model has quantized convolutions (that are not deployed)."""
     return any(True for _ in quant_convs(model))
 
 

@@ -7,6 +7,8 @@ of least squared quantization error (LSQ+, Bhalgat et al. 2020, section 3.2), fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,12 +28,12 @@ class SampleObserver:
     def __init__(self, capacity: int = 8192):
         self.capacity = capacity
         self.samples: list[Tensor] = []
-        self.low = float("inf")
+        self.low, self.high = float("inf"), float("-inf")
 
     def update(self, x: Tensor) -> None:
         """Take a sample of `x` (any shape and dtype)."""
         flat = x.detach().reshape(-1).float()
-        self.low = min(self.low, float(flat.min()))
+        self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
         # an odd stride walks through rows and channels alike, where a power of two would see one column of each
         stride = max(flat.numel() // self.capacity, 1) | 1
         self.samples.append(flat[::stride].clone())
@@ -113,3 +115,40 @@ def mse_scale_offset(x: Tensor, quant_max: int) -> tuple[Tensor, Tensor]:
             if error < best[0]:
                 best = (error, scale, -zero * scale)
     return x.new_tensor([best[1]]), x.new_tensor([best[2]])
+
+
+def mse_range(
+    x: Tensor, low: float, high: float, quant_max: int, function: Callable[[Tensor], Tensor]
+) -> tuple[float, float]:
+    """Scale and offset of least squared error behind a function, on the grid [0, quant_max].
+
+    An activation function forgives errors where it is flat, SiLU far below 0: there the range is cut. The ends of the
+    range are searched in turn.
+
+    Args:
+        x: Sample of the function's input, shape (n,).
+        low: Smallest input seen.
+        high: Largest input seen.
+        quant_max: Largest code.
+        function: Elementwise; may work in place.
+
+    Returns:
+        Scale, and offset: a whole number of steps in [-quant_max, 0].
+    """
+    low, high = min(low, 0.0), max(high, quant_max * TINY)
+    wanted = function(x.clone())
+
+    def grid(bottom: float, top: float) -> tuple[float, float]:
+        scale = (top - bottom) / quant_max
+        return scale, -round(-bottom / scale) * scale
+
+    def error(bottom: float, top: float) -> float:
+        scale, offset = map(x.new_tensor, ([v] for v in grid(bottom, top)))
+        return float((function(fake_quantize(x, scale, offset, 0, quant_max)) - wanted).square().mean())
+
+    cuts = [0.85**n for n in range(17)]  # down to 7% of the extreme
+    bottom, top = low, high
+    for _ in range(2):
+        top = min((high * c for c in cuts), key=lambda t: error(bottom, t))
+        bottom = min((low * c for c in cuts), key=lambda b: error(b, top))
+    return grid(bottom, top)

@@ -115,6 +115,11 @@ class ActQuantizer(Quantizer):
         super().__init__(bits, signed=not offset)
         self.offset = nn.Parameter(torch.zeros(1)) if offset else None
 
+    @property
+    def zero_point(self) -> int:
+        """The code of 0, in [quant_min, quant_max]."""
+        return 0 if self.offset is None else -round((self.grid_offset() / self.scale).item())
+
     def grid_offset(self) -> Tensor | None:
         """The offset that forward uses: a whole number of steps in [-quant_max, 0]; gradient straight through."""
         if self.offset is None:

@@ -17,21 +17,21 @@ from torch import Tensor, nn
 from . import __version__
 from .checkpoint import record_of
 from .config import QCConfig
-from .layers import QuantConv2d, quant_convs
+from .layers import QuantConv2d, quant_activations, quant_convs
 
 CLIP_BATCHES = 4  # validation batches over which the share of clipped activations is counted
 
 
 def build_report(
-    model: nn.Module, config: QCConfig, qat: dict, qc: dict | None, kept: str, images: Iterable[Tensor]
+    model: nn.Module, config: QCConfig, metrics: dict[str, dict | None], kept: str, images: Iterable[Tensor]
 ) -> dict:
     """Collect the record.
 
     Args:
         model: The model that best.pt holds, in eval mode.
         config: Options of the run.
-        qat: map50_95, map50, fitness before the correction.
-        qc: The same after it, or None where correction is off.
+        metrics: map50_95, map50 and fitness of "float_outputs" (after QAT, outputs not quantized), "qat" (with them)
+            and "qc" (corrected, or None where that is off).
         kept: "qat" or "qc".
         images: Batches in [0, 1] on the model's device, for the share of clipped activations.
 
@@ -47,10 +47,14 @@ def build_report(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "metrics": {"float": record_of(model).float_metrics, "qat": qat, "qc": qc},
+        "metrics": {"float": record_of(model).float_metrics, **metrics},
         "kept": kept,
         "size_mb": model_size(model),
         "layers": [{**describe(name, conv), "act_clipped": clipped[name]} for name, conv in quant_convs(model)],
+        "outputs": [
+            {"name": name, "bits": act.quant.bits, "scale": act.quant.scale.item(), "zero_point": act.quant.zero_point}
+            for name, act in quant_activations(model)
+        ],
     }
 
 
@@ -96,7 +100,8 @@ def model_size(model: nn.Module) -> dict[str, float]:
     everything else in FP32.
     """
     convs = [conv for _, conv in quant_convs(model)]
-    inside = {id(p) for conv in convs for p in conv.parameters()}
+    quantized = [*convs, *(act.quant for _, act in quant_activations(model))]
+    inside = {id(p) for m in quantized for p in m.parameters()}
     norms = {id(p) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
     rest = 4 * sum(p.numel() for p in model.parameters() if id(p) not in inside | norms)
     channels = sum(conv.out_channels for conv in convs)

@@ -1,0 +1,245 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The ONNX graph of a deployed model: integer weights, QuantizeLinear and DequantizeLinear.
+
+Every convolution reads Q -> DQ of its input and DQ of its integer weight, with one scale per output channel. Two kinds:
+
+    int8  8-bit containers. Where a convolution's output is quantized too, runtimes fuse Q/DQ and convolution into one
+          integer convolution; its bias is INT32 for that.
+    int4  4-bit containers (opset 21) for weights and activations of up to 4 bits, 8-bit ones for the rest.
+
+Activation codes of a grid narrower than its container are shifted to the container's top (4 bits in UINT8: 240 to 255),
+so that saturation cuts off above, as the grid does. Below, a Clip before Q does it, left out where the input cannot be
+that low: SiLU is never below -0.2785.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .config import QCError
+from .deploy import DeployedConv2d
+from .trace import DOMAIN, QUANTIZE
+
+ONNX_KINDS = ("int8", "int4")
+INT4_OPSET = 21  # the first with 4-bit types
+MIN_OPSET = 13  # the first with DequantizeLinear per channel
+SILU_MIN = -0.27846455  # x * sigmoid(x) at x = -1.2784645
+
+
+def write_qdq(file: str | Path, layers: Mapping[str, DeployedConv2d], kind: str) -> str:
+    """Replace what tracing marked in an ONNX file by the integer graph, in place.
+
+    Args:
+        file: Written by torch.onnx.export of a deployed model.
+        layers: Its convolutions by name.
+        kind: One of ONNX_KINDS.
+
+    Returns:
+        One line that says what was written.
+
+    Raises:
+        QCError: On an unknown kind, or an opset below that which the kind needs.
+    """
+    import onnx
+
+    model = onnx.load(file)
+    opset = next(o.version for o in model.opset_import if not o.domain)
+    if opset < MIN_OPSET:
+        raise QCError(f"QC: opset={opset} has no per-channel DequantizeLinear; accepted: {MIN_OPSET} and later.")
+    graph = _Graph(model.graph, layers, kind)
+    graph.rewrite()
+    kept = [o for o in model.opset_import if o.domain != DOMAIN]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    if kind == "int4" and opset < INT4_OPSET:
+        # all nodes of our traces mean the same in these opsets (what 19 to 21 added are types and attributes)
+        next(o for o in model.opset_import if not o.domain).version = INT4_OPSET
+        model.ir_version = max(model.ir_version, 10)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, file)
+    return f"{len(layers)} integer convolutions ({kind}), {graph.clips} of {graph.quantizers} quantizers with a Clip"
+
+
+class _Graph:
+    """A graph being rewritten."""
+
+    def __init__(self, graph, layers: Mapping[str, DeployedConv2d], kind: str):
+        if kind not in ONNX_KINDS:
+            raise QCError(f"QC: onnx={kind!r} is not accepted; give {' or '.join(map(repr, ONNX_KINDS))}.")
+        self.graph, self.layers, self.kind = graph, layers, kind
+        self.nodes: list = []  # of the new graph
+        self.sources = {out: n for n in graph.node for out in n.output}
+        self.readers: dict[str, list] = {}
+        for n in graph.node:
+            for name in n.input:
+                self.readers.setdefault(name, []).append(n)
+        self.act_scale: dict[str, float] = {}  # fake-quantized tensor -> scale
+        self.quantized: dict[tuple, str] = {}  # (tensor, grid) -> fake-quantized tensor, shared by all who read it
+        self.renamed: dict[str, str] = {}
+        self.constants: set[str] = set()
+        self.lows: dict[str, float] = {}
+        self.quantizers = self.clips = 0
+
+    def rewrite(self) -> None:
+        """Replace every marker, in order."""
+        for node in list(self.graph.node):
+            for i, name in enumerate(node.input):
+                node.input[i] = self.renamed.get(name, name)
+            if node.domain != DOMAIN:
+                self.nodes.append(node)
+            elif node.op_type == QUANTIZE:
+                self.renamed[node.output[0]] = self._quantize(node)
+            else:
+                self._convolve(node)
+        stale = {v.name: v for v in self.graph.value_info}
+        del self.graph.node[:]
+        self.graph.node.extend(self.nodes)
+        written = {out for n in self.nodes for out in n.output}
+        del self.graph.value_info[:]
+        self.graph.value_info.extend(v for name, v in stale.items() if name in written)
+
+    def _quantize(self, node) -> str:
+        """Q -> DQ in a container, and a Clip where the container is wider below; the output's name."""
+        from onnx import TensorProto, helper
+
+        x = node.input[0]
+        a = {p.name: helper.get_attribute_value(p) for p in node.attribute}
+        scale, low, high = a["scale"], a["quant_min"], a["quant_max"]
+        key = (x, scale, low, high, a["zero_point"])
+        if key in self.quantized:
+            return self.quantized[key]
+        narrow = self.kind == "int4" and high - low < 16
+        top = 15 if narrow else 255
+        shift = top - high  # codes move to the container's top
+        name = node.output[0]
+        self.quantizers += 1
+        if low + shift > 0 and self._low(x) < (low - a["zero_point"] - 0.5) * scale:
+            bound = self._constant(f"{name}_low", (low - a["zero_point"]) * scale)
+            self._add("Clip", [x, bound], f"{name}_clipped")
+            x, self.clips = f"{name}_clipped", self.clips + 1
+        container = TensorProto.UINT4 if narrow else TensorProto.UINT8
+        grid = [
+            self._constant(f"{name}_scale", scale),
+            self._constant(f"{name}_zero_point", a["zero_point"] + shift, container),
+        ]
+        self._add("QuantizeLinear", [x, *grid], f"{name}_codes")
+        self._add("DequantizeLinear", [f"{name}_codes", *grid], name)
+        self.act_scale[name], self.quantized[key] = scale, name
+        return name
+
+    def _convolve(self, node) -> None:
+        """A convolution of dequantized integers."""
+        from onnx import TensorProto, helper
+
+        layer_name = helper.get_attribute_value(node.attribute[0]).decode()
+        layer, out, x = self.layers[layer_name], node.output[0], node.input[0]
+        narrow = self.kind == "int4" and layer.bits <= 4
+        codes, scale, sign = layer.positive_scale(*((-8, 7) if narrow else (-128, 127)))
+        scale = scale.float()
+        self._constant(f"{layer_name}.weight_codes", codes, TensorProto.INT4 if narrow else TensorProto.INT8)
+        self._constant(f"{layer_name}.weight_scale", scale)
+        weight = f"{layer_name}.weight"
+        self._add("DequantizeLinear", [f"{layer_name}.weight_codes", f"{layer_name}.weight_scale"], weight, axis=0)
+
+        attributes = dict(
+            kernel_shape=list(layer.kernel_size),
+            strides=list(layer.stride),
+            pads=[*layer.padding, *layer.padding],
+            dilations=list(layer.dilation),
+            group=layer.groups,
+        )
+        shift = layer.shift.detach().float()
+        if sign is None:
+            bias = self._bias(layer_name, shift, self.act_scale[x] * scale, fused=self._output_quantized(out))
+            self._add("Conv", [x, weight, bias], out, name=f"/{layer_name}/Conv", **attributes)
+            return
+        # codes that cannot be negated in their container: the sign follows the convolution
+        self._add("Conv", [x, weight], f"{out}_unsigned", name=f"/{layer_name}/Conv", **attributes)
+        self._constant(f"{layer_name}.sign", sign.float().view(-1, 1, 1))
+        self._constant(f"{layer_name}.bias", shift.view(-1, 1, 1))
+        self._add("Mul", [f"{out}_unsigned", f"{layer_name}.sign"], f"{out}_signed")
+        self._add("Add", [f"{out}_signed", f"{layer_name}.bias"], out)
+
+    def _bias(self, layer_name: str, shift, unit, fused: bool) -> str:
+        """The bias in whole units of the integer sums where the convolution is to be fused, else as floats."""
+        from onnx import TensorProto
+
+        units = (shift.double() / unit.double()).round()
+        # a channel of vanishing scale has a bias of more units than INT32 holds: such a layer keeps a float bias
+        if self.kind != "int8" or not fused or units.abs().max() >= 2**31:
+            return self._constant(f"{layer_name}.bias", shift)
+        self._constant(f"{layer_name}.bias_codes", units.long(), TensorProto.INT32)
+        self._constant(f"{layer_name}.bias_scale", unit)
+        self._add(
+            "DequantizeLinear",
+            [f"{layer_name}.bias_codes", f"{layer_name}.bias_scale"],
+            f"{layer_name}.bias",
+            axis=0,
+        )
+        return f"{layer_name}.bias"
+
+    def _output_quantized(self, name: str) -> bool:
+        readers = self.readers.get(name, [])
+        return bool(readers) and all(n.domain == DOMAIN and n.op_type == QUANTIZE for n in readers)
+
+    def _low(self, name: str) -> float:
+        """A lower bound of a tensor's values, -inf where none is known."""
+        if name not in self.lows:
+            self.lows[name] = -math.inf  # should the graph have a cycle
+            self.lows[name] = self._find_low(self.sources.get(name))
+        return self.lows[name]
+
+    def _find_low(self, node) -> float:
+        if node is None:
+            return -math.inf
+        op, inputs = node.op_type, list(node.input)
+        if op == "Mul" and any(s in self.sources and self._is_sigmoid_of(s, inputs) for s in inputs):
+            return SILU_MIN
+        if op in {"Sigmoid", "Relu", "Softmax"}:
+            return 0.0
+        if op in {"MaxPool", "Split", "Slice", "Reshape", "Transpose", "Identity"}:
+            return self._low(inputs[0])
+        if op == "Resize" and any(a.name == "mode" and a.s == b"nearest" for a in node.attribute):
+            return self._low(inputs[0])
+        if op == "Concat":
+            return min(map(self._low, inputs))
+        if op == "Add":
+            return sum(map(self._low, inputs))
+        return -math.inf
+
+    def _is_sigmoid_of(self, name: str, operands: list[str]) -> bool:
+        node = self.sources[name]
+        return node.op_type == "Sigmoid" and node.input[0] in operands
+
+    def _add(self, op: str, inputs: list[str], output: str, name: str = "", **attributes) -> None:
+        from onnx import helper
+
+        self.nodes.append(helper.make_node(op, inputs, [output], name=name or f"{output}/{op}", **attributes))
+
+    def _constant(self, name: str, value, kind: int | None = None) -> str:
+        """An initializer, its values as raw bytes; a name is written once."""
+        from onnx import TensorProto, helper
+
+        if name not in self.constants:
+            kind = TensorProto.FLOAT if kind is None else kind
+            value = torch.as_tensor(value).detach().cpu()
+            if kind in {TensorProto.INT4, TensorProto.UINT4}:
+                raw = _pack4(value)
+            else:
+                raw = value.numpy().astype(helper.tensor_dtype_to_np_dtype(kind)).tobytes()
+            self.graph.initializer.append(helper.make_tensor(name, kind, value.shape, raw, raw=True))
+            self.constants.add(name)
+        return name
+
+
+def _pack4(codes: torch.Tensor) -> bytes:
+    """Two codes a byte, the first in the low half, as ONNX stores 4-bit types."""
+    nibbles = codes.flatten().to(torch.int16).numpy() & 15
+    if nibbles.size % 2:
+        nibbles = np.append(nibbles, 0)
+    return (nibbles[::2] | nibbles[1::2] << 4).astype(np.uint8).tobytes()
