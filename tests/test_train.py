@@ -210,7 +210,7 @@ def test_one_number_on_real_photographs(bccd, tmp_path):
 def test_failure_of_the_correction_stops_the_run_and_loses_nothing(train, tmp_path):
     """A diverging correction raises with its reason; the checkpoints of QAT are in place."""
     with pytest.raises(FloatingPointError, match="QC: the loss became"):
-        train({"correction_lr": 1e37, "correction_epochs": 2})
+        train({"correction_lr": 1e37, "correction_epochs": 2, "output_bits": None})  # a grid would keep it finite
     for file in ("best.pt", "last.pt", "qat.pt"):
         assert is_quantized(load_checkpoint(tmp_path / "run" / "weights" / file)[0])
     assert not list((tmp_path / "run" / "weights").glob("*.tmp"))

@@ -111,7 +111,7 @@ def _with_callbacks(options: QCConfig | dict, command) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program `yolo-qc`: eval, digits, hook."""
+    """The program `yolo-qc`: eval, check, digits, hook."""
     parser = argparse.ArgumentParser(prog="yolo-qc", description="Tools beside `yolo train ... callbacks=qc`.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -122,6 +122,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "       yolo-qc eval annotations=gt.json detections=dt.json [max_det= json=FILE]",
     )
     evaluate.add_argument("pairs", nargs="+", metavar="key=value")
+
+    check = commands.add_parser(
+        "check",
+        help="compare a checkpoint with its ONNX file",
+        usage="yolo-qc check model=best.pt onnx=best.onnx data=data.yaml [images= split= conf= iou= json=FILE]",
+    )
+    check.add_argument("pairs", nargs="+", metavar="key=value")
 
     digits = commands.add_parser("digits", help="compose a detection data set from pixels that installed packages ship")
     digits.add_argument("--out", required=True, type=Path, help="new folder")
@@ -135,18 +142,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     args = parser.parse_args(arguments)
     try:
-        {"eval": _eval, "digits": _digits, "hook": _hook}[args.command](args)
+        passed = {"eval": _eval, "check": _check, "digits": _digits, "hook": _hook}[args.command](args)
     except (ValueError, OSError, ImportError, RuntimeError) as e:
         print(f"yolo-qc {args.command}: {e}", file=sys.stderr)
         return 1
-    return 0
+    return int(passed is False)
 
 
-def _eval(args: argparse.Namespace) -> None:
-    kinds = dict(model=str, data=str, annotations=str, detections=str, json=str, device=str, split=str)
-    kinds |= dict(imgsz=int, batch=int, max_det=int, conf=float, iou=float)
+def _options(pairs: Sequence[str], kinds: dict[str, type]) -> dict:
+    """key=value pairs as a dict, each value of its kind."""
     options = {}
-    for pair in args.pairs:
+    for pair in pairs:
         key, sep, value = pair.partition("=")
         if not sep or key not in kinds:
             raise ValueError(f"{pair!r} is not accepted; give key=value with a key of {', '.join(kinds)}")
@@ -154,6 +160,34 @@ def _eval(args: argparse.Namespace) -> None:
             options[key] = kinds[key](value)
         except ValueError:
             raise ValueError(f"{pair!r} is not accepted; {key} takes a {kinds[key].__name__}") from None
+    return options
+
+
+def _write_json(result: dict, target: str | None) -> None:
+    if target:
+        Path(target).write_text(json.dumps(result, indent=1), encoding="utf-8")
+        print(f"written to {target}")
+
+
+def _check(args: argparse.Namespace) -> bool:
+    options = _options(
+        args.pairs, dict(model=str, onnx=str, data=str, json=str, split=str, images=int, conf=float, iou=float)
+    )
+    if missing := {"model", "onnx", "data"} - options.keys():
+        raise ValueError(f"give {', '.join(f'{k}=' for k in sorted(missing))}")
+    from .check import check, format_check
+
+    target = options.pop("json", None)
+    result = check(**options)
+    print(format_check(result))
+    _write_json(result, target)
+    return result["passed"]
+
+
+def _eval(args: argparse.Namespace) -> None:
+    kinds = dict(model=str, data=str, annotations=str, detections=str, json=str, device=str, split=str)
+    kinds |= dict(imgsz=int, batch=int, max_det=int, conf=float, iou=float)
+    options = _options(args.pairs, kinds)
     target = options.pop("json", None)
     if {"annotations", "detections"} <= options.keys():
         from .evaluate import coco_metrics
@@ -169,9 +203,7 @@ def _eval(args: argparse.Namespace) -> None:
         print(format_table(result))
     else:
         raise ValueError("give model= and data=, or annotations= and detections=")
-    if target:
-        Path(target).write_text(json.dumps(result, indent=1), encoding="utf-8")
-        print(f"written to {target}")
+    _write_json(result, target)
 
 
 def _digits(args: argparse.Namespace) -> None:

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 
 from .config import QCError
 from .functional import to_codes, widen
-from .layers import KeepWide, QuantActivation, QuantConv2d
+from .layers import ChannelAffine, KeepWide, QuantActivation, QuantConv2d
 from .quantizer import ActQuantizer
 from .trace import traced_convolve, traced_quantize
+
+
+MANTISSA = 10  # bits of a multiplier in `snap`, which moves it by 0.2% at most
 
 
 class FixedQuantizer(nn.Module):
@@ -119,6 +122,61 @@ class DeployedConv2d(KeepWide, nn.Module):
         )
 
 
+def fold(conv: QuantConv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
+    """Scale and shift of the header's formula, FP64, shape (out_channels,) each."""
+    wide = torch.float64  # folding is done once: no digit is lost in it
+    one = torch.ones(conv.out_channels, dtype=wide, device=conv.weight.device)
+    gamma, beta = (1, 0) if conv.correction is None else (conv.correction.gamma.to(wide), conv.correction.beta.to(wide))
+    bias = 0 if conv.bias is None else conv.bias.to(wide)
+    scale, shift = one * gamma * conv.weight_quant.scale.to(wide), one * (gamma * bias + beta)
+    if bn is not None:
+        a = _batch_norm_scale(bn)
+        scale, shift = a * scale, a * (shift - bn.running_mean.to(wide)) + bn.bias.to(wide)
+    return scale, shift
+
+
+def _batch_norm_scale(bn: nn.BatchNorm2d) -> Tensor:
+    return bn.weight.double() / torch.sqrt(bn.running_var.double() + bn.eps)
+
+
+@torch.no_grad()
+def snap(conv: QuantConv2d, bn: nn.BatchNorm2d, output_scale: float) -> None:
+    """Move the scale and shift of a convolution with a quantized output to where every runtime agrees, in place.
+
+    In steps of the output, an integer convolution gives multiplier * (sum + bias) before rounding, with integer sum and
+    bias. So, of each channel,
+
+    - the bias becomes a whole number: half a unit is small beside a step of the output, but it moves codes;
+    - the multiplier becomes an odd number of MANTISSA bits over a power of two. The products are then whole multiples of
+      that power's inverse. The first of them at a rounding threshold is half the odd number, which is beyond the 8-bit
+      range for 10 bits; all others keep that inverse as their distance, so that float implementations, whatever their
+      order of operations, round them alike.
+
+    Done here, it is in the model that is measured. The correction takes it up (one is made where there is none), as it
+    stays FP32 in checkpoints.
+
+    Args:
+        conv: Quantized convolution.
+        bn: The batch norm that reads its output.
+        output_scale: Step of the output's quantizer.
+    """
+    if conv.correction is None:
+        conv.correction = ChannelAffine(1).to(conv.weight.device)
+    conv.correction = conv.correction.widened(conv.out_channels)
+    scale, _ = fold(conv, bn)
+    multiplier = conv.act_quant.scale.double() * scale / output_scale
+    unit = 2.0 ** (torch.log2(multiplier.abs()).floor() - (MANTISSA - 1))
+    snapped = (2 * torch.floor(multiplier / unit / 2) + 1) * unit  # the odd multiple nearest to it
+    factor = snapped / multiplier
+    used = factor.isfinite()  # a channel of zero scale stays as it is
+    conv.correction.gamma.mul_(torch.where(used, factor, 1.0))
+
+    scale, shift = fold(conv, bn)
+    unit = conv.act_quant.scale.double() * scale
+    change = (torch.round(shift / unit) * unit - shift) / _batch_norm_scale(bn)
+    conv.correction.beta.add_(torch.where(change.isfinite(), change, 0.0))
+
+
 @torch.no_grad()
 def deploy_conv(conv: QuantConv2d, bn: nn.BatchNorm2d | None, name: str) -> DeployedConv2d:
     """The deployed form of a quantized convolution; `conv` is left as it is.
@@ -136,14 +194,7 @@ def deploy_conv(conv: QuantConv2d, bn: nn.BatchNorm2d | None, name: str) -> Depl
     """
     if conv.padding_mode != "zeros":
         raise QCError(f"QC: {name} pads by {conv.padding_mode!r}; only zero padding can be deployed. Add it to skip.")
-    wide = torch.float64  # folding is done once: no digit is lost in it
-    one = torch.ones(conv.out_channels, dtype=wide, device=conv.weight.device)
-    gamma, beta = (1, 0) if conv.correction is None else (conv.correction.gamma.to(wide), conv.correction.beta.to(wide))
-    bias = 0 if conv.bias is None else conv.bias.to(wide)
-    scale, shift = one * gamma * conv.weight_quant.scale.to(wide), one * (gamma * bias + beta)
-    if bn is not None:
-        a = bn.weight.to(wide) / torch.sqrt(bn.running_var.to(wide) + bn.eps)
-        scale, shift = a * scale, a * (shift - bn.running_mean.to(wide)) + bn.bias.to(wide)
+    scale, shift = fold(conv, bn)
     return DeployedConv2d(conv, scale.to(conv.weight.dtype), shift.to(conv.weight.dtype), name).train(conv.training)
 
 

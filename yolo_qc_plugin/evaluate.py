@@ -104,7 +104,7 @@ def coco_metrics(
 
 
 def evaluate(
-    model: str | Path,
+    model: str | Path | YOLO,
     data: str | Path,
     *,
     imgsz: int | None = None,
@@ -115,6 +115,7 @@ def evaluate(
     iou: float = 0.7,
     max_det: int = 300,
     clip: bool = True,
+    rect: bool = True,
 ) -> dict[str, Any]:
     """Validate a detector once with stock Ultralytics and score the very same detections by COCOeval too.
 
@@ -127,7 +128,7 @@ def evaluate(
     Nothing is written to the runs folder.
 
     Args:
-        model: Checkpoint, exported model or model YAML, of the task "detect".
+        model: Checkpoint, exported model or model YAML, of the task "detect", or a YOLO object of one.
         data: Data YAML, as Ultralytics accepts it.
         imgsz: Image side in pixels; None takes the one the checkpoint was trained with.
         batch: Images a batch.
@@ -137,6 +138,8 @@ def evaluate(
         iou: Overlap from which non-maximum suppression drops the weaker box, 0..1.
         max_det: Detections kept per image.
         clip: Cut boxes off at the image's border for COCOeval, detections and ground truth alike.
+        rect: Batches of images of like shape padded as little as can be, as Ultralytics validates a checkpoint; False
+            pads all to a square, as it does with exported models of fixed size.
 
     Returns:
         "model", "data", "imgsz", "split", "clip"; "coco", see `coco_metrics`; "ultralytics" with map50_95 and map50, in
@@ -146,7 +149,7 @@ def evaluate(
         FileNotFoundError: The model or the data is missing.
         ValueError: The model is no YOLO detector.
     """
-    yolo = _load_detector(model)
+    yolo = model if isinstance(model, YOLO) else load_detector(model)
 
     finished: list[_RecordingValidator] = []
     yolo.add_callback("on_val_end", finished.append)
@@ -161,6 +164,7 @@ def evaluate(
             conf=conf,
             iou=iou,
             max_det=max_det,
+            rect=rect,
             plots=False,
             verbose=False,
             project=folder,
@@ -177,7 +181,7 @@ def evaluate(
     for image_id, (shape, rows) in enumerate(validator.records, 1):
         detections += _to_results(image_id, ops.clip_boxes(rows, shape) if clip else rows)
     return {
-        "model": str(model),
+        "model": str(getattr(model, "ckpt_path", model)),
         "data": str(data),
         "imgsz": validator.args.imgsz,
         "split": split,
@@ -203,7 +207,7 @@ def format_table(result: dict[str, Any]) -> str:
     return "\n".join([head, counts, *(f"{a:<{width}}  {b:>8}  {c:>11}".rstrip() for a, b, c in rows)])
 
 
-def _load_detector(model: str | Path) -> YOLO:
+def load_detector(model: str | Path) -> YOLO:
     """The model, checked; a missing checkpoint is refused before Ultralytics asks the network for it."""
     name = Path(model).name
     known = "://" in str(model) or name in GITHUB_ASSETS_NAMES or Path(model).is_file()

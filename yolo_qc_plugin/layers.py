@@ -30,6 +30,13 @@ class ChannelAffine(nn.Module):
         """Apply to x of shape (batch, channels, height, width); keeps its dtype."""
         return torch.addcmul(self.beta.view(1, -1, 1, 1), x, self.gamma.view(1, -1, 1, 1)).to(x.dtype)
 
+    def widened(self, channels: int) -> ChannelAffine:
+        """The same with one gamma and one beta per channel, without gradients."""
+        wide = ChannelAffine(channels).to(self.gamma).requires_grad_(False)
+        wide.gamma.copy_(self.gamma.expand(channels))
+        wide.beta.copy_(self.beta.expand(channels))
+        return wide
+
 
 class KeepWide:
     """Keeps a module's parameters and buffers in FP32 (or wider), whatever the model is cast to.
