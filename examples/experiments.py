@@ -48,7 +48,7 @@ DEFAULTS = {
     "base": {},
     "act_offset=False": {"act_offset": False},
     "per_channel=True": {"per_channel": True},
-    "scale_init=lsq": {"scale_init": "lsq"},
+    "scale_init=mse": {"scale_init": "mse"},
     "scale_lr=0.1": {"scale_lr": 0.1},
     "scale_lr=10": {"scale_lr": 10.0},
     "ema_decay=0": {"ema_decay": 0.0},
@@ -199,8 +199,8 @@ def output_cost(folder: Path) -> list[str]:
         return []
     spread = statistics.stdev(costs)
     return [
-        f"8-bit outputs against float outputs after QAT, over {len(costs)} runs: mean {statistics.mean(costs):+.2f} points, "
-        f"standard deviation {spread:.2f}, standard error of the mean {spread / len(costs) ** 0.5:.2f}."
+        f"8-bit outputs against float outputs after QAT, over {len(costs)} runs: mean {statistics.mean(costs):+.2f} "
+        f"points, standard deviation {spread:.2f}, standard error of the mean {spread / len(costs) ** 0.5:.2f}."
     ]
 
 

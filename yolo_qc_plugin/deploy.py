@@ -22,7 +22,6 @@ from .layers import ChannelAffine, KeepWide, QuantActivation, QuantConv2d
 from .quantizer import ActQuantizer
 from .trace import traced_convolve, traced_quantize
 
-
 MANTISSA = 10  # bits of a multiplier in `snap`, which moves it by 0.2% at most
 
 
@@ -147,7 +146,7 @@ def snap(conv: QuantConv2d, bn: nn.BatchNorm2d, output_scale: float) -> None:
     bias. So, of each channel,
 
     - the bias becomes a whole number: half a unit is small beside a step of the output, but it moves codes;
-    - the multiplier becomes an odd number of MANTISSA bits over a power of two. The products are then whole multiples of
+    - the multiplier becomes an odd number of MANTISSA bits over a power of two. Products then are whole multiples of
       that power's inverse. The first of them at a rounding threshold is half the odd number, which is beyond the 8-bit
       range for 10 bits; all others keep that inverse as their distance, so that float implementations, whatever their
       order of operations, round them alike.
