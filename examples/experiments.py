@@ -43,12 +43,14 @@ TABLE = {"float": None} | {
     for method, decay in (("LSQ", 0.0), ("EMA", None))  # None: the default decay
 }
 
-# one default changed at a time, at 3 bits, where choices matter more than noise
+# one default changed at a time, at 3 bits, where choices matter more than noise; the base is what the defaults were
+# before the page was made, and outputs stay float, so that the page shows training alone
+BASE = {"bits": 3, "scale_init": "mse", "output_bits": None}
 DEFAULTS = {
     "base": {},
     "act_offset=False": {"act_offset": False},
     "per_channel=True": {"per_channel": True},
-    "scale_init=mse": {"scale_init": "mse"},
+    "scale_init=lsq": {"scale_init": "lsq"},
     "scale_lr=0.1": {"scale_lr": 0.1},
     "scale_lr=10": {"scale_lr": 10.0},
     "ema_decay=0": {"ema_decay": 0.0},
@@ -62,7 +64,7 @@ def cells(kind: str) -> dict[str, dict | None]:
     """Name -> plugin options of each cell, None for float training."""
     if kind == "table":
         return {k: v and {n: x for n, x in v.items() if x is not None} for k, v in TABLE.items()}
-    return {k: {"bits": 3, **v} for k, v in DEFAULTS.items()}
+    return {k: {**BASE, **v} for k, v in DEFAULTS.items()}
 
 
 def run_cell(options: dict | None, seed: int, args: argparse.Namespace, target: Path) -> None:
