@@ -8,7 +8,8 @@ Three comparisons for each runtime:
    as the share that differs and the largest difference in quantization steps. End to end no two float implementations
    agree bit for bit: a value that lies at a rounding threshold moves by a step, and what follows moves with it. So the
    share of codes that differ end to end is reported, and not judged.
-3. mAP, by pycocotools, on the same square images.
+3. mAP, by pycocotools, on the same square images: of the checkpoint as it was trained (fake-quantized), of its deployed
+   form in PyTorch, and of the runtime.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +61,10 @@ def check(
 
     Returns:
         "model", "onnx", "data", "imgsz", "images"; "weights", the names of layers whose integer weights differ;
-        "pytorch" with AP and AP50 in 0..1; "runtimes", a list of dicts: name, AP, AP50, points (difference of AP in
-        points), steps (largest, layer by layer), changed (share, layer by layer), changed_end_to_end (share),
-        output (largest difference end to end, in the outputs' own units), or name and skipped (a reason); "passed".
+        "checkpoint" and "pytorch" (deployed) with AP and AP50 in 0..1; "runtimes", a list of dicts: name, AP, AP50,
+        points (difference of AP to "pytorch" in points), steps (largest, layer by layer), changed (share, layer by
+        layer), changed_end_to_end (share), output (largest difference end to end, in the outputs' own units), or name
+        and skipped (a reason); "passed".
 
     Raises:
         QCError: If a file is missing or cannot be read, or the ONNX file was not exported from a model like this one.
@@ -69,13 +72,15 @@ def check(
     from importlib.util import find_spec
 
     graph = _Exported(Path(onnx))
-    yolo = _load_quantized(model, graph)
+    yolo, fake_quantized = _load_quantized(model, graph)
     graph.match(deployed_convs(yolo.model))
     stash = _Stash(images)
     settings = dict(data=data, imgsz=graph.imgsz, batch=graph.batch, split=split, conf=conf, iou=iou, rect=False)
 
     with _forward(yolo.model, lambda original: stash.wrap(original)):
         expected = evaluate(yolo, **settings)
+    with _forward(yolo.model, lambda _: fake_quantized):
+        trained = evaluate(yolo, **settings)
     sample = torch.cat(stash.batches)[:images]
     result = {
         "model": str(model),
@@ -84,6 +89,7 @@ def check(
         "imgsz": graph.imgsz,
         "images": len(sample),
         "weights": graph.differing_weights(deployed_convs(yolo.model)),
+        "checkpoint": {k: trained["coco"][k] for k in ("AP", "AP50")},
         "pytorch": {k: expected["coco"][k] for k in ("AP", "AP50")},
         "runtimes": [],
     }
@@ -97,20 +103,28 @@ def check(
         with _forward(yolo.model, lambda _: lambda x, *a, **k: torch.from_numpy(run(x.cpu().numpy())[0])):
             found = evaluate(yolo, **settings)
         row |= {k: found["coco"][k] for k in ("AP", "AP50")}
-        row["points"] = 100 * abs((row["AP"] or 0.0) - (result["pytorch"]["AP"] or 0.0))
+        row["points"] = _points(row, result["pytorch"])
         result["runtimes"].append(row)
     judged = [r for r in result["runtimes"] if "skipped" not in r]
-    result["passed"] = not result["weights"] and all(
-        r["steps"] <= MAX_STEPS and r["points"] <= MAX_POINTS for r in judged
+    result["passed"] = (
+        not result["weights"]
+        and _points(result["checkpoint"], result["pytorch"]) <= MAX_POINTS
+        and all(r["steps"] <= MAX_STEPS and r["points"] <= MAX_POINTS for r in judged)
     )
     return result
+
+
+def _points(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """Difference of AP in points; no ground truth at all counts as 0."""
+    return 100 * abs((a["AP"] or 0.0) - (b["AP"] or 0.0))
 
 
 def format_check(result: dict[str, Any]) -> str:
     """The result of `check` as plain text, AP in points."""
     head = f"{result['model']} and {result['onnx']} on {result['data']}, imgsz {result['imgsz']}"
     rows = [("", "AP", "AP50", "difference", "steps", "codes changed", "end to end")]
-    rows.append(("PyTorch", *(f"{100 * (result['pytorch'][k] or 0):.2f}" for k in ("AP", "AP50")), "", "", "", ""))
+    for key, label in (("checkpoint", "checkpoint"), ("pytorch", "deployed, PyTorch")):
+        rows.append((label, *(f"{100 * (result[key][k] or 0):.2f}" for k in ("AP", "AP50")), "", "", "", ""))
     for r in result["runtimes"]:
         if "skipped" in r:
             rows.append((r["name"], r["skipped"], "", "", "", "", ""))
@@ -224,7 +238,7 @@ class _Exported:
 
 
 def _load_quantized(model: str | Path, graph: _Exported):
-    """The checkpoint in the deployed form, with the head that the file has."""
+    """The checkpoint in the deployed form, with the head that the file has, and itself."""
     try:
         yolo = load_detector(model)
     except FileNotFoundError as e:
@@ -235,8 +249,9 @@ def _load_quantized(model: str | Path, graph: _Exported):
         raise QCError(f"QC: model={model} is not quantized; accepted: checkpoints trained with callbacks=qc.")
     if "end2end" in graph.metadata and hasattr(yolo.model, "end2end"):
         yolo.model.end2end = graph.metadata["end2end"] == "True"
-    yolo.model.float().eval().fuse(verbose=False)
-    return yolo
+    fake_quantized = deepcopy(yolo.model.float().eval())
+    yolo.model.fuse(verbose=False)
+    return yolo, fake_quantized
 
 
 class _Stash:

@@ -1,0 +1,205 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Size and CPU latency of exported models: FP32, Ultralytics' own INT8, and ours in both containers.
+
+    python examples/bench_deploy.py --models yolov5n.yaml yolo11n.yaml --imgsz 320 640
+
+Each model is trained for one epoch on small digits images, in float and with the plugin: latency depends on a model's
+shape, not on its weights. Every file is then run in ONNX Runtime and OpenVINO (batch 1, CPU), all in one process, in
+turns of a few calls each, so that a slow moment of the machine hits all alike. Writes a JSON file and a Markdown page.
+
+The graph that ONNX Runtime makes of each file is counted too: how many convolutions became integer ones (QLinearConv),
+and what the others lack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import torch
+import ultralytics
+from ultralytics import YOLO
+
+from yolo_qc_plugin import __version__, add_qc_callbacks
+from yolo_qc_plugin.digits import compose
+
+TURN = 5  # calls of one file before the next one's turn
+FILES = ("FP32", "Ultralytics INT8", "ours int8", "ours int4")
+# (runtime, precision of the float part); OpenVINO computes float layers in BF16 where the CPU can, unless told
+RUNTIMES = {"ONNX Runtime": None, "OpenVINO": None, "OpenVINO, f32": "f32"}
+
+
+def make_files(model: str, imgsz: int, data: Path, folder: Path) -> dict[str, Path]:
+    """The four files of a model at one size."""
+    stem = f"{Path(model).stem}-{imgsz}"
+    settings = dict(data=str(data), imgsz=64, epochs=1, batch=8, device="cpu", plots=False, verbose=False, workers=0)
+    made = {}
+    for quantized in (False, True):
+        run = folder / f"{Path(model).stem}-{'quantized' if quantized else 'float'}"
+        checkpoint = run / "weights" / "best.pt"
+        if not checkpoint.exists():
+            yolo = YOLO(model)
+            if quantized:
+                add_qc_callbacks(yolo, bits=4)
+            yolo.train(**settings, project=str(folder), name=run.name, exist_ok=True)
+        kinds = {"ours int8": dict(onnx="int8"), "ours int4": dict(onnx="int4")}
+        stock = {"FP32": {}, "Ultralytics INT8": dict(quantize=8, data=str(data))}
+        for name, options in (kinds if quantized else stock).items():
+            yolo = YOLO(checkpoint)
+            if quantized:
+                add_qc_callbacks(yolo, **options)
+            file = yolo.export(format="onnx", imgsz=imgsz, device="cpu", **({} if quantized else options))
+            made[name] = folder / f"{stem}-{name.replace(' ', '-')}.onnx"
+            Path(file).replace(made[name])
+    return {name: made[name] for name in FILES}
+
+
+def runner(file: Path, runtime: str, image: np.ndarray, threads: int):
+    """A function that runs the file once, or None where the runtime cannot."""
+    if runtime == "ONNX Runtime":
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return lambda: session.run(None, {"images": image})
+    if "int4" in file.name:
+        return None  # OpenVINO 2026.4 crashes on 4-bit activations
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    if RUNTIMES[runtime]:
+        settings["INFERENCE_PRECISION_HINT"] = RUNTIMES[runtime]
+    request = openvino.compile_model(str(file), "CPU", settings).create_infer_request()
+    return lambda: request.infer([image])
+
+
+def measure(files: dict[str, Path], imgsz: int, threads: int, repeats: int) -> dict[str, dict[str, dict]]:
+    """Runtime -> file -> median, 10th and 90th percentile of one call in ms."""
+    image = np.random.default_rng(0).random((1, 3, imgsz, imgsz), dtype=np.float32)
+    calls = {(r, n): runner(f, r, image, threads) for r in RUNTIMES for n, f in files.items()}
+    calls = {key: call for key, call in calls.items() if call}
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    for call in calls.values():
+        for _ in range(2 * TURN):
+            call()
+    for _ in range(-(-repeats // TURN)):
+        for key, call in calls.items():
+            for _ in range(TURN):
+                start = time.perf_counter()
+                call()
+                times[key].append(1e3 * (time.perf_counter() - start))
+    result: dict[str, dict[str, dict]] = {r: {} for r in RUNTIMES}
+    for (r, n), t in times.items():
+        tenths = statistics.quantiles(t, n=10)
+        result[r][n] = {"median": statistics.median(t), "p10": tenths[0], "p90": tenths[-1]}
+    return result
+
+
+def optimised_convolutions(file: Path, folder: Path) -> dict[str, int]:
+    """What ONNX Runtime's optimiser made of the file's convolutions: kind -> count."""
+    options, target = onnxruntime.SessionOptions(), folder / "optimised.onnx"
+    options.optimized_model_filepath, options.log_severity_level = str(target), 3
+    onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(target).graph
+    sources = {out: n for n in graph.node for out in n.output}
+    count: Counter = Counter()
+    for n in graph.node:
+        if n.op_type == "QLinearConv":
+            count["integer"] += 1
+        elif n.op_type in {"Conv", "FusedConv"}:
+            weight = sources.get(n.input[1])
+            reason = "output not quantized" if weight is not None else "float weight"
+            count[f"float: {reason}"] += 1
+    return dict(count)
+
+
+def page(results: list[dict], about: dict) -> str:
+    """The results as Markdown."""
+    lines = [
+        "# Size and latency of exported models",
+        "",
+        f"Written by `examples/bench_deploy.py`. {about['cpu']}, {about['threads']} threads, batch 1, "
+        f"{about['repeats']} calls of each file in turns of {TURN}; median ms [10%, 90%] and ratio to FP32 in the same "
+        "runtime. " + ", ".join(f"{k} {v}" for k, v in about["versions"].items()) + ".",
+        "",
+        "OpenVINO without f32 computes float layers in BF16 where the CPU has it. Version 2026.4 crashes on 4-bit",
+        "activations, so the int4 file is not run there.",
+        "",
+    ]
+    for r in results:
+        lines += [f"## {Path(r['model']).stem}, {r['imgsz']} px", ""]
+        lines += ["| file | MB | " + " | ".join(RUNTIMES) + " | convolutions in ONNX Runtime |"]
+        lines += ["|" + "---|" * (3 + len(RUNTIMES))]
+        for name in FILES:
+            cells = []
+            for runtime in RUNTIMES:
+                t, base = r["ms"][runtime].get(name), r["ms"][runtime]["FP32"]["median"]
+                text = (
+                    "-"
+                    if t is None
+                    else f"{t['median']:.1f} [{t['p10']:.1f}, {t['p90']:.1f}] {t['median'] / base:.2f}x"
+                )
+                cells.append(text)
+            kinds = ", ".join(f"{v} {k}" for k, v in sorted(r["convolutions"][name].items(), reverse=True))
+            lines.append(f"| {name} | {r['mb'][name]:.2f} | {' | '.join(cells)} | {kinds} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it, and whether it has 8-bit dot products."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+        name = next(line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name"))
+        return name + (" (VNNI)" if "vnni" in info else " (no VNNI)")
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--models", nargs="+", default=["yolov5n.yaml", "yolo11n.yaml"])
+    p.add_argument("--imgsz", type=int, nargs="+", default=[320, 640])
+    p.add_argument("--threads", type=int, default=os.cpu_count())
+    p.add_argument("--repeats", type=int, default=100)
+    p.add_argument("--out", type=Path, default=Path("docs/results"))
+    p.add_argument("--work", type=Path, help="folder for the files made (a temporary one)")
+    p.add_argument("--prepare", action="store_true", help="make the files in --work and stop")
+    args = p.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = (args.work or Path(temporary)).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        data = compose(work / "digits", train=16, val=8, imgsz=64, seed=0)
+        cases = []
+        for model in args.models:
+            for imgsz in args.imgsz:
+                made = {n: work / f"{Path(model).stem}-{imgsz}-{n.replace(' ', '-')}.onnx" for n in FILES}
+                ready = all(f.exists() for f in made.values())
+                cases.append((model, imgsz, made if ready else make_files(model, imgsz, data, work)))
+        if args.prepare:
+            return
+        results = []
+        for model, imgsz, files in cases:
+            case = {"model": model, "imgsz": imgsz, "mb": {n: f.stat().st_size / 1e6 for n, f in files.items()}}
+            case["convolutions"] = {n: optimised_convolutions(f, work) for n, f in files.items()}
+            case["ms"] = measure(files, imgsz, args.threads, args.repeats)
+            results.append(case)
+    versions = {"yolo_qc_plugin": __version__, "ultralytics": ultralytics.__version__, "torch": torch.__version__}
+    versions |= {"onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__.split("-")[0]}
+    about = {"cpu": cpu_name(), "threads": args.threads, "repeats": args.repeats, "versions": versions}
+    (args.out / "deploy.json").write_text(json.dumps({**about, "results": results}, indent=1))
+    (args.out / "deploy.md").write_text(page(results, about))
+    print(page(results, about))
+
+
+if __name__ == "__main__":
+    main()
