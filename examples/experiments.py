@@ -57,6 +57,7 @@ DEFAULTS = {
     "ema_decay=0.9": {"ema_decay": 0.9},
     "correction_lr=0.003": {"correction_lr": 0.003},
     "correction_lr=0.01": {"correction_lr": 0.01},
+    "4bit scale_init=lsq": {"bits": 4, "scale_init": "lsq", "output_bits": 8},  # beside EMA-4bit of the other table
 }
 
 

@@ -46,7 +46,8 @@ def page(results: list[dict], args: argparse.Namespace) -> str:
         "# One model, one number",
         "",
         f"Written by `examples/parity.py` on {Path(args.data).name} at {args.imgsz} px. AP (mAP50-95 by pycocotools, "
-        f"square images) in points; in brackets the share of codes that differ layer by layer, over {args.images} images.",
+        "square images) in points; in brackets the share of codes that differ layer by layer, over "
+        f"{args.images} images.",
         "",
     ]
     runtimes = [("int8", "onnxruntime"), ("int8", "onnxruntime, not optimised"), ("int8", "openvino")]

@@ -55,7 +55,7 @@ class QCConfig:
     output_bits: int | None = 8
     per_channel: bool = False
     act_offset: bool = True
-    scale_init: str = "lsq"
+    scale_init: str = "mse"
     scale_lr: float = 1.0
     ema_decay: float = 0.99
     correction: str = "channel"
