@@ -16,6 +16,7 @@ from yolo_qc_plugin.callbacks import attach
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.correction import insert_correction
 from yolo_qc_plugin.deploy import FixedQuantizer, deploy_conv, deployed_convs
+from yolo_qc_plugin.finish import snap_outputs
 from yolo_qc_plugin.inject import calibrate, calibrate_outputs, inject, quantize_outputs, remove
 from yolo_qc_plugin.layers import ChannelAffine, QuantActivation, QuantConv2d, quant_activations, quant_convs
 from yolo_qc_plugin.quantizer import ActQuantizer
@@ -63,7 +64,7 @@ def build(yaml, change=None, quantize=True, corrected=True, outputs=False, **opt
     model = DetectionModel(yaml, nc=3, verbose=False)
     if change:
         change(model)
-    randomize(model).eval()
+    randomize(model).half().float().eval()  # as read from a checkpoint
     if quantize:
         config = QCConfig(**{"scale_init": "lsq", **options})
         inject(model, config, host.edge_convs(model), host.fixed_convs(model))
@@ -73,6 +74,7 @@ def build(yaml, change=None, quantize=True, corrected=True, outputs=False, **opt
             calibrate_outputs(model, [images(2)], model)
         if corrected:
             correct(model)
+        snap_outputs(model)
     return model
 
 

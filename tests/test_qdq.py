@@ -26,6 +26,7 @@ from yolo_qc_plugin.checkpoint import QuantRecord
 from yolo_qc_plugin.cli import wrap_entrypoint
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.deploy import deployed_convs
+from yolo_qc_plugin.finish import snap_outputs
 from yolo_qc_plugin.inject import calibrate, calibrate_outputs, inject, quantize_outputs
 from yolo_qc_plugin.layers import quant_convs
 from yolo_qc_plugin.qdq import ONNX_KINDS, write_qdq
@@ -58,20 +59,19 @@ def session(model, optimised=True, **options):
 
 
 def run(model, x, optimised=True, tensors=()):
-    """The graph's outputs, and a dict of the named inner tensors."""
+    """Name -> tensor of the graph's outputs and of the named inner tensors."""
     model = copy.deepcopy(model)
-    shown = [n for n in dict.fromkeys(tensors) if n not in {o.name for o in model.graph.output}]
     types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
-    for n in shown:
-        name = n
-        if types[n] == onnx.TensorProto.UINT4:  # has no NumPy type in ONNX Runtime
-            name = f"{n}_shown"
-            model.graph.node.append(onnx.helper.make_node("Cast", [n], [name], to=onnx.TensorProto.UINT8))
-        kind = onnx.TensorProto.UINT8 if name != n else types[n]
-        model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
+    shown = {}
+    for name in {*tensors} - {o.name for o in model.graph.output}:
+        shown[name], kind = name, types[name]
+        if kind == onnx.TensorProto.UINT4:  # has no NumPy type in ONNX Runtime
+            shown[name], kind = f"{name}_shown", onnx.TensorProto.UINT8
+            model.graph.node.append(onnx.helper.make_node("Cast", [name], [shown[name]], to=kind))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(shown[name], kind, None))
+    names = {v: k for k, v in shown.items()}
     values = session(model, optimised).run(None, {model.graph.input[0].name: x.numpy()})
-    count = len(values) - len(shown)
-    return values[:count], {n: torch.from_numpy(v) for n, v in zip(shown, values[count:])}
+    return {names.get(o.name, o.name): torch.from_numpy(v) for o, v in zip(model.graph.output, values)}
 
 
 class Graph:
@@ -79,101 +79,125 @@ class Graph:
 
     Attributes:
         values: Initializer name -> array.
-        inputs: Layer name -> tensor of its input's codes, their scale and zero point.
-        outputs: Layer name -> tensor of what it gives, and its grid: (codes, scale, zero point, lowest, highest) where
-            a quantizer alone reads it, else None.
+        inputs: Layer name -> (tensor of its input's codes, their scale, their zero point).
+        outputs: Layer name -> (tensor of what it gives, None), or, where a quantizer alone reads that, (tensor of the
+            codes, (scale, zero point, smallest code, largest code)).
+        float_convs: Number of other convolutions.
+        unloadable: Whether ONNX Runtime 1.32 refuses it when it optimises (see the tests that expect to fail).
     """
 
     def __init__(self, model):
         self.model = model
         self.values = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
-        sources = {out: n for n in model.graph.node for out in n.output}
-        readers = {}
+        self.sources = {out: n for n in model.graph.node for out in n.output}
+        self.readers = {}
         for n in model.graph.node:
             for name in n.input:
-                readers.setdefault(name, []).append(n)
-        self.inputs, self.outputs, self.float_convs = {}, {}, 0
+                self.readers.setdefault(name, []).append(n)
+        self.inputs, self.outputs, self.float_convs, self.unloadable = {}, {}, 0, False
         for conv in (n for n in model.graph.node if n.op_type == "Conv"):
-            weight, x = sources.get(conv.input[1]), sources.get(conv.input[0])
+            x, weight = (self.sources.get(name) for name in conv.input[:2])
             if weight is None or weight.op_type != "DequantizeLinear":
                 self.float_convs += 1
                 continue
             name = weight.input[0].removesuffix(".weight_codes")
-            assert x.op_type == "DequantizeLinear" and sources[x.input[0]].op_type == "QuantizeLinear"
-            assert list(sources[x.input[0]].input[1:]) == list(x.input[1:])
+            quantize = self.sources[x.input[0]]
+            assert (quantize.op_type, x.op_type) == ("QuantizeLinear", "DequantizeLinear")
+            assert quantize.input[1:] == x.input[1:] and name not in self.inputs
             self.inputs[name] = x.input[0], *self._grid(x)
             out = conv.output[0]
             if f"{name}.sign" in self.values:
                 for op in ("Mul", "Add"):
-                    (n,) = readers[out]
+                    (n,) = self.readers[out]
                     assert n.op_type == op
                     out = n.output[0]
-            self.outputs[name] = out, None
-            after, low = readers.get(out, []), None
-            if len(after) == 1 and after[0].op_type == "Clip":
-                low, after = float(self.values[after[0].input[1]]), readers[after[0].output[0]]
-            if len(after) == 1 and after[0].op_type == "QuantizeLinear":
-                scale, zero_point = self._grid(after[0])
-                top = 15 if self.values[after[0].input[2]].dtype == onnx.helper.tensor_dtype_to_np_dtype(
-                    onnx.TensorProto.UINT4
-                ) else 255  # fmt: skip
-                lowest = 0 if low is None else round(low / scale) + zero_point
-                self.outputs[name] = out, (after[0].output[0], scale, zero_point, lowest, top)
+            self.outputs[name] = self._read(out)
+            in4, out4 = (self._is4(q) for q in (quantize, self.sources[self.outputs[name][0]]))
+            self.unloadable |= in4 and out4 and self.values[weight.input[0]].dtype == np.int8
+        for n in model.graph.node:
+            if n.op_type == "QuantizeLinear" and self._is4(n) and n.input[0] in self.sources:
+                self.unloadable |= self.sources[n.input[0]].op_type == "Clip"
+
+    def _is4(self, node):
+        return node.op_type == "QuantizeLinear" and self.values[node.input[2]].dtype.name == "uint4"
 
     def _grid(self, node):
         return float(self.values[node.input[1]]), int(self.values[node.input[2]])
 
-    def codes(self, name):
-        return torch.from_numpy(self.values[f"{name}.weight_codes"].astype(np.int16))
+    def _read(self, out):
+        after, low = self.readers.get(out, []), None
+        if len(after) == 1 and after[0].op_type in {"Clip", "Max"} and after[0].input[1] in self.values:
+            low, after = float(self.values[after[0].input[1]]), self.readers[after[0].output[0]]
+        if len(after) != 1 or after[0].op_type != "QuantizeLinear":
+            return out, None
+        scale, zero_point = self._grid(after[0])
+        lowest = 0 if low is None else round(low / scale) + zero_point
+        return after[0].output[0], (scale, zero_point, lowest, 15 if self._is4(after[0]) else 255)
+
+    def constant(self, name):
+        return torch.from_numpy(self.values[name].astype(np.float64))
 
     def tensors(self):
-        """Names of the codes, and of outputs that are not quantized."""
-        yield from (tensor for tensor, *_ in self.inputs.values())
-        yield from (grid[0] if grid else tensor for tensor, grid in self.outputs.values())
+        return [tensor for tensor, *_ in (*self.inputs.values(), *self.outputs.values())]
 
 
 def check_codes(theirs, position, slack, lowest, highest):
-    """Codes (minus the zero point) must be the exact position's, whose rounding is open within the slack."""
+    """Codes (minus the zero point) must be the exact position's, whose rounding is open within the slack.
+
+    Returns:
+        Share of codes whose rounding is not open.
+    """
     low, high = ((position + d).round().clamp(lowest, highest) for d in (-slack, slack))
     assert (low <= theirs).all() and (theirs <= high).all()
-    assert (low == high).double().mean() > 0.9  # the slack does not excuse everything
+    return (low == high).double().mean()
 
 
-def compare(file, model, x, optimised):
+def per_channel(v):
+    return v.double().view(-1, 1, 1)
+
+
+def compare(graph, model, x, optimised):
     """Judge every layer in ONNX Runtime against the deployed PyTorch model.
 
     Each layer gets the codes that ONNX Runtime gave it, in float64, where its sums and products are exact; what lies
     between the layers gets what ONNX Runtime's layers gave.
 
     Returns:
-        The outputs of both: ONNX Runtime's first and PyTorch's.
+        The first outputs of both: ONNX Runtime's and PyTorch's.
     """
-    graph = Graph(onnx.load(file))
-    outputs, seen = run(graph.model, x, optimised, graph.tensors())
+    seen = run(graph.model, x, optimised, graph.tensors())
+    snapped = {m.conv.name for m in model.modules() if isinstance(m, Conv) and isinstance(m.act, nn.Sequential)}
     reached = set()
 
     def before(m, args):
         tensor, scale, zero_point = graph.inputs[m.name]
-        theirs = seen[tensor].double() - zero_point
-        assert scale == pytest.approx(m.act_quant.scale, rel=1e-6)
-        low, high = (bound - m.act_quant.zero_point for bound in (m.act_quant.quant_min, m.act_quant.quant_max))
-        check_codes(theirs, args[0].double() / scale, NEAR, low, high)
-        return (theirs * m.act_quant.scale,)
+        theirs, q = seen[tensor].double() - zero_point, m.act_quant
+        assert scale == pytest.approx(q.scale, rel=1e-6)
+        low, high = q.quant_min - q.zero_point, q.quant_max - q.zero_point
+        assert check_codes(theirs, args[0].double() / scale, NEAR, low, high) > 0.95
+        return (theirs * q.scale,)
 
     def after(m, args, wanted):
         reached.add(m.name)
-        steps, unit = args[0] / m.act_quant.scale, m.act_quant.scale * m.scale.double().abs().view(-1, 1, 1)
-        terms = m.convolve(steps.abs(), m.weight_codes.abs().double()) * unit + m.shift.double().abs().view(-1, 1, 1)
-        slack = LAYER * terms
-        if f"{m.name}.bias_codes" in graph.values:
-            slack = slack + unit / 2  # the bias is rounded to whole units
+        unit = m.act_quant.scale * per_channel(m.scale).abs()
+        steps = (args[0] / m.act_quant.scale).round()
+        terms = m.convolve(steps.abs(), m.weight_codes.abs().double()) * unit + per_channel(m.shift).abs()
+        slack, integer = LAYER * terms, m.name in snapped
+        if integer and f"{m.name}.bias_codes" in graph.values:
+            bias = graph.constant(f"{m.name}.bias_codes") * graph.constant(f"{m.name}.bias_scale")
+            moved = (per_channel(bias) - per_channel(m.shift)).abs()
+            assert (moved <= unit / 1000).all()  # whole already, up to FP32
+            slack = slack + moved
         tensor, grid = graph.outputs[m.name]
         if grid is None:
-            assert ((seen[tensor].double() - wanted).abs() <= slack).all(), m.name
+            assert ((seen[tensor].double() - wanted).abs() <= slack).all()
             return seen[tensor]
-        tensor, scale, zero_point, lowest, highest = grid
+        if not integer:
+            slack = slack + unit / 2  # integer convolutions round the bias to whole units
+        scale, zero_point, lowest, highest = grid
         theirs = seen[tensor].double() - zero_point
-        check_codes(theirs, wanted / scale, slack / scale, lowest - zero_point, highest - zero_point)
+        sure = check_codes(theirs, wanted / scale, slack / scale, lowest - zero_point, highest - zero_point)
+        assert sure > 0.95 or not integer
         return (theirs * scale).float()
 
     layers = deployed_convs(model)
@@ -186,10 +210,18 @@ def compare(file, model, x, optimised):
         for hook in hooks:
             hook.remove()
     assert reached == layers.keys()
-    return outputs[0], mine
+    return seen[graph.model.graph.output[0].name], mine
 
 
-# --- any stack of layers -----------------------------------------------------------------------------------------
+def check_both(file, model, x):
+    """compare with ONNX Runtime's optimisations off and on; the deviations of the decoded outputs, if there are."""
+    graph = Graph(onnx.load(file))
+    for optimised in (False, True):
+        if not (optimised and graph.unloadable):
+            theirs, mine = compare(graph, model, x, optimised)
+            if isinstance(mine, tuple):
+                assert deviation(theirs, mine[0]) < DECODED
+
 
 ACTS = {"silu": nn.SiLU, "identity": nn.Identity, "leaky": lambda: nn.LeakyReLU(0.1)}
 
@@ -223,7 +255,16 @@ def stack_of(blocks, options, output_bits, correction, seed):
     calibrate_outputs(stack, [x], stack)
     if correction != "off":
         correct(stack, correction == "channel")
+    snap_outputs(stack)
     return stack, x
+
+
+def write_onnx(stack, x, kind, file):
+    """Deploy a stack in place, write its ONNX file, and return it."""
+    host.deploy_model(stack)
+    torch.onnx.export(stack, x, file, dynamo=False, opset_version=18)
+    write_qdq(file, deployed_convs(stack), kind)
+    return file
 
 
 @given(st.lists(BLOCKS, min_size=1, max_size=3), OPTIONS, st.sampled_from([8, 8, 5, 4]), CORRECTIONS, st.integers(0, 99))
@@ -231,18 +272,11 @@ def stack_of(blocks, options, output_bits, correction, seed):
 def test_three_forms_of_a_stack_agree(tmp_path_factory, blocks, options, output_bits, correction, seed):
     """Fake-quantized = deployed = ONNX of both kinds, with ONNX Runtime's optimisations and without."""
     stack, x = stack_of(blocks, options, output_bits, correction, seed)
-    deployed, double = copy.deepcopy(stack), copy.deepcopy(stack).double()
-    host.deploy_model(deployed)
+    double = copy.deepcopy(stack).double()
     with torch.no_grad():
         wanted = double(x.double())
         host.deploy_model(double)
         assert deviation(double(x.double()), wanted) < DOUBLE
-
-    file = tmp_path_factory.mktemp("stack") / "stack.onnx"
-    torch.onnx.export(deployed, x, file, dynamo=False, opset_version=18)
-    traced = file.read_bytes()
     for kind in ONNX_KINDS:
-        file.write_bytes(traced)
-        write_qdq(file, deployed_convs(deployed), kind)
-        for optimised in (False, True):
-            compare(file, deployed, x, optimised)
+        deployed = copy.deepcopy(stack)
+        check_both(write_onnx(deployed, x, kind, tmp_path_factory.mktemp("stack") / "stack.onnx"), deployed, x)

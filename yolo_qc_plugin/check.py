@@ -232,8 +232,14 @@ class _Exported:
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         names = list(dict.fromkeys([t for t, _ in self.codes.values()] + [t for t, *_ in self.outputs.values()]))
+        if self.int4:  # NumPy has no 4-bit type: read such codes as floats
+            model.graph.initializer.append(onnx.helper.make_tensor("one", onnx.TensorProto.FLOAT, [], [1.0]))
         for name in names:
-            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+            shown = name
+            if self.int4:
+                shown = f"{name}_shown"
+                model.graph.node.append(onnx.helper.make_node("DequantizeLinear", [name, "one"], [shown]))
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(shown))
         return onnx.shape_inference.infer_shapes(model).SerializeToString(), names
 
 
