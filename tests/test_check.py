@@ -56,6 +56,22 @@ def test_the_int4_kind_passes_without_openvino(trained, digits, tmp_path):
     assert result["passed"] and "skipped" in result["runtimes"][-1] and "skipped" not in result["runtimes"][0]
 
 
+def test_openvino_gets_the_integer_graph(trained, digits, tmp_path):
+    """`format=openvino` as the host names it: all but the bare outputs and DFL run on 8-bit codes, and it predicts."""
+    openvino = pytest.importorskip("openvino")
+    checkpoint = tmp_path / "best.pt"
+    shutil.copy(trained[0], checkpoint)
+    folder = YOLO(checkpoint).export(format="openvino", imgsz=64, device="cpu")
+    compiled = openvino.compile_model(f"{folder}/best.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    kinds = []
+    for op in compiled.get_runtime_model().get_ordered_ops():
+        info = op.get_rt_info()
+        if info["layerType"].astype(str) == "Convolution":
+            kinds.append(info["runtimePrecision"].astype(str))
+    assert len(kinds) == 76 and kinds.count("u8") == 75
+    assert len(YOLO(folder)(str(digits.parent / "images" / "val"), imgsz=64, verbose=False)) == 8
+
+
 @pytest.mark.parametrize("what", ["weight_codes", "weight_scale"])
 def test_a_changed_file_fails(trained, digits, tmp_path, what):
     """One code, or one scale, of one layer."""

@@ -142,14 +142,14 @@ class Graph:
 
 
 def check_codes(theirs, position, slack, lowest, highest):
-    """Codes (minus the zero point) must be the exact position's, whose rounding is open within the slack.
+    """Codes (minus the zero point) must be the exact position's; which of two, is open within the slack.
 
     Returns:
-        Share of codes whose rounding is not open.
+        For each code whether it was open.
     """
     low, high = ((position + d).round().clamp(lowest, highest) for d in (-slack, slack))
     assert (low <= theirs).all() and (theirs <= high).all()
-    return (low == high).double().mean()
+    return (low != high).flatten()
 
 
 def per_channel(v):
@@ -163,18 +163,18 @@ def compare(graph, model, x, optimised):
     between the layers gets what ONNX Runtime's layers gave.
 
     Returns:
-        The first outputs of both: ONNX Runtime's and PyTorch's.
+        The first outputs of both, ONNX Runtime's and PyTorch's; the share of open codes (see `check_codes`).
     """
     seen = run(graph.model, x, optimised, graph.tensors())
     snapped = {m.conv.name for m in model.modules() if isinstance(m, Conv) and isinstance(m.act, nn.Sequential)}
-    reached = set()
+    reached, opened = set(), []
 
     def before(m, args):
         tensor, scale, zero_point = graph.inputs[m.name]
         theirs, q = seen[tensor].double() - zero_point, m.act_quant
         assert scale == pytest.approx(q.scale, rel=1e-6)
         low, high = q.quant_min - q.zero_point, q.quant_max - q.zero_point
-        assert check_codes(theirs, args[0].double() / scale, NEAR, low, high) > 0.95
+        opened.append(check_codes(theirs, args[0].double() / scale, NEAR, low, high))
         return (theirs * q.scale,)
 
     def after(m, args, wanted):
@@ -186,7 +186,7 @@ def compare(graph, model, x, optimised):
         if integer and f"{m.name}.bias_codes" in graph.values:
             bias = graph.constant(f"{m.name}.bias_codes") * graph.constant(f"{m.name}.bias_scale")
             moved = (per_channel(bias) - per_channel(m.shift)).abs()
-            assert (moved <= unit / 1000).all()  # whole already, up to FP32
+            assert (moved <= unit / 1000 + LAYER * per_channel(m.shift).abs()).all()  # whole already, up to FP32
             slack = slack + moved
         tensor, grid = graph.outputs[m.name]
         if grid is None:
@@ -196,8 +196,7 @@ def compare(graph, model, x, optimised):
             slack = slack + unit / 2  # integer convolutions round the bias to whole units
         scale, zero_point, lowest, highest = grid
         theirs = seen[tensor].double() - zero_point
-        sure = check_codes(theirs, wanted / scale, slack / scale, lowest - zero_point, highest - zero_point)
-        assert sure > 0.95 or not integer
+        opened.append(check_codes(theirs, wanted / scale, slack / scale, lowest - zero_point, highest - zero_point))
         return (theirs * scale).float()
 
     layers = deployed_convs(model)
@@ -210,17 +209,17 @@ def compare(graph, model, x, optimised):
         for hook in hooks:
             hook.remove()
     assert reached == layers.keys()
-    return seen[graph.model.graph.output[0].name], mine
+    return seen[graph.model.graph.output[0].name], mine, torch.cat(opened).double().mean()
 
 
 def check_both(file, model, x):
-    """compare with ONNX Runtime's optimisations off and on; the deviations of the decoded outputs, if there are."""
+    """`compare` with ONNX Runtime's optimisations off and on."""
     graph = Graph(onnx.load(file))
     for optimised in (False, True):
         if not (optimised and graph.unloadable):
-            theirs, mine = compare(graph, model, x, optimised)
-            if isinstance(mine, tuple):
-                assert deviation(theirs, mine[0]) < DECODED
+            theirs, mine, opened = compare(graph, model, x, optimised)
+            if isinstance(mine, tuple):  # a whole detector
+                assert deviation(theirs, mine[0]) < DECODED and opened < 0.02
 
 
 ACTS = {"silu": nn.SiLU, "identity": nn.Identity, "leaky": lambda: nn.LeakyReLU(0.1)}
@@ -280,3 +279,139 @@ def test_three_forms_of_a_stack_agree(tmp_path_factory, blocks, options, output_
     for kind in ONNX_KINDS:
         deployed = copy.deepcopy(stack)
         check_both(write_onnx(deployed, x, kind, tmp_path_factory.mktemp("stack") / "stack.onnx"), deployed, x)
+
+
+ONE = dict(groups=1, width=3, kernel=3, stride=1, bias=False, act="silu", quantized=True)
+
+
+@pytest.mark.xfail(strict=True, reason="the bias of a channel of zero or vanishing scale does not survive INT32")
+@pytest.mark.parametrize("kind", ONNX_KINDS)
+@pytest.mark.parametrize("weight", [0.0, 1e-10])
+def test_a_dead_channel_keeps_its_shift(tmp_path, kind, weight):
+    """Batch norm's weight is 0 or nearly so; what the channel gives is batch norm's bias."""
+    stack, x = stack_of([ONE], dict(bits=4), 8, "off", 0)
+    with torch.no_grad():
+        stack[0].bn.weight[0], stack[0].bn.bias[0] = weight, 0.5
+    snap_outputs(stack)
+    model = onnx.load(write_onnx(stack, x, kind, tmp_path / "stack.onnx"))
+    wanted = stack(x)[:, 0]
+    for optimised in (False, True):
+        assert deviation(run(model, x, optimised)[model.graph.output[0].name][:, 0], wanted) < DECODED
+
+
+@pytest.mark.xfail(strict=True, reason="ONNX Runtime 1.32 fails on a Clip before a UINT4 QuantizeLinear when it optimises")
+def test_three_bits_with_a_clip_load_as_int4(tmp_path):
+    stack, x = stack_of([{**ONE, "act": "leaky", "quantized": False}] * 2, dict(bits=3), 8, "off", 0)
+    session(onnx.load(write_onnx(stack, x, "int4", tmp_path / "stack.onnx")))
+
+
+@pytest.mark.xfail(strict=True, reason="ONNX Runtime 1.32 makes an invalid QLinearConv of UINT4 codes and an INT8 weight")
+def test_wide_weights_between_4_bit_activations_load_as_int4(tmp_path):
+    blocks = [{**ONE, "act": "identity", "quantized": False}] * 2
+    stack, x = stack_of(blocks, dict(weight_bits=8, act_bits=4), 8, "off", 0)
+    session(onnx.load(write_onnx(stack, x, "int4", tmp_path / "stack.onnx")))
+
+
+@pytest.mark.parametrize("act,clips", [("silu", False), ("leaky", True)])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_no_code_lies_outside_the_grid(tmp_path, bits, act, clips):
+    """Codes of few bits use the top of their container alone, for inputs that reach far below the grid too."""
+    stack, x = stack_of([{**ONE, "act": act, "quantized": False}] * 2, dict(bits=bits), 8, "off", 0)
+    for kind in ONNX_KINDS:
+        deployed = copy.deepcopy(stack)
+        graph = Graph(onnx.load(write_onnx(deployed, x, kind, tmp_path / "stack.onnx")))
+        top = 15 if kind == "int4" else 255
+        seen = run(graph.model, 100 * x, optimised=False, tensors=graph.tensors())
+        for name, layer in deployed_convs(deployed).items():
+            codes = seen[graph.inputs[name][0]]
+            assert codes.min() == top + 1 - 2**bits or name == "1.conv" and not clips
+            assert codes.min() >= top + 1 - 2**bits and codes.max() == top
+        found = sum(n.op_type == "Clip" for n in graph.model.graph.node)
+        assert found == (0 if bits == 4 and kind == "int4" else 1 + clips)
+
+
+SMALL = """
+nc: 3
+backbone:
+  - [-1, 1, Conv, [16, 3, 2]]
+  - [-1, 1, Conv, [16, 3, 2]]
+  - [-1, 1, RepConv, [16, 16]]
+  - [-1, 1, C3, [32]]
+  - [-1, 1, Conv, [64, 3, 2]]
+  - [-1, 1, Conv, [64, 3, 2]]
+  - [-1, 1, Conv2, [64, 64]]
+head:
+  - [-1, 1, ConvTranspose, [64, 2, 2]]
+  - [[-1, 4], 1, Concat, [1]]
+  - [[8, 6], 1, Detect, [nc]]
+"""
+
+FAMILIES = {  # (options of build, arguments of the export)
+    "small": (dict(outputs=True, scale_init="mse"), dict(simplify=True)),
+    "yolov5n.yaml": (dict(outputs=True), dict(simplify=False)),
+    "yolov8n.yaml": (dict(per_channel=True), dict(simplify=False)),
+    "yolo11n.yaml": (dict(outputs=True, act_offset=False), dict(dynamic=True, simplify=False)),
+    "yolo26n.yaml": (dict(outputs=True), dict(nms=False, simplify=False)),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Write a quantized checkpoint as training does: checkpoint(yaml, **options of build) -> path."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    (folder / "small.yaml").write_text(SMALL)
+
+    @cache
+    def write(yaml, **options):
+        model = build(str(folder / "small.yaml") if yaml == "small" else yaml, **options)
+        model.names = {0: "red", 1: "white", 2: "platelet"}
+        if options.get("quantize", True):
+            model.qc = QuantRecord(QCConfig().to_dict())
+        path = folder / f"model{len(list(folder.iterdir()))}.pt"
+        torch.save({"model": model.half(), "train_args": {"imgsz": 64, "task": "detect"}}, path)
+        return path
+
+    return write
+
+
+def export(path, kind=None, **arguments):
+    """The stock export; the file is the caller's to move."""
+    yolo = YOLO(path)
+    if kind:
+        add_qc_callbacks(yolo, onnx=kind)
+    return yolo.export(**{"format": "onnx", "imgsz": 64, "device": "cpu", "simplify": False, **arguments})
+
+
+@pytest.mark.parametrize("kind", ONNX_KINDS)
+@pytest.mark.parametrize("yaml", FAMILIES)
+def test_exported_families(checkpoint, yaml, kind):
+    """The file is valid, holds the checkpoint's integers, and every layer computes what PyTorch's does."""
+    options, arguments = FAMILIES[yaml]
+    path = checkpoint(yaml, **options)
+    file = export(path, kind if kind != "int8" else None, **arguments)
+    onnx.checker.check_model(file, full_check=True)
+    graph = Graph(onnx.load(file))
+    assert {o.domain for o in graph.model.opset_import} == {""}
+
+    model, _ = load_checkpoint(path)
+    codes = {name: m.weight_codes() for name, m in quant_convs(model)}
+    model.end2end = arguments.get("nms") is False
+    model.fuse(verbose=False)
+    assert graph.inputs.keys() == deployed_convs(model).keys()
+    signed = 0
+    for name, m in deployed_convs(model).items():
+        (initializer,) = (i for i in graph.model.graph.initializer if i.name == f"{name}.weight_codes")
+        packed = kind == "int4" and m.bits <= 4
+        assert initializer.data_type == (onnx.TensorProto.INT4 if packed else onnx.TensorProto.INT8)
+        assert len(initializer.raw_data) == (codes[name].numel() + 1) // 2 if packed else codes[name].numel()
+        sign = torch.where(m.scale < 0, -1, 1)
+        if f"{name}.sign" in graph.values:
+            signed += 1
+            assert torch.equal(graph.constant(f"{name}.sign").flatten(), sign.double())
+            sign = torch.ones_like(sign)
+        assert torch.equal(graph.constant(f"{name}.weight_codes"), codes[name].double() * sign.view(-1, 1, 1, 1))
+        assert torch.equal(graph.constant(f"{name}.weight_scale"), m.scale.abs().double())
+    assert signed > 0 or kind == "int8" or options.get("scale_init") != "mse"  # which uses the code -8
+
+    for shape in {(1, 3, 64, 64), (2, 3, 96, 64) if arguments.get("dynamic") else (1, 3, 64, 64)}:
+        check_both(file, model, torch.rand(shape, generator=torch.Generator().manual_seed(1)))

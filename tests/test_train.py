@@ -19,7 +19,7 @@ from ultralytics.nn.tasks import load_checkpoint
 from yolo_qc_plugin import QCConfig, add_qc_callbacks, hook
 from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.ema import ConstantEMA
-from yolo_qc_plugin.layers import is_quantized, quant_convs, scale_parameters
+from yolo_qc_plugin.layers import is_quantized, quant_activations, quant_convs, scale_parameters
 
 
 def report_of(folder: Path) -> dict:
@@ -52,7 +52,10 @@ def test_two_epochs_through_the_stock_program(digits, tmp_path):
     run = tmp_path / "run"
     report = report_of(run)
     assert report["config"]["bits"] == 3 and report["kept"] in {"qat", "qc"}
-    assert all(set(report["metrics"][k]) == {"map50_95", "map50", "fitness"} for k in ("float", "qat", "qc"))
+    assert all(
+        set(report["metrics"][k]) == {"map50_95", "map50", "fitness"} for k in ("float", "float_outputs", "qat", "qc")
+    )
+    assert len(report["outputs"]) == 69 and {x["bits"] for x in report["outputs"]} == {8}  # all but 6 bare outputs
     layers = {x["name"]: x for x in report["layers"]}
     assert layers["model.1.conv"]["weight_bits"] == 5 and layers["model.0.conv"]["act_bits"] == 8
     assert all(x["weight_codes"] <= 2 ** x["weight_bits"] for x in report["layers"])
@@ -205,6 +208,15 @@ def test_one_number_on_real_photographs(bccd, tmp_path):
             tmp_path,
         )
         assert float(out.rsplit("map", 1)[1]) == pytest.approx(metrics[key]["map50_95"], abs=1e-3)
+
+
+def test_outputs_can_stay_in_float(train, tmp_path):
+    """`output_bits=None` adds nothing: qat.pt is the host's best.pt, with the figures that the host measured."""
+    yolo = train({"bits": 4, "output_bits": None, "correction": "off"})
+    report = report_of(yolo.trainer.save_dir)
+    assert report["outputs"] == [] and report["metrics"]["qat"] == report["metrics"]["float_outputs"]
+    model, _ = load_checkpoint(yolo.trainer.wdir / "qat.pt")
+    assert not any(m.correction for _, m in quant_convs(model)) and not list(quant_activations(model))
 
 
 def test_failure_of_the_correction_stops_the_run_and_loses_nothing(train, tmp_path):

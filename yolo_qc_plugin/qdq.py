@@ -8,7 +8,7 @@ Every convolution reads Q -> DQ of its input and DQ of its integer weight, with 
     int4  4-bit containers (opset 21) for weights and activations of up to 4 bits, 8-bit ones for the rest.
 
 Activation codes of a grid narrower than its container are shifted to the container's top (4 bits in UINT8: 240 to 255),
-so that saturation cuts off above, as the grid does. Below, a Clip before Q does it, left out where the input cannot be
+so that saturation cuts off above, as the grid does. Below, a Max before Q does it, left out where the input cannot be
 that low: SiLU is never below -0.2785.
 """
 
@@ -23,7 +23,7 @@ import torch
 
 from .config import QCError
 from .deploy import DeployedConv2d
-from .trace import DOMAIN, QUANTIZE
+from .trace import CONVOLVE, DOMAIN, QUANTIZE
 
 ONNX_KINDS = ("int8", "int4")
 INT4_OPSET = 21  # the first with 4-bit types
@@ -104,23 +104,27 @@ class _Graph:
         self.graph.value_info.extend(v for name, v in stale.items() if name in written)
 
     def _quantize(self, node) -> str:
-        """Q -> DQ in a container, and a Clip where the container is wider below; the output's name."""
+        """Q -> DQ in a container, and a Max where the container is wider below; the output's name."""
         from onnx import TensorProto, helper
 
         x = node.input[0]
         a = {p.name: helper.get_attribute_value(p) for p in node.attribute}
         scale, low, high = a["scale"], a["quant_min"], a["quant_max"]
-        key = (x, scale, low, high, a["zero_point"])
+        # convolutions with INT8 weights between 4-bit codes are fused by ONNX Runtime into nodes that it then refuses
+        beside = [*self.readers.get(node.output[0], []), self.sources.get(node.input[0])]
+        wide = any(n is not None and n.op_type == CONVOLVE and self._layer(n).bits > 4 for n in beside)
+        narrow = self.kind == "int4" and high - low < 16 and not wide
+        key = (x, scale, low, high, a["zero_point"], narrow)
         if key in self.quantized:
             return self.quantized[key]
-        narrow = self.kind == "int4" and high - low < 16
         top = 15 if narrow else 255
         shift = top - high  # codes move to the container's top
         name = node.output[0]
         self.quantizers += 1
         if low + shift > 0 and self._low(x) < (low - a["zero_point"] - 0.5) * scale:
             bound = self._constant(f"{name}_low", (low - a["zero_point"]) * scale)
-            self._add("Clip", [x, bound], f"{name}_clipped")
+            # Max, not Clip: ONNX Runtime 1.32 fails where it fuses a Clip with a 4-bit QuantizeLinear
+            self._add("Max", [x, bound], f"{name}_clipped")
             x, self.clips = f"{name}_clipped", self.clips + 1
         container = TensorProto.UINT4 if narrow else TensorProto.UINT8
         grid = [
@@ -132,12 +136,15 @@ class _Graph:
         self.act_scale[name], self.quantized[key] = scale, name
         return name
 
+    def _layer(self, node) -> DeployedConv2d:
+        return self.layers[node.attribute[0].s.decode()]
+
     def _convolve(self, node) -> None:
         """A convolution of dequantized integers."""
-        from onnx import TensorProto, helper
+        from onnx import TensorProto
 
-        layer_name = helper.get_attribute_value(node.attribute[0]).decode()
-        layer, out, x = self.layers[layer_name], node.output[0], node.input[0]
+        layer, out, x = self._layer(node), node.output[0], node.input[0]
+        layer_name = layer.name
         narrow = self.kind == "int4" and layer.bits <= 4
         codes, scale, sign = layer.positive_scale(*((-8, 7) if narrow else (-128, 127)))
         scale = scale.float()
