@@ -8,6 +8,8 @@ record attaches the plugin to the host, so that a fresh process needs no import 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,15 +56,25 @@ class QuantRecord:
 
 
 def record_of(model: nn.Module | None) -> QuantRecord | None:
-    """The record of a model of ours (a distillation wrapper's student included), else None."""
-    return getattr(getattr(model, "student_model", model), "qc", None)
+    """The record of a model of ours, else None."""
+    return getattr(model, "qc", None)
 
 
-def write_checkpoint(checkpoint: dict, path: Path) -> None:
-    """Write atomically: a reader sees the old file or the new one, never a part; an error leaves the old one."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which then takes the place of `path`.
+
+    A reader sees the old file or the new one, never a part; an error leaves the old one.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save(checkpoint, temporary)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_checkpoint(checkpoint: dict, path: Path) -> None:
+    """Write a checkpoint atomically."""
+    with replacing(path) as temporary:
+        torch.save(checkpoint, temporary)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Iterable
 from itertools import islice
@@ -15,7 +14,7 @@ import ultralytics
 from torch import Tensor, nn
 
 from . import __version__
-from .checkpoint import record_of
+from .checkpoint import record_of, replacing
 from .config import QCConfig
 from .layers import QuantConv2d, quant_activations, quant_convs
 
@@ -115,9 +114,8 @@ def write_report(report: dict, folder: Path) -> Path:
     """Write report.json into `folder`, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.json"
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
     return path
 
 
