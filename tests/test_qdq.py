@@ -5,8 +5,10 @@ Runtimes are judged layer by layer: PyTorch's layers get the codes that ONNX Run
 implementations agree, because a value at a rounding threshold moves by a step and what follows moves with it.
 """
 
+import ast
 import copy
-import json
+import platform
+import shutil
 from functools import cache
 from types import SimpleNamespace
 
@@ -45,6 +47,9 @@ NEAR = 1e-3
 # The decoded output behind equal layers, relative to the largest: a softmax, a sum and a product.
 DECODED = 1e-5
 
+# Without VNNI, x86 processors add pairs of 8-bit products with saturation, and ONNX Runtime lets them.
+EXACT = platform.machine() not in {"x86_64", "AMD64"} or getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
+
 
 def session(model, optimised=True, **options):
     """A session on one core."""
@@ -57,18 +62,17 @@ def session(model, optimised=True, **options):
     return ort.InferenceSession(model.SerializeToString(), chosen, providers=["CPUExecutionProvider"])
 
 
-def run(model, x, optimised=True, tensors=()):
-    """Name -> tensor of the graph's outputs and of the named inner tensors."""
-    model = copy.deepcopy(model)
-    types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
-    shown = {}
-    for name in {*tensors} - {o.name for o in model.graph.output}:
-        shown[name], kind = name, types[name]
+def run(model, x, optimised=True, tensors=None):
+    """Name -> tensor of the graph's outputs and of inner tensors, given as name -> ONNX type."""
+    model, names = copy.deepcopy(model), {}
+    for name, kind in (tensors or {}).items():
+        shown = name
         if kind == onnx.TensorProto.UINT4:  # has no NumPy type in ONNX Runtime
-            shown[name], kind = f"{name}_shown", onnx.TensorProto.UINT8
-            model.graph.node.append(onnx.helper.make_node("Cast", [name], [shown[name]], to=kind))
-        model.graph.output.append(onnx.helper.make_tensor_value_info(shown[name], kind, None))
-    names = {v: k for k, v in shown.items()}
+            shown, kind = f"{name}_shown", onnx.TensorProto.UINT8
+            model.graph.node.append(onnx.helper.make_node("Cast", [name], [shown], to=kind))
+        names[shown] = name
+        if shown not in {o.name for o in model.graph.output}:
+            model.graph.output.append(onnx.helper.make_tensor_value_info(shown, kind, None))
     values = session(model, optimised).run(None, {model.graph.input[0].name: x.numpy()})
     return {names.get(o.name, o.name): torch.from_numpy(v) for o, v in zip(model.graph.output, values)}
 
@@ -82,7 +86,6 @@ class Graph:
         outputs: Layer name -> (tensor of what it gives, None), or, where a quantizer alone reads that, (tensor of the
             codes, (scale, zero point, smallest code, largest code)).
         float_convs: Number of other convolutions.
-        unloadable: Whether ONNX Runtime 1.32 refuses it when it optimises (see the tests that expect to fail).
     """
 
     def __init__(self, model):
@@ -93,7 +96,7 @@ class Graph:
         for n in model.graph.node:
             for name in n.input:
                 self.readers.setdefault(name, []).append(n)
-        self.inputs, self.outputs, self.float_convs, self.unloadable = {}, {}, 0, False
+        self.inputs, self.outputs, self.float_convs = {}, {}, 0
         for conv in (n for n in model.graph.node if n.op_type == "Conv"):
             x, weight = (self.sources.get(name) for name in conv.input[:2])
             if weight is None or weight.op_type != "DequantizeLinear":
@@ -111,21 +114,16 @@ class Graph:
                     assert n.op_type == op
                     out = n.output[0]
             self.outputs[name] = self._read(out)
-            in4, out4 = (self._is4(q) for q in (quantize, self.sources[self.outputs[name][0]]))
-            self.unloadable |= in4 and out4 and self.values[weight.input[0]].dtype == np.int8
-        for n in model.graph.node:
-            if n.op_type == "QuantizeLinear" and self._is4(n) and n.input[0] in self.sources:
-                self.unloadable |= self.sources[n.input[0]].op_type == "Clip"
 
     def _is4(self, node):
-        return node.op_type == "QuantizeLinear" and self.values[node.input[2]].dtype.name == "uint4"
+        return self.values[node.input[2]].dtype.name == "uint4"
 
     def _grid(self, node):
         return float(self.values[node.input[1]]), int(self.values[node.input[2]])
 
     def _read(self, out):
         after, low = self.readers.get(out, []), None
-        if len(after) == 1 and after[0].op_type in {"Clip", "Max"} and after[0].input[1] in self.values:
+        if len(after) == 1 and after[0].op_type == "Max" and after[0].input[1] in self.values:
             low, after = float(self.values[after[0].input[1]]), self.readers[after[0].output[0]]
         if len(after) != 1 or after[0].op_type != "QuantizeLinear":
             return out, None
@@ -137,18 +135,22 @@ class Graph:
         return torch.from_numpy(self.values[name].astype(np.float64))
 
     def tensors(self):
-        return [tensor for tensor, *_ in (*self.inputs.values(), *self.outputs.values())]
+        """Name -> ONNX type of all these tensors."""
+        kinds = {name: onnx.TensorProto.FLOAT for name, grid in self.outputs.values() if grid is None}
+        for name in (t for t, *_ in (*self.inputs.values(), *self.outputs.values()) if t not in kinds):
+            kinds[name] = onnx.TensorProto.UINT4 if self._is4(self.sources[name]) else onnx.TensorProto.UINT8
+        return kinds
 
 
 def check_codes(theirs, position, slack, lowest, highest):
     """Codes (minus the zero point) must be the exact position's; which of two, is open within the slack.
 
     Returns:
-        For each code whether it was open.
+        Of each code, whether it was open, and whether it is not the exact one.
     """
     low, high = ((position + d).round().clamp(lowest, highest) for d in (-slack, slack))
     assert (low <= theirs).all() and (theirs <= high).all()
-    return (low != high).flatten()
+    return torch.stack([low != high, theirs != position.round().clamp(lowest, highest)], -1).flatten(0, -2)
 
 
 def per_channel(v):
@@ -162,18 +164,18 @@ def compare(graph, model, x, optimised):
     between the layers gets what ONNX Runtime's layers gave.
 
     Returns:
-        The first outputs of both, ONNX Runtime's and PyTorch's; the share of open codes (see `check_codes`).
+        The first outputs of both, ONNX Runtime's and PyTorch's; the shares of `check_codes`.
     """
     seen = run(graph.model, x, optimised, graph.tensors())
     snapped = {m.conv.name for m in model.modules() if isinstance(m, Conv) and isinstance(m.act, nn.Sequential)}
-    reached, opened = set(), []
+    reached, codes = set(), []
 
     def before(m, args):
         tensor, scale, zero_point = graph.inputs[m.name]
         theirs, q = seen[tensor].double() - zero_point, m.act_quant
         assert scale == pytest.approx(q.scale, rel=1e-6)
         low, high = q.quant_min - q.zero_point, q.quant_max - q.zero_point
-        opened.append(check_codes(theirs, args[0].double() / scale, NEAR, low, high))
+        codes.append(check_codes(theirs, args[0].double() / scale, NEAR, low, high))
         return (theirs * q.scale,)
 
     def after(m, args, wanted):
@@ -195,7 +197,7 @@ def compare(graph, model, x, optimised):
             slack = slack + unit / 2  # integer convolutions round the bias to whole units
         scale, zero_point, lowest, highest = grid
         theirs = seen[tensor].double() - zero_point
-        opened.append(check_codes(theirs, wanted / scale, slack / scale, lowest - zero_point, highest - zero_point))
+        codes.append(check_codes(theirs, wanted / scale, slack / scale, lowest - zero_point, highest - zero_point))
         return (theirs * scale).float()
 
     layers = deployed_convs(model)
@@ -208,17 +210,21 @@ def compare(graph, model, x, optimised):
         for hook in hooks:
             hook.remove()
     assert reached == layers.keys()
-    return seen[graph.model.graph.output[0].name], mine, torch.cat(opened).double().mean()
+    return seen[graph.model.graph.output[0].name], mine, torch.cat(codes).double().mean(0)
 
 
 def check_both(file, model, x):
     """`compare` with ONNX Runtime's optimisations off and on."""
     graph = Graph(onnx.load(file))
-    for optimised in (False, True):
-        if not (optimised and graph.unloadable):
-            theirs, mine, opened = compare(graph, model, x, optimised)
-            if isinstance(mine, tuple):  # a whole detector
-                assert deviation(theirs, mine[0]) < DECODED and opened < 0.02
+    for optimised in (False, True) if EXACT else (False,):
+        theirs, mine, shares = compare(graph, model, x, optimised)
+        if isinstance(mine, tuple):  # a whole detector
+            if model.end2end:  # rows of a box each, sorted by scores of which many are equal
+                distance = torch.cdist(theirs, mine[0], p=torch.inf) / mine[0].abs().max()
+                assert distance.min(1)[0].max() < DECODED and distance.min(2)[0].max() < DECODED
+            else:
+                assert deviation(theirs, mine[0]) < DECODED
+            assert shares[0] < 0.005 and shares[1] < 1e-4  # hardly a code is open, and hardly one of these has moved
 
 
 ACTS = {"silu": nn.SiLU, "identity": nn.Identity, "leaky": lambda: nn.LeakyReLU(0.1)}
@@ -265,7 +271,9 @@ def write_onnx(stack, x, kind, file):
     return file
 
 
-@given(st.lists(BLOCKS, min_size=1, max_size=3), OPTIONS, st.sampled_from([8, 8, 5, 4]), CORRECTIONS, st.integers(0, 99))
+@given(
+    st.lists(BLOCKS, min_size=1, max_size=3), OPTIONS, st.sampled_from([8, 8, 5, 4]), CORRECTIONS, st.integers(0, 99)
+)
 @settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])  # shrinking takes minutes
 def test_three_forms_of_a_stack_agree(tmp_path_factory, blocks, options, output_bits, correction, seed):
     """Fake-quantized = deployed = ONNX of both kinds, with ONNX Runtime's optimisations and without."""
@@ -283,7 +291,25 @@ def test_three_forms_of_a_stack_agree(tmp_path_factory, blocks, options, output_
 ONE = dict(groups=1, width=3, kernel=3, stride=1, bias=False, act="silu", quantized=True)
 
 
-@pytest.mark.xfail(strict=True, reason="the bias of a channel of zero or vanishing scale does not survive INT32")
+@pytest.mark.parametrize("end", ["weight_codes", "weight_scale", "bias_codes", "zero_point", "_scale"])
+def test_the_comparison_sees_a_changed_number(tmp_path, end):
+    """Negative control: one number of the file changed by one unit, a scale by 1%."""
+    stack, x = stack_of([ONE] * 2, dict(bits=4), 8, "off", 0)
+    file = write_onnx(stack, x, "int8", tmp_path / "stack.onnx")
+    check_both(file, stack, x)
+    model = onnx.load(file)
+    (changed,) = [i for i in model.graph.initializer if i.name.endswith(end) and i.name.startswith(("0.", "/0/conv"))]
+    value = onnx.numpy_helper.to_array(changed).copy()
+    value.flat[0] = value.flat[0] * 1.01 if value.dtype.kind == "f" else value.flat[0] - 1
+    changed.CopyFrom(onnx.numpy_helper.from_array(value, changed.name))
+    onnx.save(model, file)
+    with pytest.raises(AssertionError):
+        check_both(file, stack, x)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="the bias of a channel of zero or vanishing scale does not survive INT32"
+)
 @pytest.mark.parametrize("kind", ONNX_KINDS)
 @pytest.mark.parametrize("weight", [0.0, 1e-10])
 def test_a_dead_channel_keeps_its_shift(tmp_path, kind, weight):
@@ -298,22 +324,19 @@ def test_a_dead_channel_keeps_its_shift(tmp_path, kind, weight):
         assert deviation(run(model, x, optimised)[model.graph.output[0].name][:, 0], wanted) < DECODED
 
 
-@pytest.mark.xfail(strict=True, reason="ONNX Runtime 1.32 fails on a Clip before a UINT4 QuantizeLinear when it optimises")
-def test_three_bits_with_a_clip_load_as_int4(tmp_path):
-    stack, x = stack_of([{**ONE, "act": "leaky", "quantized": False}] * 2, dict(bits=3), 8, "off", 0)
-    session(onnx.load(write_onnx(stack, x, "int4", tmp_path / "stack.onnx")))
+@pytest.mark.parametrize("act,options", [
+    ("leaky", dict(bits=3)),  # a Clip before a UINT4 QuantizeLinear
+    ("identity", dict(weight_bits=8, act_bits=4)),  # an INT8 weight between UINT4 codes
+])  # fmt: skip
+def test_what_onnx_runtime_1_32_would_not_load(tmp_path, act, options):
+    """Two graphs that it breaks when it optimises; ours go around them."""
+    stack, x = stack_of([{**ONE, "act": act, "quantized": False}] * 2, options, 8, "off", 0)
+    check_both(write_onnx(stack, x, "int4", tmp_path / "stack.onnx"), stack, x)
 
 
-@pytest.mark.xfail(strict=True, reason="ONNX Runtime 1.32 makes an invalid QLinearConv of UINT4 codes and an INT8 weight")
-def test_wide_weights_between_4_bit_activations_load_as_int4(tmp_path):
-    blocks = [{**ONE, "act": "identity", "quantized": False}] * 2
-    stack, x = stack_of(blocks, dict(weight_bits=8, act_bits=4), 8, "off", 0)
-    session(onnx.load(write_onnx(stack, x, "int4", tmp_path / "stack.onnx")))
-
-
-@pytest.mark.parametrize("act,clips", [("silu", False), ("leaky", True)])
+@pytest.mark.parametrize("act,bounds", [("silu", 0), ("leaky", 1)])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_no_code_lies_outside_the_grid(tmp_path, bits, act, clips):
+def test_no_code_lies_outside_the_grid(tmp_path, bits, act, bounds):
     """Codes of few bits use the top of their container alone, for inputs that reach far below the grid too."""
     stack, x = stack_of([{**ONE, "act": act, "quantized": False}] * 2, dict(bits=bits), 8, "off", 0)
     for kind in ONNX_KINDS:
@@ -323,10 +346,30 @@ def test_no_code_lies_outside_the_grid(tmp_path, bits, act, clips):
         seen = run(graph.model, 100 * x, optimised=False, tensors=graph.tensors())
         for name, layer in deployed_convs(deployed).items():
             codes = seen[graph.inputs[name][0]]
-            assert codes.min() == top + 1 - 2**bits or name == "1.conv" and not clips
+            assert codes.min() == top + 1 - 2**bits or name == "1.conv" and not bounds
             assert codes.min() >= top + 1 - 2**bits and codes.max() == top
-        found = sum(n.op_type == "Clip" for n in graph.model.graph.node)
-        assert found == (0 if bits == 4 and kind == "int4" else 1 + clips)
+        found = sum(n.op_type == "Max" for n in graph.model.graph.node)
+        assert found == (0 if bits == 4 and kind == "int4" else 1 + bounds)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=(onnx.checker.ValidationError, TypeError),
+    reason="the exporter takes neither a convolution used twice nor padding='same'",
+)
+@pytest.mark.parametrize("odd", ["shared", "same"])
+def test_convolutions_unlike_the_hosts(tmp_path, odd):
+    torch.manual_seed(0)
+    block, x = Conv(4, 4, 3), torch.randn(1, 4, 8, 8)
+    if odd == "same":
+        block.conv = nn.Conv2d(4, 4, 3, padding="same")
+    stack = randomize(nn.Sequential(*[block] * (1 + (odd == "shared")))).eval()
+    inject(stack, QCConfig())
+    calibrate(stack, [x], stack, "lsq")
+    with torch.no_grad():
+        wanted = stack(x)
+        model = onnx.load(write_onnx(stack, x, "int8", tmp_path / "stack.onnx"))
+        assert deviation(run(model, x)[model.graph.output[0].name], wanted) < 1e-2  # one code may move
 
 
 SMALL = """
@@ -345,10 +388,11 @@ head:
   - [[8, 6], 1, Detect, [nc]]
 """
 
+MSE = dict(outputs=True, scale_init="mse")  # which uses the code -8: its negative does not fit into INT4
 FAMILIES = {  # (options of build, arguments of the export)
-    "small": (dict(outputs=True, scale_init="mse"), dict(simplify=True)),
+    "small": (MSE, dict(simplify=True)),
     "yolov5n.yaml": (dict(outputs=True), dict(simplify=False)),
-    "yolov8n.yaml": (dict(per_channel=True), dict(simplify=False, dynamic=True)),
+    "yolov8n.yaml": (dict(per_channel=True), dict(simplify=False)),
     "yolo11n.yaml": (dict(outputs=True, act_offset=False), dict(simplify=False)),
     "yolo26n.yaml": (dict(outputs=True), dict(nms=False, simplify=False)),
 }
@@ -381,13 +425,24 @@ def export(path, kind=None, **arguments):
     return yolo.export(**{"format": "onnx", "imgsz": 64, "device": "cpu", "simplify": False, **arguments})
 
 
+@pytest.fixture(scope="module")
+def family(checkpoint):
+    """Export a family: family(yaml, kind) -> (checkpoint, ONNX file)."""
+
+    @cache
+    def write(yaml, kind):
+        path = checkpoint(yaml, **FAMILIES[yaml][0])
+        file = export(path, kind if kind != "int8" else None, **FAMILIES[yaml][1])  # int8 is the default
+        return path, shutil.move(file, f"{file}.{kind}.onnx")
+
+    return write
+
+
 @pytest.mark.parametrize("kind", ONNX_KINDS)
 @pytest.mark.parametrize("yaml", FAMILIES)
-def test_exported_families(checkpoint, yaml, kind):
+def test_exported_families(family, yaml, kind):
     """The file is valid, holds the checkpoint's integers, and every layer computes what PyTorch's does."""
-    options, arguments = FAMILIES[yaml]
-    path = checkpoint(yaml, **options)
-    file = export(path, kind if kind != "int8" else None, **arguments)
+    (options, arguments), (path, file) = FAMILIES[yaml], family(yaml, kind)
     onnx.checker.check_model(file, full_check=True)
     graph = Graph(onnx.load(file))
     assert {o.domain for o in graph.model.opset_import} == {""}
@@ -410,7 +465,127 @@ def test_exported_families(checkpoint, yaml, kind):
             sign = torch.ones_like(sign)
         assert torch.equal(graph.constant(f"{name}.weight_codes"), codes[name].double() * sign.view(-1, 1, 1, 1))
         assert torch.equal(graph.constant(f"{name}.weight_scale"), m.scale.abs().double())
-    assert signed > 0 or kind == "int8" or options.get("scale_init") != "mse"  # which uses the code -8
+    assert signed > 0 or kind == "int8" or options.get("scale_init") != "mse"
 
-    for shape in {(1, 3, 64, 64), (2, 3, 96, 64) if arguments.get("dynamic") else (1, 3, 64, 64)}:
-        check_both(file, model, torch.rand(shape, generator=torch.Generator().manual_seed(1)))
+    check_both(file, model, torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
+
+
+def test_integer_kernels(family, tmp_path):
+    """ONNX Runtime computes every convolution whose output is quantized by an integer kernel."""
+    _, file = family("yolov5n.yaml", "int8")
+    session(onnx.load(file), optimized_model_filepath=str(tmp_path / "optimised.onnx"))
+    ops = [n.op_type for n in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    floats = sum(op in {"Conv", "FusedConv", "NhwcFusedConv"} for op in ops)
+    assert ops.count("QLinearConv") == 75 - 6 and floats == 6 + 1  # the head's bare convolutions, and DFL's
+
+
+def metadata(file):
+    found = ort.InferenceSession(file, providers=["CPUExecutionProvider"]).get_modelmeta().custom_metadata_map
+    return {k: ast.literal_eval(found[k]) for k in ("stride", "names", "imgsz", "batch", "end2end")} | {
+        "task": found["task"], "dynamic": ast.literal_eval(found["args"])["dynamic"]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind,arguments", [
+    *(pytest.param(kind, dict(dynamic=True), marks=pytest.mark.xfail(
+        strict=True, raises=TypeError, reason="the symbolic shape of a convolution takes no sizes that are unknown"
+    )) for kind in ONNX_KINDS),
+    ("int8", dict(simplify=True)),
+    ("int8", dict(batch=2)),
+    ("int8", dict(imgsz=(96, 64))),
+    ("int8", dict(nms=True, conf=0.01)),
+    ("int4", dict(nms=True, conf=0.01, simplify=True, batch=2)),
+    ("int4", dict(opset=13)),
+], ids=str)  # fmt: skip
+def test_options_of_the_host(checkpoint, kind, arguments):
+    """Every file keeps the host's metadata, and the host predicts by it."""
+    file = export(checkpoint("small", **MSE), kind, **arguments)
+    assert len(Graph(onnx.load(file)).inputs) == 25
+    batch = arguments.get("batch", 1)
+    assert metadata(file) == {
+        "stride": 16, "names": {0: "red", 1: "white", 2: "platelet"}, "imgsz": list(arguments.get("imgsz", (64, 64))),
+        "batch": batch, "end2end": False, "task": "detect", "dynamic": arguments.get("dynamic", False),
+    }  # fmt: skip
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    for size in (arguments.get("imgsz", 64), *([128] if "dynamic" in arguments else [])):
+        results = YOLO(file).predict([image] * batch, imgsz=size, conf=0.01, device="cpu", verbose=False)
+        assert len(results) == batch and all(r.names[2] == "platelet" and len(r.boxes) > 0 for r in results)
+        assert all(torch.isfinite(r.boxes.data).all() for r in results)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=onnx.checker.ValidationError,
+    reason="opsets 13 to 17 are renamed 21, where ReduceMax takes its axes otherwise",
+)
+def test_int4_with_nms_and_an_old_opset(checkpoint):
+    export(checkpoint("small", **MSE), "int4", nms=True, opset=13)
+
+
+@pytest.mark.parametrize("arguments,message", [
+    *((dict(format=f), f"format='{f}' cannot carry the quantizers of this model; accepted: onnx, openvino, torchscript")
+      for f in ("ncnn", "engine", "coreml", "tflite", "saved_model", "imx", "NCNN")),
+    (dict(quantize=8), "quantize=8 would quantize this model a second time"),
+    (dict(quantize=16), "quantize=16 would quantize this model a second time"),
+    (dict(int8=True), "quantize=8 would quantize this model a second time"),
+    (dict(half=True), "quantize=16 would quantize this model a second time"),
+    (dict(opset=12), "opset=12 has no per-channel DequantizeLinear; accepted: 13 and later"),
+], ids=str)  # fmt: skip
+def test_exports_that_are_refused(checkpoint, arguments, message):
+    with pytest.raises(QCError, match=message):
+        export(checkpoint("small", **MSE), **arguments)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="the opset is looked at after the host has written its file"
+)
+def test_a_refused_export_leaves_no_file(checkpoint, tmp_path):
+    path = shutil.copy(checkpoint("small", **MSE), tmp_path / "model.pt")
+    with pytest.raises(QCError):
+        export(path, opset=12)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def command(line):
+    """Run a `yolo` line, as the start-up hook lets the host see it."""
+    module = SimpleNamespace(
+        entrypoint=cfg.entrypoint, ARGV=["yolo", *line.split()], merge_equals_args=cfg.merge_equals_args
+    )
+    original, cfg.ARGV = cfg.ARGV, module.ARGV
+    try:
+        wrap_entrypoint(module)
+        module.entrypoint()
+    finally:
+        cfg.ARGV = original
+
+
+def test_the_command_line_chooses_the_kind(checkpoint):
+    path = checkpoint("small", **MSE)
+    for options, opset in (("callbacks=qc qc_onnx=int4", 21), ("callbacks=qc", 18), ("", 18)):
+        path.with_suffix(".onnx").unlink(missing_ok=True)
+        command(f"export model={path} format=onnx imgsz=64 device=cpu simplify=False {options}")
+        assert onnx.load(path.with_suffix(".onnx")).opset_import[0].version == opset
+
+
+@pytest.mark.parametrize("options,message", [
+    ("qc_onnx=int2", "onnx='int2' is not accepted; give 'int8' or 'int4'"),
+    ("qc_bits=4", "qc_bits is of training; export takes qc_onnx"),
+    ("qc_onnx=int4", "is not quantized; callbacks=qc exports checkpoints trained with it"),
+])  # fmt: skip
+def test_command_lines_that_are_refused(checkpoint, options, message):
+    """The last because the checkpoint is a float one."""
+    path = checkpoint("small", quantize=False)
+    with pytest.raises(SystemExit, match=message):
+        command(f"export model={path} format=onnx imgsz=64 device=cpu simplify=False callbacks=qc {options}")
+    assert not path.with_suffix(".onnx").exists()
+
+
+def test_kinds_that_are_refused(checkpoint, tmp_path):
+    with pytest.raises(QCError, match="onnx='int2' is not accepted; give 'int8' or 'int4'"):
+        add_qc_callbacks(YOLO("yolov5n.yaml"), onnx="int2")
+    with pytest.raises(QCError, match="is not quantized"):
+        export(checkpoint("small", quantize=False), "int4")
+    export(checkpoint("small", quantize=False))  # a float model is exported as ever
+    stack, x = stack_of([ONE], dict(bits=4), 8, "off", 0)
+    with pytest.raises(QCError, match="onnx='int2' is not accepted"):
+        write_onnx(stack, x, "int2", tmp_path / "stack.onnx")

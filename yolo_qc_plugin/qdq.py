@@ -62,7 +62,7 @@ def write_qdq(file: str | Path, layers: Mapping[str, DeployedConv2d], kind: str)
         model.ir_version = max(model.ir_version, 10)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, file)
-    return f"{len(layers)} integer convolutions ({kind}), {graph.clips} of {graph.quantizers} quantizers with a lower bound"
+    return f"{len(layers)} integer convolutions ({kind}), {graph.clips} of {graph.quantizers} quantizers bounded"
 
 
 class _Graph:
