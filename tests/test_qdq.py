@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_deploy import DOUBLE, build, correct, deviation, images, layer, randomize, with_codes
+from test_deploy import DOUBLE, build, correct, deviation, randomize
 from torch import nn
 from ultralytics import YOLO, cfg
 from ultralytics.nn.modules import Conv
@@ -175,6 +175,7 @@ def compare(graph, model, x, optimised):
         theirs, q = seen[tensor].double() - zero_point, m.act_quant
         assert scale == pytest.approx(q.scale, rel=1e-6)
         low, high = q.quant_min - q.zero_point, q.quant_max - q.zero_point
+        assert zero_point + high == (15 if graph.tensors()[tensor] == onnx.TensorProto.UINT4 else 255)
         codes.append(check_codes(theirs, args[0].double() / scale, NEAR, low, high))
         return (theirs * q.scale,)
 
@@ -291,14 +292,15 @@ def test_three_forms_of_a_stack_agree(tmp_path_factory, blocks, options, output_
 ONE = dict(groups=1, width=3, kernel=3, stride=1, bias=False, act="silu", quantized=True)
 
 
-@pytest.mark.parametrize("end", ["weight_codes", "weight_scale", "bias_codes", "zero_point", "_scale"])
-def test_the_comparison_sees_a_changed_number(tmp_path, end):
+@pytest.mark.parametrize("name", ["weight_codes", "weight_scale", "bias_codes", "zero_point", "scale"])
+def test_the_comparison_sees_a_changed_number(tmp_path, name):
     """Negative control: one number of the file changed by one unit, a scale by 1%."""
     stack, x = stack_of([ONE] * 2, dict(bits=4), 8, "off", 0)
     file = write_onnx(stack, x, "int8", tmp_path / "stack.onnx")
     check_both(file, stack, x)
     model = onnx.load(file)
-    (changed,) = [i for i in model.graph.initializer if i.name.endswith(end) and i.name.startswith(("0.", "/0/conv"))]
+    names = f"0.conv.{name}", f"/0/conv/act_quant/FakeQuantize_output_0_{name}"
+    (changed,) = (i for i in model.graph.initializer if i.name in names)
     value = onnx.numpy_helper.to_array(changed).copy()
     value.flat[0] = value.flat[0] * 1.01 if value.dtype.kind == "f" else value.flat[0] - 1
     changed.CopyFrom(onnx.numpy_helper.from_array(value, changed.name))
@@ -344,8 +346,8 @@ def test_no_code_lies_outside_the_grid(tmp_path, bits, act, bounds):
         graph = Graph(onnx.load(write_onnx(deployed, x, kind, tmp_path / "stack.onnx")))
         top = 15 if kind == "int4" else 255
         seen = run(graph.model, 100 * x, optimised=False, tensors=graph.tensors())
-        for name, layer in deployed_convs(deployed).items():
-            codes = seen[graph.inputs[name][0]]
+        for name, (tensor, *_) in graph.inputs.items():
+            codes = seen[tensor]
             assert codes.min() == top + 1 - 2**bits or name == "1.conv" and not bounds
             assert codes.min() >= top + 1 - 2**bits and codes.max() == top
         found = sum(n.op_type == "Max" for n in graph.model.graph.node)

@@ -22,6 +22,7 @@ from .layers import ChannelAffine, KeepWide, QuantActivation, QuantConv2d
 from .quantizer import ActQuantizer
 from .trace import traced_convolve, traced_quantize
 
+OFF = 2**30  # a channel is off where its shift is this many units of its integer sums
 MANTISSA = 10  # bits of a multiplier in `snap`, which moves it by 0.2% at most
 
 
@@ -98,17 +99,30 @@ class DeployedConv2d(KeepWide, nn.Module):
         A channel of negative scale gets negated codes. Where one of those would leave [lowest, highest] (that of -8 in
         a 4-bit container, say), all codes stay and the sign is to be multiplied to the convolution's output.
 
+        A channel that is switched off (of zero scale, or one whose sums vanish beside its shift, which then has no
+        place in an INT32 bias) gets zero codes, and a scale of which its shift is a whole multiple.
+
         Returns:
             Codes (int16, shape of the weight), scale (out_channels,), sign (out_channels,) of +1 and -1, or None.
         """
-        sign = torch.where(self.scale < 0, -1.0, 1.0).to(self.scale.dtype)
-        codes = self.weight_codes.to(torch.int16)
-        zero = self.scale == 0
-        negated = codes * sign.to(torch.int16).view(-1, 1, 1, 1) * ~zero.view(-1, 1, 1, 1)
-        scale = torch.where(zero, torch.ones_like(self.scale), self.scale.abs())
+        unit, size = self.act_quant.scale * self.scale.double().abs(), self.shift.double().abs()
+        off = (unit == 0) | (size >= unit * OFF)
+        whole = torch.where(size > 0, size / self.act_quant.scale, 1.0).to(self.scale.dtype)
+        scale = torch.where(off, whole, self.scale.abs())
+        sign = torch.where(self.scale < 0, -1, 1).to(torch.int16)
+        codes = self.weight_codes.to(torch.int16) * ~off.view(-1, 1, 1, 1)
+        negated = codes * sign.view(-1, 1, 1, 1)
         if negated.min() >= lowest and negated.max() <= highest:
             return negated, scale, None
-        return codes * ~zero.view(-1, 1, 1, 1), scale, sign
+        return codes, scale, sign.to(scale.dtype)
+
+    @property
+    def pads(self) -> list[int]:
+        """Zeros added at top, left, bottom and right."""
+        if self.padding == "same":
+            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size)]
+            return [*(n // 2 for n in total), *(n - n // 2 for n in total)]
+        return [0, 0, 0, 0] if self.padding == "valid" else [*self.padding, *self.padding]
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The plain convolution with this layer's stride, padding, dilation and groups."""

@@ -37,7 +37,7 @@ from .deploy import deploy_activation, deploy_conv, deployed_convs
 from .inject import replace_modules
 from .layers import QuantConv2d, is_quantized, quant_activations, quant_convs, scale_parameters
 from .optimizer import separate_scales
-from .qdq import ONNX_KINDS, write_qdq
+from .qdq import ONNX_KINDS, check_kind, write_qdq
 
 ON_MODEL_SETUP = "on_model_setup"
 PREFIX = colorstr("QC: ")
@@ -171,6 +171,7 @@ def _write_integers(original):
         if not layers:
             return original(model, im, output_file, opset, *args, **kwargs)
         kind = next((m.qc_onnx for m in model.modules() if hasattr(m, "qc_onnx")), ONNX_KINDS[0])
+        check_kind(kind, opset)
         result = original(model, im, output_file, opset, *args, **kwargs)
         LOGGER.info(f"{PREFIX}{write_qdq(result, layers, kind)}")
         return result

@@ -27,7 +27,7 @@ from .trace import CONVOLVE, DOMAIN, QUANTIZE
 
 ONNX_KINDS = ("int8", "int4")
 INT4_OPSET = 21  # the first with 4-bit types
-MIN_OPSET = 13  # the first with DequantizeLinear per channel
+MIN_OPSET = {"int8": 13, "int4": 18}  # per-channel DequantizeLinear; nodes that mean the same in opset 21
 SILU_MIN = -0.27846455  # x * sigmoid(x) at x = -1.2784645
 
 
@@ -43,21 +43,20 @@ def write_qdq(file: str | Path, layers: Mapping[str, DeployedConv2d], kind: str)
         One line that says what was written.
 
     Raises:
-        QCError: On an unknown kind, or an opset below that which the kind needs.
+        QCError: From `check_kind`.
     """
     import onnx
 
     model = onnx.load(file)
     opset = next(o.version for o in model.opset_import if not o.domain)
-    if opset < MIN_OPSET:
-        raise QCError(f"QC: opset={opset} has no per-channel DequantizeLinear; accepted: {MIN_OPSET} and later.")
+    check_kind(kind, opset)
     graph = _Graph(model.graph, layers, kind)
     graph.rewrite()
     kept = [o for o in model.opset_import if o.domain != DOMAIN]
     del model.opset_import[:]
     model.opset_import.extend(kept)
     if kind == "int4" and opset < INT4_OPSET:
-        # all nodes of our traces mean the same in these opsets (what 19 to 21 added are types and attributes)
+        # what 19 to 21 added to the nodes of our traces are types and attributes
         next(o for o in model.opset_import if not o.domain).version = INT4_OPSET
         model.ir_version = max(model.ir_version, 10)
     onnx.checker.check_model(model, full_check=True)
@@ -65,12 +64,22 @@ def write_qdq(file: str | Path, layers: Mapping[str, DeployedConv2d], kind: str)
     return f"{len(layers)} integer convolutions ({kind}), {graph.clips} of {graph.quantizers} quantizers bounded"
 
 
+def check_kind(kind: str, opset: int) -> None:
+    """Refuse an unknown kind, or an opset below that which the kind needs.
+
+    Raises:
+        QCError: Naming what is accepted.
+    """
+    if kind not in ONNX_KINDS:
+        raise QCError(f"QC: onnx={kind!r} is not accepted; give {' or '.join(map(repr, ONNX_KINDS))}.")
+    if opset < MIN_OPSET[kind]:
+        raise QCError(f"QC: opset={opset} is too old for the {kind} kind; accepted: {MIN_OPSET[kind]} and later.")
+
+
 class _Graph:
     """A graph being rewritten."""
 
     def __init__(self, graph, layers: Mapping[str, DeployedConv2d], kind: str):
-        if kind not in ONNX_KINDS:
-            raise QCError(f"QC: onnx={kind!r} is not accepted; give {' or '.join(map(repr, ONNX_KINDS))}.")
         self.graph, self.layers, self.kind = graph, layers, kind
         self.nodes: list = []  # of the new graph
         self.sources = {out: n for n in graph.node for out in n.output}
@@ -150,13 +159,12 @@ class _Graph:
         scale = scale.float()
         self._constant(f"{layer_name}.weight_codes", codes, TensorProto.INT4 if narrow else TensorProto.INT8)
         self._constant(f"{layer_name}.weight_scale", scale)
-        weight = f"{layer_name}.weight"
-        self._add("DequantizeLinear", [f"{layer_name}.weight_codes", f"{layer_name}.weight_scale"], weight, axis=0)
+        weight = self._dequantize(f"{layer_name}.weight")
 
         attributes = dict(
             kernel_shape=list(layer.kernel_size),
             strides=list(layer.stride),
-            pads=[*layer.padding, *layer.padding],
+            pads=layer.pads,
             dilations=list(layer.dilation),
             group=layer.groups,
         )
@@ -176,19 +184,19 @@ class _Graph:
         """The bias in whole units of the integer sums where the convolution is to be fused, else as floats."""
         from onnx import TensorProto
 
-        units = (shift.double() / unit.double()).round()
-        # a channel of vanishing scale has a bias of more units than INT32 holds: such a layer keeps a float bias
-        if self.kind != "int8" or not fused or units.abs().max() >= 2**31:
+        if self.kind != "int8" or not fused:
             return self._constant(f"{layer_name}.bias", shift)
+        units = (shift.double() / unit.double()).round()
         self._constant(f"{layer_name}.bias_codes", units.long(), TensorProto.INT32)
         self._constant(f"{layer_name}.bias_scale", unit)
-        self._add(
-            "DequantizeLinear",
-            [f"{layer_name}.bias_codes", f"{layer_name}.bias_scale"],
-            f"{layer_name}.bias",
-            axis=0,
-        )
-        return f"{layer_name}.bias"
+        return self._dequantize(f"{layer_name}.bias")
+
+    def _dequantize(self, name: str) -> str:
+        """NAME from the constants NAME_codes and NAME_scale, along axis 0; once for a layer that runs twice."""
+        if name not in self.constants:
+            self._add("DequantizeLinear", [f"{name}_codes", f"{name}_scale"], name, axis=0)
+            self.constants.add(name)
+        return name
 
     def _output_quantized(self, name: str) -> bool:
         readers = self.readers.get(name, [])

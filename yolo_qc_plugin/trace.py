@@ -33,11 +33,14 @@ class _Convolve(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g, x, weight_codes, scale, shift, layer):
-        batch, _, *sides = x.type().sizes()
-        geometry = zip(sides, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        sides = [n and (n + 2 * pad - dilation * (k - 1) - 1) // stride + 1 for n, k, stride, pad, dilation in geometry]
-        kind = x.type().with_sizes([batch, layer.out_channels, *sides])  # None where the size is not fixed
-        return g.op(f"{DOMAIN}::{CONVOLVE}", x, layer_s=layer.name).setType(kind)
+        y = g.op(f"{DOMAIN}::{CONVOLVE}", x, layer_s=layer.name)
+        sizes = x.type().sizes()
+        if sizes is None or None in sizes:  # dynamic axes
+            return y
+        ends = zip(layer.pads[:2], layer.pads[2:])
+        geometry = zip(sizes[2:], layer.kernel_size, layer.stride, ends, layer.dilation)
+        sides = [(n + sum(pads) - dilation * (k - 1) - 1) // stride + 1 for n, k, stride, pads, dilation in geometry]
+        return y.setType(x.type().with_sizes([sizes[0], layer.out_channels, *sides]))
 
 
 def traced_quantize(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Tensor:
