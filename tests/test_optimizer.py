@@ -89,8 +89,11 @@ def test_scales_get_a_group_of_their_own_and_the_rest_stays(case, name, iteratio
 
 
 def test_the_float_model_is_sorted_as_without_the_plugin(float_model):
-    patched, original = build(float_model, "MuSGD"), BaseTrainer.build_optimizer.__wrapped__(
-        SimpleNamespace(args=SimpleNamespace()), float_model, "MuSGD", 0.01, 0.9, 5e-4, 1000.0
+    patched, original = (
+        build(float_model, "MuSGD"),
+        BaseTrainer.build_optimizer.__wrapped__(
+            SimpleNamespace(args=SimpleNamespace()), float_model, "MuSGD", 0.01, 0.9, 5e-4, 1000.0
+        ),
     )
     assert sorted_into(patched, float_model) == sorted_into(original, float_model)
 

@@ -171,10 +171,10 @@ class _Graph:
         shift = layer.shift.detach().float()
         if sign is None:
             bias = self._bias(layer_name, shift, self.act_scale[x] * scale, fused=self._output_quantized(out))
-            self._add("Conv", [x, weight, bias], out, name=f"/{layer_name}/Conv", **attributes)
+            self._add("Conv", [x, weight, bias], out, **attributes)
             return
         # codes that cannot be negated in their container: the sign follows the convolution
-        self._add("Conv", [x, weight], f"{out}_unsigned", name=f"/{layer_name}/Conv", **attributes)
+        self._add("Conv", [x, weight], f"{out}_unsigned", **attributes)
         self._constant(f"{layer_name}.sign", sign.float().view(-1, 1, 1))
         self._constant(f"{layer_name}.bias", shift.view(-1, 1, 1))
         self._add("Mul", [f"{out}_unsigned", f"{layer_name}.sign"], f"{out}_signed")
@@ -231,10 +231,10 @@ class _Graph:
         node = self.sources[name]
         return node.op_type == "Sigmoid" and node.input[0] in operands
 
-    def _add(self, op: str, inputs: list[str], output: str, name: str = "", **attributes) -> None:
+    def _add(self, op: str, inputs: list[str], output: str, **attributes) -> None:
         from onnx import helper
 
-        self.nodes.append(helper.make_node(op, inputs, [output], name=name or f"{output}/{op}", **attributes))
+        self.nodes.append(helper.make_node(op, inputs, [output], name=f"{output}/{op}", **attributes))
 
     def _constant(self, name: str, value, kind: int | None = None) -> str:
         """An initializer, its values as raw bytes; a name is written once."""
