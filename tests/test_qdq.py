@@ -560,7 +560,7 @@ def test_the_command_line_chooses_the_kind(checkpoint):
 ])  # fmt: skip
 def test_command_lines_that_are_refused(checkpoint, options, message):
     """The last because the checkpoint is a float one."""
-    path = checkpoint("small", quantize=False)
+    path = checkpoint("yolov5n.yaml", quantize=False)
     with pytest.raises(SystemExit, match=message):
         command(f"export model={path} format=onnx imgsz=64 device=cpu simplify=False callbacks=qc {options}")
     assert not path.with_suffix(".onnx").exists()
