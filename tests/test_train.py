@@ -127,6 +127,7 @@ def test_ema_is_the_model_that_is_saved(train):
             {"ema_decay": decay, "correction": "off"},
             {"on_train_end": lambda t, seen=seen: seen.update(deepcopy(t.model.state_dict()), lr=None)},
             name=f"decay{decay}",
+            nbs=8,  # a step each batch, in any version
         )
         saved = yolo.model.state_dict()
         for name in ("model.3.conv.weight", "model.3.conv.weight_quant.scale", "model.3.conv.act_quant.scale"):
