@@ -19,8 +19,7 @@ from ultralytics import YOLO
 
 from yolo_qc_plugin import add_qc_callbacks
 from yolo_qc_plugin.check import check, format_check
-
-KINDS = ("int8", "int4")
+from yolo_qc_plugin.qdq import ONNX_KINDS
 
 
 def measure(checkpoint: Path, name: str, args: argparse.Namespace) -> dict:
@@ -29,7 +28,7 @@ def measure(checkpoint: Path, name: str, args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "best.pt"
         shutil.copy(checkpoint, copy)
-        for kind in KINDS:
+        for kind in ONNX_KINDS:
             yolo = YOLO(copy)
             add_qc_callbacks(yolo, onnx=kind)
             file = yolo.export(format="onnx", imgsz=args.imgsz, device="cpu")
@@ -73,7 +72,7 @@ def page(results: list[dict], args: argparse.Namespace) -> str:
             cells.append(f"{100 * row['AP']:.2f} [{row['changed']:.0e}]")
         cells.append(f"{100 * (max(figures) - min(figures)):.2f}")
         lines.append(f"| {result['name']} | {' | '.join(cells)} |")
-    sizes = ", ".join(f"{kind} {results[0][kind]['mb']:.2f} MB" for kind in KINDS)
+    sizes = ", ".join(f"{kind} {results[0][kind]['mb']:.2f} MB" for kind in ONNX_KINDS)
     return "\n".join([*lines, "", f"Files of {results[0]['name']}: {sizes}.", ""])
 
 

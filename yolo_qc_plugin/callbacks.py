@@ -21,7 +21,7 @@ from .finish import finish, validate
 from .inject import calibrate, inject
 from .layers import is_quantized
 from .optimizer import ScaleSteps
-from .qdq import ONNX_KINDS
+from .qdq import ONNX_KINDS, check_kind
 
 
 class QCCallbacks:
@@ -165,8 +165,7 @@ def export_events(onnx: str = ONNX_KINDS[0]) -> dict:
     Raises:
         QCError: On another kind.
     """
-    if onnx not in ONNX_KINDS:
-        raise QCError(f"QC: onnx={onnx!r} is not accepted; give {' or '.join(map(repr, ONNX_KINDS))}.")
+    check_kind(onnx)
 
     def on_export_start(exporter) -> None:
         if not deployed_convs(exporter.model):

@@ -30,6 +30,7 @@ from . import host
 from .config import QCError
 from .deploy import DeployedConv2d, deployed_convs
 from .evaluate import evaluate, load_detector
+from .qdq import links
 
 MAX_STEPS = 1  # largest difference of a code that passes, given the same input
 MAX_POINTS = 0.1  # largest difference of mAP50-95 that passes, in points
@@ -77,7 +78,7 @@ def check(
     stash = _Stash(images)
     settings = dict(data=data, imgsz=graph.imgsz, batch=graph.batch, split=split, conf=conf, iou=iou, rect=False)
 
-    with _forward(yolo.model, lambda original: stash.wrap(original)):
+    with _forward(yolo.model, stash.wrap):
         expected = evaluate(yolo, **settings)
     with _forward(yolo.model, lambda _: fake_quantized):
         trained = evaluate(yolo, **settings)
@@ -160,7 +161,7 @@ class _Exported:
             self.model = onnx.load(path)
             onnx.checker.check_model(self.model)
             image = next(i for i in self.model.graph.input if i.name == "images")
-        except (Exception, StopIteration) as e:  # protobuf, checker and OS each have errors of their own
+        except Exception as e:  # protobuf, checker and OS each have errors of their own
             lines = str(e).strip().splitlines()
             raise QCError(f"QC: onnx={path} is no ONNX model of Ultralytics: {lines[0] if lines else type(e).__name__}")
         self.metadata = {p.key: p.value for p in self.model.metadata_props}
@@ -176,11 +177,7 @@ class _Exported:
 
         nodes = self.model.graph.node
         self.values = {i.name: numpy_helper.to_array(i) for i in self.model.graph.initializer}
-        sources = {out: n for n in nodes for out in n.output}
-        readers: dict[str, list] = {}
-        for n in nodes:
-            for name in n.input:
-                readers.setdefault(name, []).append(n)
+        sources, readers = links(self.model.graph)
         self.codes, self.outputs, self.weights = {}, {}, {}
         for conv in (n for n in nodes if n.op_type == "Conv"):
             weight, dequantize = sources.get(conv.input[1]), sources.get(conv.input[0])

@@ -17,7 +17,7 @@ from ultralytics.utils.patches import torch_load
 from ultralytics.utils.torch_utils import autocast
 
 from . import host
-from .checkpoint import write_checkpoint
+from .checkpoint import replacing, write_checkpoint
 from .config import QCConfig
 from .correction import freeze_statistics, insert_correction, train_correction
 from .deploy import snap
@@ -92,7 +92,8 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
         else:
             trainer.validator.metrics = before
     if kept == "qat":
-        write_checkpoint(torch_load(qat, map_location="cpu"), best)
+        with replacing(best) as temporary:
+            shutil.copyfile(qat, temporary)
     trainer.metrics = {**trainer.metrics, **trainer.validator.metrics.results_dict}
     trainer.metrics.pop("fitness", None)
 

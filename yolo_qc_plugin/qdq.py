@@ -64,7 +64,7 @@ def write_qdq(file: str | Path, layers: Mapping[str, DeployedConv2d], kind: str)
     return f"{len(layers)} integer convolutions ({kind}), {graph.clips} of {graph.quantizers} quantizers bounded"
 
 
-def check_kind(kind: str, opset: int) -> None:
+def check_kind(kind: str, opset: int = INT4_OPSET) -> None:
     """Refuse an unknown kind, or an opset below that which the kind needs.
 
     Raises:
@@ -76,17 +76,23 @@ def check_kind(kind: str, opset: int) -> None:
         raise QCError(f"QC: opset={opset} is too old for the {kind} kind; accepted: {MIN_OPSET[kind]} and later.")
 
 
+def links(graph) -> tuple[dict, dict[str, list]]:
+    """Tensor -> the node that writes it, and tensor -> the nodes that read it, of an ONNX graph."""
+    sources = {out: n for n in graph.node for out in n.output}
+    readers: dict[str, list] = {}
+    for n in graph.node:
+        for name in n.input:
+            readers.setdefault(name, []).append(n)
+    return sources, readers
+
+
 class _Graph:
     """A graph being rewritten."""
 
     def __init__(self, graph, layers: Mapping[str, DeployedConv2d], kind: str):
         self.graph, self.layers, self.kind = graph, layers, kind
         self.nodes: list = []  # of the new graph
-        self.sources = {out: n for n in graph.node for out in n.output}
-        self.readers: dict[str, list] = {}
-        for n in graph.node:
-            for name in n.input:
-                self.readers.setdefault(name, []).append(n)
+        self.sources, self.readers = links(graph)
         self.act_scale: dict[str, float] = {}  # fake-quantized tensor -> scale
         self.quantized: dict[tuple, str] = {}  # (tensor, grid) -> fake-quantized tensor, shared by all who read it
         self.renamed: dict[str, str] = {}
