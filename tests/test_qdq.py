@@ -28,10 +28,10 @@ from yolo_qc_plugin.checkpoint import QuantRecord
 from yolo_qc_plugin.cli import wrap_entrypoint
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.deploy import deployed_convs
-from yolo_qc_plugin.finish import snap_outputs
 from yolo_qc_plugin.inject import calibrate, calibrate_outputs, inject, quantize_outputs
 from yolo_qc_plugin.layers import quant_convs
 from yolo_qc_plugin.qdq import ONNX_KINDS, write_qdq
+from yolo_qc_plugin.snap import snap
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -260,7 +260,7 @@ def stack_of(blocks, options, output_bits, correction, seed):
     calibrate_outputs(stack, [x], stack)
     if correction != "off":
         correct(stack, correction == "channel")
-    snap_outputs(stack)
+    snap(stack)
     return stack, x
 
 
@@ -316,7 +316,7 @@ def test_a_dead_channel_keeps_its_shift(tmp_path, kind, weight):
     stack, x = stack_of([ONE], dict(bits=4), 8, "off", 0)
     with torch.no_grad():
         stack[0].bn.weight[0], stack[0].bn.bias[0] = weight, 0.5
-    snap_outputs(stack)
+    snap(stack)
     model = onnx.load(write_onnx(stack, x, kind, tmp_path / "stack.onnx"))
     wanted = stack(x)[:, 0]
     for optimised in (False, True):

@@ -124,7 +124,7 @@ def test_ema_is_the_model_that_is_saved(train):
     for decay, equal in ((0.0, True), (0.9, False)):
         seen = {}
         yolo = train(
-            {"ema_decay": decay, "correction": "off"},
+            {"ema_decay": decay, "correction": "off", "output_bits": None},
             {"on_train_end": lambda t, seen=seen: seen.update(deepcopy(t.model.state_dict()), lr=None)},
             name=f"decay{decay}",
             nbs=8,  # a step each batch, in any version

@@ -18,7 +18,7 @@ from .config import QCConfig, QCError
 from .deploy import deployed_convs
 from .ema import ConstantEMA
 from .finish import finish, validate
-from .inject import calibrate, inject
+from .inject import calibrate, inject, share_quantizers
 from .layers import is_quantized
 from .optimizer import ScaleSteps
 from .qdq import ONNX_KINDS, check_kind
@@ -92,11 +92,12 @@ class QCCallbacks:
         elif RANK in {-1, 0}:
             self.float_model = deepcopy(model)
         injection = inject(model, self.config, host.edge_convs(model), host.fixed_convs(model))
+        shared = share_quantizers(model, lambda: model(host.blank_image(model)))
         model.qc = QuantRecord(self.config.to_dict())
         if resumed:
             model.qc.float_metrics = resumed["ema"].qc.float_metrics
             model.load_state_dict(resumed["ema"].float().state_dict())
-        LOGGER.info(f"{host.PREFIX}{injection}")
+        LOGGER.info(f"{host.PREFIX}{injection}; {shared} read an input that another one quantizes")
 
     def on_pretrain_routine_end(self, trainer: BaseTrainer) -> None:
         """Measure the float start, start the scales from data, and take over the EMA."""

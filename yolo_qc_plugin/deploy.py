@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from .config import QCError
 from .functional import to_codes, widen
-from .layers import ChannelAffine, KeepWide, QuantActivation, QuantConv2d
+from .layers import KeepWide, QuantActivation, QuantConv2d, QuantSiLU
 from .quantizer import ActQuantizer
 from .trace import traced_convolve, traced_quantize
 
 OFF = 2**30  # a channel is off where its shift is this many units of its integer sums
-MANTISSA = 10  # bits of a multiplier in `snap`, which moves it by 0.2% at most
 
 
 class FixedQuantizer(nn.Module):
@@ -143,51 +142,14 @@ def fold(conv: QuantConv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
     bias = 0 if conv.bias is None else conv.bias.to(wide)
     scale, shift = one * gamma * conv.weight_quant.scale.to(wide), one * (gamma * bias + beta)
     if bn is not None:
-        a = _batch_norm_scale(bn)
+        a = batch_norm_scale(bn)
         scale, shift = a * scale, a * (shift - bn.running_mean.to(wide)) + bn.bias.to(wide)
     return scale, shift
 
 
-def _batch_norm_scale(bn: nn.BatchNorm2d) -> Tensor:
+def batch_norm_scale(bn: nn.BatchNorm2d) -> Tensor:
+    """What a batch norm in eval mode multiplies by, FP64, shape (channels,)."""
     return bn.weight.double() / torch.sqrt(bn.running_var.double() + bn.eps)
-
-
-@torch.no_grad()
-def snap(conv: QuantConv2d, bn: nn.BatchNorm2d, output_scale: float) -> None:
-    """Move the scale and shift of a convolution with a quantized output to where every runtime agrees, in place.
-
-    In steps of the output, an integer convolution gives multiplier * (sum + bias) before rounding, with integer sum and
-    bias. So, of each channel,
-
-    - the bias becomes a whole number: half a unit is small beside a step of the output, but it moves codes;
-    - the multiplier becomes an odd number of MANTISSA bits over a power of two. Products then are whole multiples of
-      that power's inverse. The first of them at a rounding threshold is half the odd number, which is beyond the 8-bit
-      range for 10 bits; all others keep that inverse as their distance, so that float implementations, whatever their
-      order of operations, round them alike.
-
-    Done here, it is in the model that is measured. The correction takes it up (one is made where there is none), as it
-    stays FP32 in checkpoints.
-
-    Args:
-        conv: Quantized convolution.
-        bn: The batch norm that reads its output.
-        output_scale: Step of the output's quantizer.
-    """
-    if conv.correction is None:
-        conv.correction = ChannelAffine(1).to(conv.weight.device)
-    conv.correction = conv.correction.widened(conv.out_channels)
-    scale, _ = fold(conv, bn)
-    multiplier = conv.act_quant.scale.double() * scale / output_scale
-    unit = 2.0 ** (torch.log2(multiplier.abs()).floor() - (MANTISSA - 1))
-    snapped = (2 * torch.floor(multiplier / unit / 2) + 1) * unit  # the odd multiple nearest to it
-    factor = snapped / multiplier
-    used = factor.isfinite()  # a channel of zero scale stays as it is
-    conv.correction.gamma.mul_(torch.where(used, factor, 1.0))
-
-    scale, shift = fold(conv, bn)
-    unit = conv.act_quant.scale.double() * scale
-    change = (torch.round(shift / unit) * unit - shift) / _batch_norm_scale(bn)
-    conv.correction.beta.add_(torch.where(change.isfinite(), change, 0.0))
 
 
 @torch.no_grad()
@@ -213,7 +175,8 @@ def deploy_conv(conv: QuantConv2d, bn: nn.BatchNorm2d | None, name: str) -> Depl
 
 def deploy_activation(act: QuantActivation) -> nn.Sequential:
     """The deployed form of an activation with a quantized input."""
-    return nn.Sequential(FixedQuantizer(act.quant), act.act).train(act.training)
+    function = QuantSiLU(FixedQuantizer(act.function.quant)) if isinstance(act.function, QuantSiLU) else act.function
+    return nn.Sequential(FixedQuantizer(act.quant), function).train(act.training)
 
 
 def deployed_convs(model: nn.Module) -> dict[str, DeployedConv2d]:

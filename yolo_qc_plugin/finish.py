@@ -20,10 +20,9 @@ from . import host
 from .checkpoint import replacing, write_checkpoint
 from .config import QCConfig
 from .correction import freeze_statistics, insert_correction, train_correction
-from .deploy import snap
 from .inject import calibrate_outputs, quantize_outputs
-from .layers import QuantActivation
 from .report import build_report, console_table, write_report
+from .snap import snap
 
 
 def validate(trainer: BaseTrainer, model: nn.Module | Path) -> dict[str, float]:
@@ -120,14 +119,7 @@ def set_outputs(trainer: BaseTrainer, model: nn.Module, config: QCConfig) -> Non
         islice(trainer.train_loader, config.calibration_batches),
         lambda batch: model(trainer.preprocess_batch(batch)["img"]),
     )
-    snap_outputs(model)
-
-
-def snap_outputs(model: nn.Module) -> None:
-    """`snap` every convolution with a quantized output."""
-    for block in host.output_blocks(model):
-        if isinstance(block.act, QuantActivation):
-            snap(block.conv, block.bn, block.act.quant.scale.item())
+    snap(model)
 
 
 def correct(trainer: BaseTrainer, config: QCConfig, source: Path) -> nn.Module:
@@ -166,7 +158,7 @@ def correct(trainer: BaseTrainer, config: QCConfig, source: Path) -> nn.Module:
         parameters, epochs, loss, config.correction_lr, config.correction_epochs * len(trainer.train_loader), scaler
     )
     model.criterion, model.args = None, record_args
-    snap_outputs(model)
+    snap(model)
     return model.eval().requires_grad_(False)  # as the host strips a checkpoint
 
 

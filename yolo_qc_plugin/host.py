@@ -19,6 +19,7 @@ from functools import partial, wraps
 from importlib import metadata
 from tempfile import TemporaryDirectory
 
+import torch
 from torch import nn
 from ultralytics import __version__ as ULTRALYTICS_VERSION
 from ultralytics.engine.exporter import Exporter
@@ -230,6 +231,12 @@ def output_blocks(model: nn.Module) -> list[Conv]:
         for m in model.modules()
         if isinstance(m, Conv) and not isinstance(m, Conv2) and isinstance(m.conv, QuantConv2d) and id(m) not in sums
     ]
+
+
+def blank_image(model: nn.Module) -> torch.Tensor:
+    """The smallest image that a model takes, black."""
+    side = 2 * int(model.stride.max())
+    return torch.zeros(1, model.yaml.get("channels", 3), side, side, device=next(model.parameters()).device)
 
 
 def check_model(model: nn.Module) -> None:

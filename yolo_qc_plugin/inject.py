@@ -88,6 +88,45 @@ def inject(
     return Injection(plan, tuple(name for name in convs if name not in plan))
 
 
+@torch.no_grad()
+def share_quantizers(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Give convolutions that read one tensor one quantizer of it, in place; to be done before calibration.
+
+    The tensor is then quantized once, in training and in an exported graph, where its producer becomes an integer
+    operation if one quantizer is all that reads it. Quantizers of different widths stay apart.
+
+    Args:
+        model: Injected model.
+        forward: Runs the model once, in eval mode, on an image of any size.
+
+    Returns:
+        Number of quantizers that went.
+    """
+    readers: dict[tuple, list[QuantConv2d]] = {}
+    kept = []  # alive, lest two tensors have one address in turn
+
+    def note(conv: QuantConv2d, args: tuple) -> None:
+        kept.append(args[0])
+        readers.setdefault((args[0].data_ptr(), args[0].shape, conv.act_quant.bits), []).append(conv)
+
+    hooks = [m.register_forward_pre_hook(note) for _, m in quant_convs(model)]
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for m, training in modes.items():
+            m.training = training
+    gone = 0
+    for first, *others in readers.values():
+        for conv in others:
+            gone += conv.act_quant is not first.act_quant
+            conv.act_quant = first.act_quant
+    return gone
+
+
 def remove(model: nn.Module) -> int:
     """Take the quantizers (and a correction) out, in place; the float parameters are the same objects.
 

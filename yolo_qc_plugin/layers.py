@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .observers import mse_range
+from .observers import binary_range
 from .quantizer import ActQuantizer, Quantizer, WeightQuantizer
 
 
@@ -99,30 +99,55 @@ class QuantConv2d(KeepWide, nn.Conv2d):
         return self.weight_quant.codes(self.weight)
 
 
+class QuantSiLU(nn.Module):
+    """SiLU with its sigmoid rounded to whole 256ths: x * round(256 * sigmoid(x)) / 256.
+
+    Of 8-bit codes x, integer runtimes compute the sigmoid by a table and the product in integers.
+
+    Args:
+        quant: Quantizer of the sigmoid; a new one if None.
+    """
+
+    def __init__(self, quant: nn.Module | None = None):
+        super().__init__()
+        self.quant = quant
+        if quant is None:
+            self.quant = ActQuantizer(8, offset=False)
+            self.quant.set_signed(False)
+            nn.init.constant_(self.quant.scale, 2.0**-8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Activate x of any shape."""
+        return x * self.quant(x.sigmoid())
+
+
 class QuantActivation(KeepWide, nn.Module):
     """An activation function whose input, a convolution's output after batch norm, is quantized.
 
     Integer convolutions of today's runtimes give 8-bit results; this is that rounding, so that the model measured is
-    the model deployed.
+    the model deployed. The step is a power of two: what SiLU makes of the codes, and sums of that, are then short
+    binary fractions, which every runtime's floats hold exactly.
 
     Attributes:
         quant: ActQuantizer with offset.
         act: The activation function itself.
+        function: What is computed: QuantSiLU in the place of SiLU, else `act`.
     """
 
     def __init__(self, act: nn.Module, bits: int):
         super().__init__()
         self.quant = ActQuantizer(bits, offset=True)
         self.act = act
+        self.function = QuantSiLU() if isinstance(act, nn.SiLU) else act
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize and activate x of any shape."""
-        return self.act(self.quant(x))
+        return self.function(self.quant(x))
 
     @torch.no_grad()
     def calibrate(self, values: Tensor, low: float, high: float) -> None:
         """Set the grid from a sample of the input, shape (n,), and its extremes."""
-        scale, offset = mse_range(values, low, high, self.quant.quant_max, self.act)
+        scale, offset = binary_range(values, low, high, self.quant.quant_max, self.function)
         self.quant.scale.fill_(scale)
         self.quant.offset.fill_(offset)
 

@@ -7,6 +7,7 @@ of least squared quantization error (LSQ+, Bhalgat et al. 2020, section 3.2), fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -117,13 +118,12 @@ def mse_scale_offset(x: Tensor, quant_max: int) -> tuple[Tensor, Tensor]:
     return x.new_tensor([best[1]]), x.new_tensor([best[2]])
 
 
-def mse_range(
+def binary_range(
     x: Tensor, low: float, high: float, quant_max: int, function: Callable[[Tensor], Tensor]
 ) -> tuple[float, float]:
-    """Scale and offset of least squared error behind a function, on the grid [0, quant_max].
+    """Scale, a power of two, and offset of least squared error behind a function, on the grid [0, quant_max].
 
-    An activation function forgives errors where it is flat, SiLU far below 0: there the range is cut. The ends of the
-    range are searched in turn.
+    An activation function forgives errors where it is flat, SiLU far below 0: there the range is cut.
 
     Args:
         x: Sample of the function's input, shape (n,).
@@ -137,18 +137,15 @@ def mse_range(
     """
     low, high = min(low, 0.0), max(high, quant_max * TINY)
     wanted = function(x.clone())
+    largest = math.ceil(math.log2((high - low) / quant_max))  # the first that cuts nothing
 
-    def grid(bottom: float, top: float) -> tuple[float, float]:
-        scale = (top - bottom) / quant_max
-        return scale, -round(-bottom / scale) * scale
-
-    def error(bottom: float, top: float) -> float:
-        scale, offset = map(x.new_tensor, ([v] for v in grid(bottom, top)))
+    def error(grid: tuple[float, float]) -> float:
+        scale, offset = map(x.new_tensor, ([v] for v in grid))
         return float((function(fake_quantize(x, scale, offset, 0, quant_max)) - wanted).square().mean())
 
-    cuts = [0.85**n for n in range(17)]  # down to 7% of the extreme
-    bottom, top = low, high
-    for _ in range(2):
-        top = min((high * c for c in cuts), key=lambda t: error(bottom, t))
-        bottom = min((low * c for c in cuts), key=lambda b: error(b, top))
-    return grid(bottom, top)
+    candidates = []
+    for scale in (2.0 ** (largest - n) for n in range(4)):
+        most, least = round(-low / scale), quant_max - math.ceil(high / scale)  # steps below 0 that cut nothing below
+        zeros = {min(max(round(least + (most - least) * i / 16), 0), quant_max) for i in range(17)}
+        candidates += [(scale, -zero * scale) for zero in sorted(zeros)]
+    return min(candidates, key=error)

@@ -9,7 +9,7 @@ Every convolution reads Q -> DQ of its input and DQ of its integer weight, with 
 
 Activation codes of a grid narrower than its container are shifted to the container's top (4 bits in UINT8: 240 to 255),
 so that saturation cuts off above, as the grid does. Below, a Max before Q does it, left out where the input cannot be
-that low: SiLU is never below -0.2785.
+that low: SiLU is never below -0.281.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .trace import CONVOLVE, DOMAIN, QUANTIZE
 ONNX_KINDS = ("int8", "int4")
 INT4_OPSET = 21  # the first with 4-bit types
 MIN_OPSET = {"int8": 13, "int4": 18}  # per-channel DequantizeLinear; nodes that mean the same in opset 21
-SILU_MIN = -0.27846455  # x * sigmoid(x) at x = -1.2784645
+SILU_MIN = -0.28097  # the least x * round(256 * sigmoid(x)) / 256, at x = -1.2844; a little below SiLU's own
 
 
 def write_qdq(file: str | Path, layers: Mapping[str, DeployedConv2d], kind: str) -> str:
@@ -235,6 +235,8 @@ class _Graph:
 
     def _is_sigmoid_of(self, name: str, operands: list[str]) -> bool:
         node = self.sources[name]
+        if node.op_type == QUANTIZE:  # of QuantSiLU
+            node = self.sources.get(node.input[0], node)
         return node.op_type == "Sigmoid" and node.input[0] in operands
 
     def _add(self, op: str, inputs: list[str], output: str, **attributes) -> None:
