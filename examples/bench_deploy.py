@@ -34,7 +34,8 @@ from ultralytics import YOLO
 from yolo_qc_plugin import __version__, add_qc_callbacks
 from yolo_qc_plugin.digits import compose
 
-TURN = 5  # calls of one file before the next one's turn
+TURN = 6  # calls of one file before the next one's turn
+SETTLE = 4  # calls at the start of a turn that are not counted: the file before left its threads and caches
 FILES = ("FP32", "Ultralytics INT8", "ours int8", "ours int4")
 # (runtime, precision of the float part); OpenVINO computes float layers in BF16 where the CPU can, unless told
 RUNTIMES = {"ONNX Runtime": None, "OpenVINO": None, "OpenVINO, f32": "f32"}
@@ -82,24 +83,33 @@ def runner(file: Path, runtime: str, image: np.ndarray, threads: int):
 
 
 def measure(files: dict[str, Path], imgsz: int, threads: int, repeats: int) -> dict[str, dict[str, dict]]:
-    """Runtime -> file -> median, 10th and 90th percentile of one call in ms."""
+    """Runtime -> file -> median, 10th and 90th percentile of one call in ms, and the ratio to FP32.
+
+    The ratio is the median over all rounds of the ratio within a round, which a machine's slow minutes do not move.
+    """
     image = np.random.default_rng(0).random((1, 3, imgsz, imgsz), dtype=np.float32)
-    calls = {(r, n): runner(f, r, image, threads) for r in RUNTIMES for n, f in files.items()}
-    calls = {key: call for key, call in calls.items() if call}
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    for call in calls.values():
-        for _ in range(2 * TURN):
-            call()
-    for _ in range(-(-repeats // TURN)):
-        for key, call in calls.items():
-            for _ in range(TURN):
-                start = time.perf_counter()
-                call()
-                times[key].append(1e3 * (time.perf_counter() - start))
-    result: dict[str, dict[str, dict]] = {r: {} for r in RUNTIMES}
-    for (r, n), t in times.items():
-        tenths = statistics.quantiles(t, n=10)
-        result[r][n] = {"median": statistics.median(t), "p10": tenths[0], "p90": tenths[-1]}
+    result: dict[str, dict[str, dict]] = {}
+    for runtime in RUNTIMES:
+        calls = {n: call for n, f in files.items() if (call := runner(f, runtime, image, threads))}
+        turns: dict[str, list[list[float]]] = {n: [] for n in calls}
+        for _ in range(-(-repeats // TURN)):
+            for n, call in calls.items():
+                for _ in range(SETTLE):
+                    call()
+                turns[n].append([])
+                for _ in range(TURN):
+                    start = time.perf_counter()
+                    call()
+                    turns[n][-1].append(1e3 * (time.perf_counter() - start))
+        base = [statistics.median(turn) for turn in turns["FP32"]]
+        result[runtime] = {}
+        for n, own in turns.items():
+            times = [t for turn in own for t in turn]
+            tenths = statistics.quantiles(times, n=10)
+            ratio = statistics.median(statistics.median(turn) / b for turn, b in zip(own, base))
+            result[runtime][n] = {
+                "median": statistics.median(times), "p10": tenths[0], "p90": tenths[-1], "ratio": ratio
+            }  # fmt: skip
     return result
 
 
@@ -127,8 +137,8 @@ def page(results: list[dict], about: dict) -> str:
         "# Size and latency of exported models",
         "",
         f"Written by `examples/bench_deploy.py`. {about['cpu']}, {about['threads']} threads, batch 1, "
-        f"{about['repeats']} calls of each file in turns of {TURN}; median ms [10%, 90%] and ratio to FP32 in the same "
-        "runtime. " + ", ".join(f"{k} {v}" for k, v in about["versions"].items()) + ".",
+        f"{about['repeats']} calls of each file in turns of {TURN}; median ms [10%, 90%] and median ratio to FP32 in "
+        "the same round. " + ", ".join(f"{k} {v}" for k, v in about["versions"].items()) + ".",
         "",
         "OpenVINO without f32 computes float layers in BF16 where the CPU has it. Version 2026.4 crashes on 4-bit",
         "activations, so the int4 file is not run there.",
@@ -141,13 +151,8 @@ def page(results: list[dict], about: dict) -> str:
         for name in FILES:
             cells = []
             for runtime in RUNTIMES:
-                t, base = r["ms"][runtime].get(name), r["ms"][runtime]["FP32"]["median"]
-                text = (
-                    "-"
-                    if t is None
-                    else f"{t['median']:.1f} [{t['p10']:.1f}, {t['p90']:.1f}] {t['median'] / base:.2f}x"
-                )
-                cells.append(text)
+                t = r["ms"][runtime].get(name)
+                cells.append(f"{t['median']:.1f} [{t['p10']:.1f}, {t['p90']:.1f}] {t['ratio']:.2f}x" if t else "-")
             kinds = ", ".join(f"{v} {k}" for k, v in sorted(r["convolutions"][name].items(), reverse=True))
             lines.append(f"| {name} | {r['mb'][name]:.2f} | {' | '.join(cells)} | {kinds} |")
         lines.append("")
@@ -170,7 +175,7 @@ def main() -> None:
     p.add_argument("--models", nargs="+", default=["yolov5n.yaml", "yolo11n.yaml"])
     p.add_argument("--imgsz", type=int, nargs="+", default=[320, 640])
     p.add_argument("--threads", type=int, default=os.cpu_count())
-    p.add_argument("--repeats", type=int, default=100)
+    p.add_argument("--repeats", type=int, default=240)
     p.add_argument("--out", type=Path, default=Path("docs/results"))
     p.add_argument("--work", type=Path, help="folder for the files made (a temporary one)")
     p.add_argument("--prepare", action="store_true", help="make the files in --work and stop")

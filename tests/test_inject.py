@@ -12,8 +12,8 @@ from ultralytics.nn.tasks import DetectionModel
 
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.correction import insert_correction
-from yolo_qc_plugin.host import edge_convs, fixed_convs
-from yolo_qc_plugin.inject import calibrate, inject, quantizers_off, remove
+from yolo_qc_plugin.host import blank_image, edge_convs, fixed_convs
+from yolo_qc_plugin.inject import calibrate, inject, quantizers_off, remove, share_quantizers
 from yolo_qc_plugin.layers import QuantConv2d, quant_convs
 from yolo_qc_plugin.observers import SampleObserver
 
@@ -318,3 +318,58 @@ def test_eight_bits_are_near_float_and_two_are_not(small):
             error = [((m(seen[n][0]) - seen[n][1]).norm() / (seen[n][1] - seen[n][1].mean()).norm()).item()
                      for n, m in quant_convs(quantized)]  # fmt: skip
         assert low < min(error) and max(error) < high
+
+
+def share(model):
+    return share_quantizers(model, lambda: model(blank_image(model)))
+
+
+def test_convolutions_that_read_one_tensor_share_its_quantizer(model, pristine):
+    """Found by running: for other images too, readers of one tensor have one quantizer, and no others do."""
+    put_in(model, calibrated=False)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = {m: m.training for m in model.modules()}
+    gone = share(model)
+    assert gone > 0 and share(model) == 0  # once
+    assert all(m.training == modes[m] for m in model.modules())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())  # batch statistics included
+
+    seen, kept = {}, []
+
+    def note(conv, args):
+        kept.append(args[0])
+        seen[conv] = args[0].data_ptr(), args[0].shape
+
+    hooks = [m.register_forward_pre_hook(note) for _, m in quant_convs(model)]
+    heads(model.eval(), images(size=96))
+    for hook in hooks:
+        hook.remove()
+    by_quantizer = {}
+    for conv, tensor in seen.items():
+        by_quantizer.setdefault(conv.act_quant, set()).add((tensor, conv.act_quant.bits))
+    assert all(len(tensors) == 1 for tensors in by_quantizer.values())
+    assert len(set.union(*by_quantizer.values())) == len(by_quantizer) == len(seen) - gone
+
+    twin = copy.deepcopy(model)
+    assert sum(1 for _ in twin.parameters()) == sum(1 for _ in model.parameters())
+    remove(model)
+    assert model.state_dict().keys() == pristine.state_dict().keys()
+
+
+def test_quantizers_of_other_widths_are_not_shared(small):
+    model = copy.deepcopy(small)
+    put_in(model, calibrated=False, layer_bits={"model.2.cv1.conv": 6})
+    share(model)
+    first, second = model.model[2].cv1.conv, model.model[2].cv2.conv
+    assert first.act_quant is not second.act_quant and (first.act_quant.bits, second.act_quant.bits) == (6, 4)
+
+
+def test_a_shared_quantizer_is_calibrated_once_and_used_by_all(small):
+    model = copy.deepcopy(small)
+    put_in(model, calibrated=False)
+    share(model)
+    calibrate(model, [images()], model, "lsq")
+    first, second = model.model[2].cv1.conv, model.model[2].cv2.conv
+    assert first.act_quant is second.act_quant and 0 < first.act_quant.scale < 100
+    x = torch.rand(1, first.in_channels, 8, 8)
+    assert torch.equal(first.act_quant(x), second.act_quant(x))

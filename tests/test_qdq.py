@@ -1,8 +1,8 @@
 # yolo_qc_plugin, AGPL-3.0
 """The ONNX files: the checkpoint's integers, every layer's exact values in ONNX Runtime, the host's export options.
 
-Runtimes are judged layer by layer: PyTorch's layers get the codes that ONNX Runtime computed. End to end no two float
-implementations agree, because a value at a rounding threshold moves by a step and what follows moves with it.
+Most tests judge layer by layer: PyTorch's layers get the codes that ONNX Runtime computed. That holds for models whose
+outputs stay float too. With snapped outputs all codes agree end to end, in every runtime, which is a test of its own.
 """
 
 import ast
@@ -10,6 +10,7 @@ import copy
 import platform
 import shutil
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +25,7 @@ from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import load_checkpoint
 
 from yolo_qc_plugin import add_qc_callbacks, host
+from yolo_qc_plugin.check import RUNTIMES, _compare_codes, _Exported
 from yolo_qc_plugin.checkpoint import QuantRecord
 from yolo_qc_plugin.cli import wrap_entrypoint
 from yolo_qc_plugin.config import QCConfig, QCError
@@ -386,7 +388,8 @@ MSE = dict(outputs=True, scale_init="mse")  # which uses the code -8: its negati
 FAMILIES = {  # (options of build, arguments of the export)
     "small": (MSE, dict(simplify=True)),
     "yolov5n.yaml": (dict(outputs=True), dict(simplify=False)),
-    "yolov8n.yaml": (dict(per_channel=True), dict(simplify=False)),
+    "yolov8n.yaml": (dict(per_channel=True, outputs=True), dict(simplify=False)),
+    "yolov10n.yaml": (dict(outputs=False), dict(simplify=False)),
     "yolo11n.yaml": (dict(outputs=True, act_offset=False), dict(simplify=False)),
     "yolo26n.yaml": (dict(outputs=True), dict(nms=False, simplify=False)),
 }
@@ -462,6 +465,24 @@ def test_exported_families(family, yaml, kind):
     assert signed > 0 or kind == "int8" or options.get("scale_init") != "mse"
 
     check_both(file, model, torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.skipif(not EXACT, reason="8-bit products saturate in ONNX Runtime without VNNI")
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("yaml,kind", [("yolov5n.yaml", "int8"), ("yolov5n.yaml", "int4"), ("yolov8n.yaml", "int8")])
+def test_all_codes_agree_end_to_end(family, yaml, kind, runtime):
+    """Of snapped models, whose activation function is SiLU, without attention: no code differs from PyTorch's."""
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
+        if kind == "int4":
+            pytest.skip("OpenVINO has no 4-bit activations")
+    path, file = family(yaml, kind)
+    model, _ = load_checkpoint(path)
+    snap(model.float())
+    model.fuse(verbose=False)
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    found = _compare_codes(model, _Exported(Path(file)), runtime, x)
+    assert found["changed_end_to_end"] == found["changed"] == found["steps"] == 0, found
 
 
 def test_integer_kernels(family, tmp_path):
