@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import kernels
+
 
 def to_codes(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
     """Integer codes of `x`, as floats in [quant_min, quant_max]; rounds half to even.
@@ -93,27 +95,42 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x, scale, offset, quant_min, quant_max, grad_scale):
         ctx.save_for_backward(x, scale, offset)
         ctx.quant_min, ctx.quant_max, ctx.grad_scale = quant_min, quant_max, grad_scale
-        wide = widen(x)
+        ctx.compiled = any(ctx.needs_input_grad) and kernels.usable(x)  # measuring alone is not worth compiling
+        if ctx.compiled and (out := kernels.forward(x, scale, offset, quant_min, quant_max)) is not None:
+            return out
         s, z = _per_slice(scale, x), _per_slice(offset, x)
-        out = to_codes(wide, s, z, quant_min, quant_max).mul_(s)
+        out = to_codes(widen(x), s, z, quant_min, quant_max).mul_(s)
         return (out if z is None else out.add_(z)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        x, scale, offset = ctx.saved_tensors
+        arguments = grad, *ctx.saved_tensors, ctx.quant_min, ctx.quant_max
         need_x, need_scale, need_offset = ctx.needs_input_grad[:3]
-        wide = widen(x)
-        g = grad.to(wide.dtype)
-        v = _grid_position(wide, _per_slice(scale, x), _per_slice(offset, x))
-        # one fused pass: g where quant_min < v < quant_max, else 0
-        inside = torch.ops.aten.hardtanh_backward(g, v, ctx.quant_min, ctx.quant_max)
-        grad_scale = grad_offset = None
-        slices = scale.numel()
-        if need_offset:
-            outside = g.sum() - inside.sum() if slices == 1 else (g - inside).flatten(1).sum(1)
-            grad_offset = outside.view(slices) * ctx.grad_scale
-        if need_scale:
-            v_part = _dot(inside, v, slices)
-            codes = v.round_().clamp_(ctx.quant_min, ctx.quant_max)  # v is not needed any more
-            grad_scale = (_dot(g, codes, slices) - v_part) * ctx.grad_scale
-        return (inside.to(x.dtype) if need_x else None), grad_scale, grad_offset, None, None, None
+        found = kernels.backward(*arguments) if ctx.compiled else None
+        by_x, by_scale, by_offset = found or _gradients(*arguments, need_scale, need_offset)
+        return (
+            by_x if need_x else None,
+            by_scale * ctx.grad_scale if need_scale else None,
+            by_offset * ctx.grad_scale if need_offset else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _gradients(grad, x, scale, offset, quant_min, quant_max, need_scale, need_offset):
+    """Gradients by x, scale and offset, in few passes of separate tensor operations."""
+    wide = widen(x)
+    g = grad.to(wide.dtype)
+    v = _grid_position(wide, _per_slice(scale, x), _per_slice(offset, x))
+    # one fused pass: g where quant_min < v < quant_max, else 0
+    inside = torch.ops.aten.hardtanh_backward(g, v, quant_min, quant_max)
+    by_scale = by_offset = None
+    slices = scale.numel()
+    if need_offset:
+        by_offset = (g.sum() - inside.sum() if slices == 1 else (g - inside).flatten(1).sum(1)).view(slices)
+    if need_scale:
+        v_part = _dot(inside, v, slices)
+        codes = v.round_().clamp_(quant_min, quant_max)  # v is not needed any more
+        by_scale = _dot(g, codes, slices) - v_part
+    return inside.to(x.dtype), by_scale, by_offset

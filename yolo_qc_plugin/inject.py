@@ -103,11 +103,11 @@ def share_quantizers(model: nn.Module, forward: Callable[[], object]) -> int:
         Number of quantizers that went.
     """
     readers: dict[tuple, list[QuantConv2d]] = {}
-    kept = []  # alive, lest two tensors have one address in turn
+    kept = []  # alive, lest two tensors have one id in turn
 
     def note(conv: QuantConv2d, args: tuple) -> None:
         kept.append(args[0])
-        readers.setdefault((args[0].data_ptr(), args[0].shape, conv.act_quant.bits), []).append(conv)
+        readers.setdefault((id(args[0]), conv.act_quant.bits), []).append(conv)
 
     hooks = [m.register_forward_pre_hook(note) for _, m in quant_convs(model)]
     modes = {m: m.training for m in model.modules()}
@@ -121,6 +121,7 @@ def share_quantizers(model: nn.Module, forward: Callable[[], object]) -> int:
             m.training = training
     gone = 0
     for first, *others in readers.values():
+        first.act_quant.readers = 1 + len(others)
         for conv in others:
             gone += conv.act_quant is not first.act_quant
             conv.act_quant = first.act_quant

@@ -109,11 +109,18 @@ class ActQuantizer(Quantizer):
 
     Attributes:
         offset: Parameter of shape (1,), FP32, or None.
+        readers: Number of convolutions that this quantizer's tensor is quantized for.
     """
+
+    readers = 1
+    _kept: tuple | None = None  # see _keep
 
     def __init__(self, bits: int, offset: bool):
         super().__init__(bits, signed=not offset)
         self.offset = nn.Parameter(torch.zeros(1)) if offset else None
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_kept": None}
 
     @property
     def zero_point(self) -> int:
@@ -128,11 +135,31 @@ class ActQuantizer(Quantizer):
         return snapped.detach() + (self.offset - self.offset.detach())  # exactly the snapped value
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize activations of shape (batch, ...)."""
+        """Fake-quantize activations of shape (batch, ...); for several readers of one tensor in turn, once."""
         if not self.enabled:
             return x
-        grad_scale = (max(math.prod(x.shape[1:]), 1) * self.quant_max) ** -0.5
-        return fake_quantize(x, self.scale, self.grid_offset(), self.quant_min, self.quant_max, grad_scale)
+        if (result := self._take_kept(x)) is None:
+            grad_scale = (max(math.prod(x.shape[1:]), 1) * self.quant_max) ** -0.5
+            result = fake_quantize(x, self.scale, self.grid_offset(), self.quant_min, self.quant_max, grad_scale)
+            self._keep(x, result)
+        return result
+
+    def _keep(self, x: Tensor, result: Tensor) -> None:
+        """Keep a result until all other readers had it."""
+        if self.readers > 1 and not torch.is_inference(x):  # which has no version
+            self._kept = x, self._versions(x), result, self.readers - 1
+
+    def _take_kept(self, x: Tensor) -> Tensor | None:
+        """The result kept of this very tensor, if nothing has changed since."""
+        if self._kept is None:
+            return None
+        of, versions, result, readers = self._kept
+        self._kept = (of, versions, result, readers - 1) if readers > 1 else None
+        return result if of is x and versions == self._versions(x) else None
+
+    def _versions(self, x: Tensor) -> tuple:
+        tensors = (x, self.scale) if self.offset is None else (x, self.scale, self.offset)
+        return torch.is_grad_enabled(), *(t._version for t in tensors)
 
     @torch.no_grad()
     def calibrate(self, values: Tensor, low: float, method: str) -> None:

@@ -1,0 +1,227 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Time of a training step and peak memory inside the stock loop: float, ours, and what users could pick instead.
+
+    python examples/bench_step.py --models yolov5n.yaml yolo11n.yaml --imgsz 320 --batch 16
+
+Each variant trains in a process of its own, through `model.train()` on small digits images. A step is what lies between
+the host's on_train_batch_start and the end of on_train_batch_end, optimizer step and EMA included (nbs is the batch).
+The processes take turns of a few steps, one at a time, so that a slow minute of the machine hits all alike; the ratio
+is the median over turns of the ratio to float within a round. Memory is what the process grew by in training at its
+peak, on a GPU what torch allocated. Variants whose packages are missing are left out. Writes a JSON file and a Markdown
+page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SETTLE = 1  # steps at the start of a turn that are not counted
+VARIANTS = {
+    "float": "stock training",
+    "LSQ": "4 bits, no offset, no EMA (ema_decay=0)",
+    "LSQ+ EMA": "4 bits, the defaults",
+    "LSQ+ EMA, eager": "the same with YOLO_QC_COMPILE=0",
+    "quantize=8": "Ultralytics' own, ModelOpt",
+    "Brevitas": "4 bits, learned scales, signed activations",
+}
+OURS = {"LSQ": dict(bits=4, act_offset=False, ema_decay=0.0), "LSQ+ EMA": dict(bits=4), "LSQ+ EMA, eager": dict(bits=4)}
+
+
+def brevitas_trainer():
+    """The stock trainer with Brevitas' convolutions in the model, first and last ones at 8 bits as ours."""
+    from brevitas.nn import QuantConv2d
+    from brevitas.quant.scaled_int import Int8ActPerTensorFloat, Int8WeightPerTensorFloat
+    from torch import nn
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    from yolo_qc_plugin import host
+
+    class Weight(Int8WeightPerTensorFloat):
+        scaling_impl_type = "parameter_from_stats"
+
+    class BrevitasTrainer(DetectionTrainer):
+        def get_model(self, *args, **kwargs):
+            model = super().get_model(*args, **kwargs)
+            edges, fixed = host.edge_convs(model), host.fixed_convs(model)
+            for name, m in list(model.named_modules()):
+                if type(m) is not nn.Conv2d or name in fixed:
+                    continue
+                bits = 8 if name in edges else 4
+                twin = QuantConv2d(
+                    m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups,
+                    bias=m.bias is not None, weight_quant=Weight, weight_bit_width=bits,
+                    input_quant=Int8ActPerTensorFloat, input_bit_width=bits,
+                )  # fmt: skip
+                twin.load_state_dict(m.state_dict(), strict=False)
+                parent, _, key = name.rpartition(".")
+                setattr(model.get_submodule(parent), key, twin)
+            return model
+
+    return BrevitasTrainer
+
+
+def child(args: argparse.Namespace) -> None:
+    """Train one variant; every turn begins with a line on stdin and ends with one of JSON on stdout."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what the host prints goes to the log
+    import torch
+    from ultralytics import YOLO
+
+    from yolo_qc_plugin import add_qc_callbacks
+
+    torch.set_num_threads(args.threads)
+    model, options = YOLO(args.models[0]), {}
+    if args.variant in OURS:
+        add_qc_callbacks(model, **OURS[args.variant])
+    elif args.variant == "quantize=8":
+        options["quantize"] = 8
+    elif args.variant == "Brevitas":
+        options["trainer"] = brevitas_trainer()
+    state = {"steps": None, "before": 0}
+    cuda = args.device != "cpu"
+
+    def rss() -> float:
+        if cuda:
+            return torch.cuda.max_memory_allocated() / 1e6
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+    def wait() -> None:
+        state["steps"] = []
+        if not sys.stdin.readline().strip():
+            os._exit(0)
+
+    def begin(trainer) -> None:
+        if state["steps"] is None:
+            state["before"] = 0 if cuda else rss()
+            answers.write("ready\n")
+            wait()
+        if cuda:
+            torch.cuda.synchronize()
+        state["start"] = time.perf_counter()
+
+    def end(trainer) -> None:
+        if cuda:
+            torch.cuda.synchronize()
+        state["steps"].append(1e3 * (time.perf_counter() - state["start"]))
+        if len(state["steps"]) == args.turn + SETTLE:
+            answers.write(json.dumps({"ms": state["steps"][SETTLE:], "mb": rss() - state["before"]}) + "\n")
+            wait()
+
+    model.add_callback("on_train_batch_start", begin)
+    model.add_callback("on_train_start", lambda t: t.callbacks["on_train_batch_end"].append(end))  # after all others
+    model.train(
+        data=args.data, imgsz=args.imgsz, batch=args.batch, nbs=args.batch, epochs=10_000, device=args.device,
+        workers=0, optimizer="SGD", val=False, save=False, plots=False, verbose=False, project=args.work,
+        name=args.variant, exist_ok=True, **options,
+    )  # fmt: skip
+
+
+def measure(model: str, args: argparse.Namespace, data: Path, work: Path) -> dict[str, dict]:
+    """Variant -> median, 10th and 90th percentile in ms, ratio to float, MB."""
+    running = {}
+    for variant in args.variants:
+        command = [sys.executable, __file__, "--variant", variant, "--models", model, "--data", str(data)]
+        command += ["--work", str(work / Path(model).stem)]
+        for key in ("imgsz", "batch", "threads", "turn", "device"):
+            command += [f"--{key}", str(getattr(args, key))]
+        env = {**os.environ, "YOLO_QC_COMPILE": str(int("eager" not in variant)), "OMP_WAIT_POLICY": "passive"}
+        log = (work / f"{Path(model).stem}-{variant}.log").open("w")
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env, bufsize=1
+        )
+        if process.stdout.readline().strip() == "ready":
+            running[variant] = process
+        else:
+            print(f"{model}, {variant}: did not start, see {log.name}", flush=True)
+    found = {v: [] for v in running}
+    for turn in range(args.turns + 1):
+        for variant, process in running.items():
+            process.stdin.write("go\n")
+            answer = json.loads(process.stdout.readline())
+            if turn:  # the first compiles
+                found[variant].append(answer)
+        print(f"{model}: turn {turn} of {args.turns}", flush=True)
+    for process in running.values():
+        process.stdin.close()
+        process.wait()
+    base = [statistics.median(a["ms"]) for a in found["float"]]
+    result = {}
+    for variant, answers in found.items():
+        times = [t for a in answers for t in a["ms"]]
+        tenths = statistics.quantiles(times, n=10)
+        ratios = [statistics.median(a["ms"]) / b for a, b in zip(answers, base)]
+        result[variant] = {
+            "median": statistics.median(times), "p10": tenths[0], "p90": tenths[-1],
+            "ratio": statistics.median(ratios), "mb": answers[-1]["mb"],
+        }  # fmt: skip
+    return result
+
+
+def page(results: dict, about: dict) -> str:
+    """The results as Markdown."""
+    lines = [
+        "# Time of a training step",
+        "",
+        f"Written by `examples/bench_step.py`. {about['cpu']}, {about['threads']} threads, device {about['device']}, "
+        f"{about['imgsz']} px, batch {about['batch']}, {about['turns']} turns of {about['turn']} steps each. "
+        + ", ".join(f"{k} {v}" for k, v in about["versions"].items()) + ".",
+    ]  # fmt: skip
+    for model, rows in results.items():
+        lines += ["", f"## {Path(model).stem}", "", "| variant | ms [10%, 90%] | of float | peak MB | of float |"]
+        lines.append("|---|---|---|---|---|")
+        for v, r in rows.items():
+            lines.append(
+                f"| {v}: {VARIANTS[v]} | {r['median']:.0f} [{r['p10']:.0f}, {r['p90']:.0f}] | {r['ratio']:.3f}x | "
+                f"{r['mb']:.0f} | {r['mb'] / rows['float']['mb']:.2f}x |"
+            )
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--models", nargs="+", default=["yolov5n.yaml", "yolo11n.yaml"])
+    p.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    p.add_argument("--imgsz", type=int, default=320)
+    p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--threads", type=int, default=os.cpu_count())
+    p.add_argument("--turn", type=int, default=3, help="counted steps of a turn")
+    p.add_argument("--turns", type=int, default=12)
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--out", type=Path, default=Path("docs/results"))
+    p.add_argument("--variant", help=argparse.SUPPRESS)
+    p.add_argument("--data", help=argparse.SUPPRESS)
+    p.add_argument("--work", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.variant:
+        return child(args)
+    import torch
+    import ultralytics
+    from bench_deploy import cpu_name
+
+    from yolo_qc_plugin import __version__
+    from yolo_qc_plugin.digits import compose
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = compose(Path(folder) / "digits", train=4 * args.batch, val=8, imgsz=args.imgsz, seed=0)
+        results = {model: measure(model, args, data, Path(folder)) for model in args.models}
+    versions = {"yolo_qc_plugin": __version__, "ultralytics": ultralytics.__version__, "torch": torch.__version__}
+    about = {k: getattr(args, k) for k in ("imgsz", "batch", "threads", "turn", "turns", "device")}
+    about |= {"cpu": cpu_name(), "machine": platform.platform(), "versions": versions}
+    (args.out / "step.json").write_text(json.dumps({**about, "results": results}, indent=1))
+    (args.out / "step.md").write_text(page(results, about))
+    print(page(results, about))
+
+
+if __name__ == "__main__":
+    main()

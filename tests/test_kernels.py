@@ -1,0 +1,144 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The compiled passes: the values of the separate operations, their gradients, one compilation, a way without."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY
+from torch._dynamo.utils import counters
+from ultralytics import YOLO
+
+from yolo_qc_plugin import add_qc_callbacks, kernels
+from yolo_qc_plugin.functional import fake_quantize
+
+
+@pytest.fixture(autouse=True)
+def switched_on():
+    """Every test starts with the compiled passes and leaves the switch as it was."""
+    was, kernels.enabled = kernels.enabled, True
+    yield
+    kernels.enabled = was
+
+
+def compute(x, grad, scale, offset, low, high, compiled):
+    """Values and the three gradients (by offset None without one)."""
+    kernels.enabled = compiled
+    x, scale = x.detach().requires_grad_(), scale.clone().requires_grad_()
+    offset = None if offset is None else offset.clone().requires_grad_()
+    y = fake_quantize(x, scale, offset, low, high, 0.25)
+    y.backward(grad)
+    assert kernels.enabled is compiled  # it has not given up
+    return y.detach(), x.grad, scale.grad, None if offset is None else offset.grad
+
+
+CASES = {
+    "activation": ((4, 8, 40, 40), 1, True, torch.contiguous_format),
+    "channels last": ((4, 8, 40, 40), 1, True, torch.channels_last),
+    "one image": ((1, 16, 33, 41), 1, True, torch.contiguous_format),
+    "weight": ((64, 32, 3, 3), 1, False, torch.contiguous_format),
+    "weight per channel": ((64, 32, 3, 3), 64, False, torch.contiguous_format),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape,scales,with_offset,memory", CASES.values(), ids=CASES)
+def test_equal_to_separate_operations(shape, scales, with_offset, memory, dtype):
+    """Values and gradients by x exactly; sums as near to FP64's as those of the separate operations, and nearer."""
+    torch.manual_seed(0)
+    x, grad = (torch.randn(shape).to(dtype).contiguous(memory_format=memory) for _ in range(2))
+    scale = torch.rand(scales) * 0.2 + 0.1
+    offset = torch.tensor([-0.3]) if with_offset else None
+    bounds = (0, 15) if with_offset else (-8, 7)
+    found = compute(x, grad, scale, offset, *bounds, True)
+    wanted = compute(x, grad, scale, offset, *bounds, False)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    assert found[0].dtype == found[1].dtype == dtype and found[0].stride() == x.stride()
+    terms = grad.double().abs().reshape(scales, -1).sum(1) * 16 * 0.25  # the largest factor is a code of 15
+    for a, b in zip(found[2:], wanted[2:]):
+        if b is not None:
+            assert ((a - b).abs() <= 1e-6 * terms).all()
+
+
+@pytest.mark.parametrize("change", ["slice", "transposed", "expanded gradient", "strided gradient"])
+def test_any_memory_layout(change):
+    torch.manual_seed(0)
+    x, grad = torch.randn(4, 32, 24, 24), torch.randn(4, 32, 24, 24)
+    if change == "slice":
+        x = x[:, 8:24]
+        grad = grad[:, :16].contiguous()
+    elif change == "transposed":
+        x = x.transpose(2, 3)
+    elif change == "expanded gradient":
+        grad = torch.tensor(0.5).expand(x.shape)
+    else:
+        grad = grad.contiguous(memory_format=torch.channels_last)
+    arguments = torch.tensor([0.2]), torch.tensor([-0.4]), 0, 15
+    found, wanted = (compute(x, grad, *arguments, compiled) for compiled in (True, False))
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    for a, b in zip(found[2:], wanted[2:]):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_one_compilation_serves_all_sizes_and_ranges():
+    """Of one dtype; and what is too small is not compiled at all."""
+    torch.manual_seed(0)
+
+    def call(shape, low, high, offset):
+        x = torch.randn(shape)
+        compute(x, x, torch.tensor([0.1]), offset, low, high, True)
+
+    call((2, 8, 32, 32), 0, 15, torch.tensor([-0.2]))
+    before = counters["stats"]["unique_graphs"]
+    for batch, channels, height, width in [(3, 8, 32, 32), (1, 64, 20, 20), (16, 16, 17, 64), (2, 24, 40, 40)]:
+        call((batch, channels, height, width), 0, 15, torch.tensor([-0.2]))
+        call((batch, channels, height, width), 0, 255, torch.tensor([-0.2]))
+        call((batch, channels, height, width), -8, 7, None)  # a weight, or no offset
+    call((1, 4, 4, 4), 0, 3, None)
+    assert counters["stats"]["unique_graphs"] == before
+
+
+PROGRAM = """
+import torch
+from yolo_qc_plugin import kernels
+from yolo_qc_plugin.functional import fake_quantize
+x, s = torch.linspace(-2, 2, 20_000, requires_grad=True), torch.tensor([0.25], requires_grad=True)
+for _ in range(3):
+    fake_quantize(x, s, None, -8, 7).sum().backward()
+print(kernels.enabled, x.grad.sum().item(), s.grad.item())
+"""
+
+
+@pytest.mark.parametrize("environment,tried", [({"CXX": "no-such-compiler"}, True), ({"YOLO_QC_COMPILE": "0"}, False)])
+def test_without_a_compiler(environment, tried, tmp_path):
+    """One line says so, and the result is the same."""
+    results = []
+    for more in ({}, environment):
+        env = {**os.environ, "YOLO_QC_COMPILE": "1", **more}
+        if more:
+            env["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)  # nothing compiled before
+        done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results.append((done.stdout.split(), done.stderr.count("quantizers are not compiled")))
+    (compiled, said), (plain, said_without) = results
+    assert compiled[0] == "True" and said == 0
+    assert plain[0] == "False" and said_without == int(tried)
+    assert [float(v) for v in plain[1:]] == pytest.approx([float(v) for v in compiled[1:]], rel=1e-5)
+
+
+def test_a_run_is_the_same_with_and_without(digits, tmp_path):
+    """Two epochs of a fixed seed: equal losses at the start, and to 1% later (sums are rounded in another order)."""
+    losses = []
+    torch._dynamo.reset()  # the dtypes above have used up what dynamo compiles of one function
+    for compiled in (True, False):
+        kernels.enabled = compiled
+        model, seen = YOLO("yolov5n.yaml"), []
+        add_qc_callbacks(model, bits=4, correction="off")
+        model.add_callback("on_train_batch_end", lambda t, seen=seen: seen.append(float(t.loss)))
+        model.train(data=str(digits), project=str(tmp_path), name=str(compiled), **{**TINY, "epochs": 2})
+        assert kernels.enabled is compiled
+        losses.append(seen)
+    assert len(losses[0]) == len(losses[1]) >= 4 and losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)

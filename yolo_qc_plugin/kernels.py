@@ -1,0 +1,119 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The two passes of fake quantization over memory, each compiled into one loop by torch.compile.
+
+Forward reads x and writes xhat; backward reads the gradient and x and writes a gradient, with the two sums by scale and
+offset taken on the way. Written as separate tensor operations, the same takes some twenty passes.
+
+All arguments are tensors of one or two dimensions with dynamic sizes, the range and an absent offset included, so that
+one compilation (of each dtype) serves every layer and batch. Where nothing can be compiled, or YOLO_QC_COMPILE=0 is in
+the environment, callers take their own way.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+MIN_SIZE = 2**13  # elements below which a call of a compiled function costs more than the passes it saves
+
+enabled = os.environ.get("YOLO_QC_COMPILE", "1") != "0"
+
+_log = logging.getLogger("ultralytics")  # the host's; this file works without it
+
+
+def _forward(x: Tensor, scale: Tensor, offset: Tensor, bounds: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    code = torch.minimum(torch.maximum(((wide - offset) / scale).round(), bounds[0]), bounds[1])
+    return (code * scale + offset).to(x.dtype)
+
+
+def _backward(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    g = grad.to(wide.dtype)
+    v = (wide - offset) / scale
+    inside = (v > bounds[0]) & (v < bounds[1])
+    code = torch.minimum(torch.maximum(v.round(), bounds[0]), bounds[1])
+    by_scale = (g * torch.where(inside, code - v, code)).sum(-1, keepdim=True)
+    by_offset = torch.where(inside, 0.0, g).sum(-1, keepdim=True)
+    return torch.where(inside, g, 0.0).to(x.dtype), by_scale, by_offset
+
+
+@cache
+def _compiled():
+    return [torch.compile(f, dynamic=True, fullgraph=True) for f in (_forward, _backward)]
+
+
+@cache
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def usable(x: Tensor) -> bool:
+    """Whether x (any shape) is to be computed by the compiled passes."""
+    return enabled and x.numel() >= MIN_SIZE and not torch.compiler.is_compiling()
+
+
+def forward(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int) -> Tensor | None:
+    """Fake-quantize x; arguments as of `functional.fake_quantize`. None where it cannot be compiled."""
+    x = _dense(x, scale)
+    out = _run(0, (_flat(x, scale),), x, scale, offset, quant_min, quant_max)
+    return None if out is None else out.as_strided(x.shape, x.stride())
+
+
+def backward(
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Gradients by x, scale and offset, shape (scales,) each of the latter, without LSQ's gradient scale; or None."""
+    x = _dense(x, scale)
+    grad = _like(grad, x)
+    found = _run(1, (_flat(grad, scale), _flat(x, scale)), x, scale, offset, quant_min, quant_max)
+    if found is None:
+        return None
+    by_x, by_scale, by_offset = found
+    return by_x.as_strided(x.shape, x.stride()), by_scale.view(-1), by_offset.view(-1)
+
+
+def _run(which: int, tensors: tuple[Tensor, ...], x: Tensor, scale: Tensor, offset: Tensor | None, low: int, high: int):
+    global enabled
+    if not enabled:  # given up since
+        return None
+    column = (-1, 1) if scale.numel() > 1 else (1,)
+    if offset is None:
+        offset = _constant((0.0,), scale.dtype, scale.device)
+    bounds = _constant((float(low), float(high)), torch.float32, x.device)
+    try:
+        with torch.no_grad():
+            return _compiled()[which](*tensors, scale.detach().view(column), offset.detach().view(column), bounds)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # whatever a missing or broken compiler makes of it
+        enabled = False
+        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        _log.warning(f"QC: quantizers are not compiled, training will be slower ({reason[:120]})")
+        return None
+
+
+def _dense(x: Tensor, scale: Tensor) -> Tensor:
+    """x itself where its memory can be walked in one line, else a copy."""
+    x = x.detach()
+    if scale.numel() == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()
+
+
+def _like(grad: Tensor, x: Tensor) -> Tensor:
+    """`grad` in the memory order of x."""
+    if grad.stride() == x.stride():
+        return grad.detach()
+    return torch.empty_strided(x.shape, x.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
+
+
+def _flat(x: Tensor, scale: Tensor) -> Tensor:
+    """One line, or one row per scale."""
+    shape = (x.numel(),) if scale.numel() == 1 else (scale.numel(), x.numel() // scale.numel())
+    # the same memory, but no view: of a view, dynamo compiles for the shape of its base
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape)
