@@ -163,7 +163,7 @@ def assemble(kind: str, folder: Path) -> str:
             cols.append(f"{statistics.mean(v):.1f} [{min(v):.1f}, {max(v):.1f}]")
         lines.append(f"| {label} | {len(values)} | {' | '.join(cols)} |")
     if kind == "table":
-        lines += ["", *orderings(folder), "", *output_cost(folder)]
+        lines += ["", *orderings(folder), "", *output_cost(folder), "", *sharing_cost(folder)]
     return "\n".join(lines) + "\n"
 
 
@@ -193,17 +193,29 @@ def orderings(folder: Path) -> list[str]:
 
 def output_cost(folder: Path) -> list[str]:
     """What 8-bit outputs of the convolutions, which integer kernels need, cost before the correction."""
+    runs = [json.loads(path.read_text())["metrics"] for path in sorted(folder.glob("*.json"))]
+    costs = [100 * (m["qat"]["map50_95"] - m["float_outputs"]["map50_95"]) for m in runs if "float_outputs" in m]
+    return mean_line("8-bit outputs against float outputs after QAT", costs)
+
+
+def sharing_cost(folder: Path) -> list[str]:
+    """What one quantizer for all convolutions that read a tensor costs in QAT, against runs with one for each."""
     costs = []
-    for path in sorted(folder.glob("*.json")):
-        m = json.loads(path.read_text())["metrics"]
-        if "float_outputs" in m:
-            costs.append(100 * (m["qat"]["map50_95"] - m["float_outputs"]["map50_95"]))
-    if len(costs) < 2:
+    for path in sorted(folder.with_name("table-unshared").glob("*.json")):
+        if (folder / path.name).exists():
+            now, before = (json.loads(p.read_text())["metrics"]["float_outputs"] for p in (folder / path.name, path))
+            costs.append(100 * (now["map50_95"] - before["map50_95"]))
+    return mean_line("Shared quantizers against one for each convolution (`table-unshared/`), float outputs", costs)
+
+
+def mean_line(what: str, points: list[float]) -> list[str]:
+    """A line on the mean of differences in points, or none where there are too few."""
+    if len(points) < 2:
         return []
-    spread = statistics.stdev(costs)
+    spread = statistics.stdev(points)
     return [
-        f"8-bit outputs against float outputs after QAT, over {len(costs)} runs: mean {statistics.mean(costs):+.2f} "
-        f"points, standard deviation {spread:.2f}, standard error of the mean {spread / len(costs) ** 0.5:.2f}."
+        f"{what}, over {len(points)} runs: mean {statistics.mean(points):+.2f} points, deviation {spread:.2f}, "
+        f"standard error of the mean {spread / len(points) ** 0.5:.2f}."
     ]
 
 

@@ -12,7 +12,12 @@ from ultralytics.nn.tasks import DetectionModel
 
 from yolo_qc_plugin import host
 from yolo_qc_plugin.config import QCConfig
-from yolo_qc_plugin.correction import freeze_statistics, insert_correction, train_correction
+from yolo_qc_plugin.correction import (
+    freeze_statistics,
+    insert_correction,
+    train_correction,
+    weights_quantized_once,
+)
 from yolo_qc_plugin.inject import calibrate, inject
 from yolo_qc_plugin.layers import QuantConv2d, quant_convs
 
@@ -180,3 +185,17 @@ def test_scaler_leaves_the_steps_as_they_are():
         train_correction(trained, [[0] * 5], lambda _: (affine.gamma - 3).square().sum(), 0.1, 5, scaler)
         results.append(affine.gamma.item())
     assert results[0] == results[1] > 1
+
+
+def test_frozen_weights_are_quantized_once():
+    """Within the context neither a changed weight nor a changed scale shows; after it they do again."""
+    conv = QuantConv2d.from_float(nn.Conv2d(3, 4, 3), 4, 4, False, True)
+    conv.weight_quant.calibrate(conv.weight, "mse")
+    before = conv.weight_quant(conv.weight).detach().clone()
+    with pytest.raises(ZeroDivisionError), weights_quantized_once(nn.Sequential(conv)):
+        with torch.no_grad():
+            conv.weight.mul_(3)
+        assert torch.equal(conv.weight_quant(conv.weight), before)
+        assert not conv.weight_quant(conv.weight).requires_grad
+        raise ZeroDivisionError
+    assert "forward" not in vars(conv.weight_quant) and not torch.equal(conv.weight_quant(conv.weight), before)

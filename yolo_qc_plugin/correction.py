@@ -8,7 +8,9 @@ gamma and beta are trained with the detector's own loss for an epoch. Folding (`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,24 @@ def freeze_statistics(model: nn.Module) -> None:
     for m in model.modules():
         if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
             m.eval()
+
+
+@contextmanager
+def weights_quantized_once(model: nn.Module) -> Iterator[None]:
+    """Within the context, quantized weights stay what they are at its start, and are not computed again."""
+    quantizers = [conv.weight_quant for _, conv in quant_convs(model)]
+    with torch.no_grad():
+        for _, conv in quant_convs(model):
+            conv.weight_quant.forward = partial(_given, conv.weight_quant(conv.weight))
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            del quantizer.forward
+
+
+def _given(value: Tensor, weight: Tensor) -> Tensor:
+    return value
 
 
 def train_correction(

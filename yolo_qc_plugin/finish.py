@@ -19,7 +19,7 @@ from ultralytics.utils.torch_utils import autocast
 from . import host
 from .checkpoint import replacing, write_checkpoint
 from .config import QCConfig
-from .correction import freeze_statistics, insert_correction, train_correction
+from .correction import freeze_statistics, insert_correction, train_correction, weights_quantized_once
 from .inject import calibrate_outputs, quantize_outputs
 from .report import build_report, console_table, write_report
 from .snap import snap
@@ -154,9 +154,9 @@ def correct(trainer: BaseTrainer, config: QCConfig, source: Path) -> nn.Module:
         return value.sum()
 
     epochs = (_progress(trainer, epoch, config.correction_epochs, shown) for epoch in range(config.correction_epochs))
-    train_correction(
-        parameters, epochs, loss, config.correction_lr, config.correction_epochs * len(trainer.train_loader), scaler
-    )
+    steps = config.correction_epochs * len(trainer.train_loader)
+    with weights_quantized_once(model):
+        train_correction(parameters, epochs, loss, config.correction_lr, steps, scaler)
     model.criterion, model.args = None, record_args
     snap(model)
     return model.eval().requires_grad_(False)  # as the host strips a checkpoint

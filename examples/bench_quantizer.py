@@ -1,0 +1,140 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Time of one quantizer, forward and backward, against what memory allows, over sizes of 10 kB to 100 MB.
+
+    python examples/bench_quantizer.py
+
+Forward reads x and writes xhat, backward reads the gradient and x and writes a gradient: five passes over the tensor.
+A copy of it is two, so that 2.5 copies (x.clone(), which takes fresh memory as the quantizer does) are the bound.
+Compiled passes, separate operations and torch's own learnable operator take turns in one run. Writes a JSON file, a
+Markdown page and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from bench_deploy import cpu_name
+
+from yolo_qc_plugin import __version__, kernels
+from yolo_qc_plugin.functional import fake_quantize
+
+PASSES = 5
+SIZES = [10_000 * 10 ** (n / 3) for n in range(13)]  # bytes of FP32
+
+
+def quantize(compiled: bool):
+    """Forward and backward of our quantizer with offset."""
+
+    def run(x, grad, scale, offset):
+        kernels.enabled = compiled
+        fake_quantize(x, scale, offset, 0, 15, 1.0).backward(grad)
+
+    return run
+
+
+def torch_learnable(x, grad, scale, offset):
+    """The same by torch's learnable operator, which has a zero point in the place of the offset."""
+    torch._fake_quantize_learnable_per_tensor_affine(x, scale, -offset / scale, 0, 15, 1.0).backward(grad)
+
+
+def copy(x, grad, scale, offset):
+    """Two passes."""
+    x.detach().clone()
+
+
+METHODS = {"copy": copy, "compiled": quantize(True), "separate operations": quantize(False), "torch": torch_learnable}
+
+
+def measure(size: float, device: str, repeats: int) -> dict[str, float]:
+    """Method -> median ms of forward and backward (copy: of one copy)."""
+    n = round(size / 4)
+    x = torch.randn(n, device=device, requires_grad=True)
+    scale = torch.tensor([0.2], device=device, requires_grad=True)
+    offset = torch.tensor([-0.6], device=device, requires_grad=True)
+    grad = torch.randn(n, device=device)
+    was, kernels.MIN_SIZE = kernels.MIN_SIZE, 1
+    times: dict[str, list[float]] = {name: [] for name in METHODS}
+    for turn in range(repeats + 2):
+        for name, method in METHODS.items():
+            for settle in (True, False):
+                x.grad = scale.grad = offset.grad = None
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                method(x, grad, scale, offset)
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                if not settle and turn > 1:
+                    times[name].append(1e3 * (time.perf_counter() - start))
+    kernels.MIN_SIZE = was
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def page(results: list[dict], about: dict) -> str:
+    """The results as Markdown."""
+    names = [n for n in METHODS if n != "copy"]
+    lines = [
+        "# Time of one quantizer",
+        "",
+        f"Written by `examples/bench_quantizer.py`. {about['machine']}, {about['threads']} threads, "
+        f"{about['repeats']} turns; forward and backward, median ms and ratio to {PASSES / 2} copies. "
+        + ", ".join(f"{k} {v}" for k, v in about["versions"].items()) + ".",
+        "",
+        "![Ratio to the bound over size](quantizer.png)",
+        "",
+        f"| MB | {PASSES / 2} copies | " + " | ".join(names) + " |",
+        "|---|---|" + "---|" * len(names),
+    ]  # fmt: skip
+    for r in results:
+        bound = PASSES / 2 * r["ms"]["copy"]
+        cells = [f"{r['ms'][n]:.3f} ({r['ms'][n] / bound:.2f}x)" for n in names]
+        lines.append(f"| {r['mb']:.3g} | {bound:.3f} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def draw(results: list[dict], file: Path) -> None:
+    """Ratio to the bound over size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    sizes = [r["mb"] for r in results]
+    for name in METHODS:
+        if name != "copy":
+            ratios = [r["ms"][name] / (PASSES / 2 * r["ms"]["copy"]) for r in results]
+            axes.plot(sizes, ratios, marker="o", markersize=3, label=name)
+    axes.axhline(1, color="gray", linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="tensor, MB", ylabel="time / five passes over memory")
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--threads", type=int, default=os.cpu_count())
+    p.add_argument("--repeats", type=int, default=15)
+    p.add_argument("--out", type=Path, default=Path("docs/results"))
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    results = [{"mb": size / 1e6, "ms": measure(size, args.device, args.repeats)} for size in SIZES]
+    machine = cpu_name() if args.device == "cpu" else torch.cuda.get_device_name()
+    about = {"machine": machine, "device": args.device, "threads": args.threads, "repeats": args.repeats}
+    about["versions"] = {"yolo_qc_plugin": __version__, "torch": torch.__version__}
+    (args.out / "quantizer.json").write_text(json.dumps({**about, "results": results}, indent=1))
+    (args.out / "quantizer.md").write_text(page(results, about))
+    draw(results, args.out / "quantizer.png")
+    print(page(results, about))
+
+
+if __name__ == "__main__":
+    main()
