@@ -17,10 +17,11 @@ from yolo_qc_plugin.functional import fake_quantize
 
 @pytest.fixture(autouse=True)
 def switched_on():
-    """Every test starts with the compiled passes and leaves the switch as it was."""
-    was, kernels.enabled = kernels.enabled, True
+    """Every test starts with the compiled passes, for small tensors too, and leaves all as it was."""
+    was = kernels.enabled, kernels.MIN_SIZE
+    kernels.enabled, kernels.MIN_SIZE = True, 2**10
     yield
-    kernels.enabled = was
+    kernels.enabled, kernels.MIN_SIZE = was
 
 
 def compute(x, grad, scale, offset, low, high, compiled):
@@ -104,7 +105,7 @@ PROGRAM = """
 import torch
 from yolo_qc_plugin import kernels
 from yolo_qc_plugin.functional import fake_quantize
-x, s = torch.linspace(-2, 2, 20_000, requires_grad=True), torch.tensor([0.25], requires_grad=True)
+x, s = torch.linspace(-2, 2, 200_000, requires_grad=True), torch.tensor([0.25], requires_grad=True)
 for _ in range(3):
     fake_quantize(x, s, None, -8, 7).sum().backward()
 print(kernels.enabled, x.grad.sum().item(), s.grad.item())

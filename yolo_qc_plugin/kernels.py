@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-MIN_SIZE = 2**13  # elements below which a call of a compiled function costs more than the passes it saves
+MIN_SIZE = 2**16  # elements below which a call of a compiled function costs what it saves (docs/results/quantizer.md)
 
 enabled = os.environ.get("YOLO_QC_COMPILE", "1") != "0"
 
