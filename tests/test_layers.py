@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_qc_plugin.layers import ChannelAffine, QuantConv2d, is_quantized, quant_convs, scale_parameters
+from yolo_qc_plugin.layers import (
+    ChannelAffine,
+    QuantActivation,
+    QuantConv2d,
+    is_quantized,
+    quant_convs,
+    scale_parameters,
+)
 
 CONVS = {
     "plain": lambda: nn.Conv2d(4, 6, 3),
@@ -256,3 +263,17 @@ def test_listing_of_layers_and_scales():
     expected += [model[2][0].weight_quant.scale, model[2][0].act_quant.scale]
     assert list(map(id, scale_parameters(model))) == list(map(id, expected))
     assert is_quantized(model) and not is_quantized(model[0])
+
+
+def test_silu_on_a_grid():
+    """x times sigmoid in whole 256ths; nothing to train, the gradient is SiLU's but for the rounding."""
+    act = QuantActivation(nn.SiLU(), 8)
+    x = torch.linspace(-8, 8, 1001, requires_grad=True)
+    y = act.function(x)
+    assert torch.equal(y, x * (256 * x.sigmoid()).round().clamp(max=255) / 256)
+    y.sum().backward()
+    wanted = torch.autograd.functional.jvp(nn.functional.silu, x.detach(), torch.ones_like(x))[1]
+    assert (x.grad - wanted).abs().max() < 0.03
+    assert not list(act.function.parameters()) and torch.equal(act.half().function.quant.scale, torch.tensor([2.0**-8]))
+    relu = nn.ReLU()
+    assert QuantActivation(relu, 8).function is relu

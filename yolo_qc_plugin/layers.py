@@ -114,7 +114,8 @@ class QuantSiLU(nn.Module):
         if quant is None:
             self.quant = ActQuantizer(8, offset=False)
             self.quant.set_signed(False)
-            nn.init.constant_(self.quant.scale, 2.0**-8)
+            del self.quant.scale  # not to be trained
+            self.quant.register_buffer("scale", torch.tensor([2.0**-8]))
 
     def forward(self, x: Tensor) -> Tensor:
         """Activate x of any shape."""
