@@ -132,7 +132,6 @@ def test_without_a_compiler(environment, tried, tmp_path):
 def test_a_run_is_the_same_with_and_without(digits, tmp_path):
     """Two epochs of a fixed seed: equal losses at the start, and to 1% later (sums are rounded in another order)."""
     losses = []
-    torch._dynamo.reset()  # the dtypes above have used up what dynamo compiles of one function
     for compiled in (True, False):
         kernels.enabled = compiled
         model, seen = YOLO("yolov5n.yaml"), []

@@ -44,6 +44,10 @@ def _backward(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, bounds: Te
 
 @cache
 def _compiled():
+    # dynamo's own limit of 8 counts every dtype, rank and mode of determinism that a process has seen
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name before torch 2.6
+    setattr(config, limit, max(getattr(config, limit), 64))
     return [torch.compile(f, dynamic=True, fullgraph=True) for f in (_forward, _backward)]
 
 
