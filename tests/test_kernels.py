@@ -142,3 +142,19 @@ def test_a_run_is_the_same_with_and_without(digits, tmp_path):
         losses.append(seen)
     assert len(losses[0]) == len(losses[1]) >= 4 and losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def test_no_compilation_after_the_first_epoch(digits, tmp_path):
+    """Under multi-scale training, with a last batch that is shorter."""
+    model, graphs, sizes = YOLO("yolov5n.yaml"), [], set()
+    add_qc_callbacks(model, bits=4, correction="off")
+    model.add_callback("on_train_epoch_end", lambda t: graphs.append(counters["stats"]["unique_graphs"]))
+
+    def note(module, args):
+        sizes.add(tuple((args[0]["img"] if isinstance(args[0], dict) else args[0]).shape))
+
+    model.add_callback("on_train_start", lambda t: t.model.register_forward_pre_hook(note))
+    settings = {**TINY, "epochs": 4, "multi_scale": 0.5, "batch": 7}
+    model.train(data=str(digits), project=str(tmp_path), name="run", **settings)
+    assert len(graphs) == 4 and graphs[0] == graphs[-1] > 0
+    assert len({s[0] for s in sizes}) > 1 and len({s[-1] for s in sizes}) > 1, sizes
