@@ -53,15 +53,15 @@ def freeze_statistics(model: nn.Module) -> None:
 @contextmanager
 def weights_quantized_once(model: nn.Module) -> Iterator[None]:
     """Within the context, quantized weights stay what they are at its start, and are not computed again."""
-    quantizers = [conv.weight_quant for _, conv in quant_convs(model)]
+    convs = [conv for _, conv in quant_convs(model)]
     with torch.no_grad():
-        for _, conv in quant_convs(model):
+        for conv in convs:
             conv.weight_quant.forward = partial(_given, conv.weight_quant(conv.weight))
     try:
         yield
     finally:
-        for quantizer in quantizers:
-            del quantizer.forward
+        for conv in convs:
+            del conv.weight_quant.forward
 
 
 def _given(value: Tensor, weight: Tensor) -> Tensor:
