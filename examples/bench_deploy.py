@@ -33,6 +33,7 @@ from ultralytics import YOLO
 
 from yolo_qc_plugin import __version__, add_qc_callbacks
 from yolo_qc_plugin.digits import compose
+from yolo_qc_plugin.qdq import links
 
 TURN = 6  # calls of one file before the next one's turn
 SETTLE = 4  # calls at the start of a turn that are not counted: the file before left its threads and caches
@@ -119,7 +120,7 @@ def optimised_convolutions(file: Path, folder: Path) -> dict[str, int]:
     options.optimized_model_filepath, options.log_severity_level = str(target), 3
     onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     graph = onnx.load(target).graph
-    sources = {out: n for n in graph.node for out in n.output}
+    sources, _ = links(graph)
     count: Counter = Counter()
     for n in graph.node:
         if n.op_type == "QLinearConv":

@@ -204,13 +204,15 @@ def calibrate(
     """
     convs = dict(quant_convs(model))
     with quantizers_off(q for m in convs.values() for q in (m.weight_quant, m.act_quant)):
-        seen = _observe(model, {name: m.act_quant for name, m in convs.items()}, batches, forward)
-    for name, m in convs.items():
+        # a shared quantizer once, by its last reader's name
+        inputs = {name: quant for quant, name in {m.act_quant: name for name, m in convs.items()}.items()}
+        seen = _observe(model, inputs, batches, forward)
+    for name, quant in inputs.items():
         if not seen[name].samples:
             raise RuntimeError(f"QC: convolution {name} did not run on the calibration batches; add it to skip.")
-        with torch.no_grad():
-            m.weight_quant.calibrate(m.weight, method)
-            m.act_quant.calibrate(seen[name].values, seen[name].low, method)
+        quant.calibrate(seen[name].values, seen[name].low, method)
+    for m in convs.values():
+        m.weight_quant.calibrate(m.weight, method)
 
 
 def calibrate_outputs(model: nn.Module, batches: Iterable[object], forward: Callable[[object], object]) -> None:
