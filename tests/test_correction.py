@@ -13,6 +13,7 @@ from ultralytics.nn.tasks import DetectionModel
 from yolo_qc_plugin import host
 from yolo_qc_plugin.config import QCConfig
 from yolo_qc_plugin.correction import (
+    corrected_in_norms,
     freeze_statistics,
     insert_correction,
     train_correction,
@@ -199,3 +200,29 @@ def test_frozen_weights_are_quantized_once():
         assert not conv.weight_quant(conv.weight).requires_grad
         raise ZeroDivisionError
     assert "forward" not in vars(conv.weight_quant) and not torch.equal(conv.weight_quant(conv.weight), before)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_correction_within_batch_norm(model, per_channel):
+    """The same outputs and gradients in FP64, and everything in its place afterwards, an error or not."""
+    trained = insert_correction(model, per_channel)
+    freeze_statistics(model.double())
+    for i, p in enumerate(trained):
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype)
+    image = batch()["img"].double()
+    places = {n: (m.conv.correction, m.bn) for n, m in model.named_modules() if m in set(host.output_blocks(model))}
+    assert len(places) > 50
+
+    def gradients():
+        loss = sum(y.square().mean() for y in model(image).values() if isinstance(y, torch.Tensor))
+        return loss.detach(), torch.autograd.grad(loss, trained)
+
+    plain = gradients()
+    with pytest.raises(ZeroDivisionError), corrected_in_norms(host.output_blocks(model)):
+        assert all(model.get_submodule(n).conv.correction is None for n in places)
+        joined = gradients()
+        raise ZeroDivisionError
+    assert torch.allclose(joined[0], plain[0], rtol=1e-9)
+    for a, b in zip(joined[1], plain[1]):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-9 * b.abs().max())
+    assert all((model.get_submodule(n).conv.correction, model.get_submodule(n).bn) == p for n, p in places.items())

@@ -321,7 +321,7 @@ def test_eight_bits_are_near_float_and_two_are_not(small):
 
 
 def share(model):
-    return share_quantizers(model, lambda: model(blank_image(model)))
+    return share_quantizers(model, blank_image(model))
 
 
 def test_convolutions_that_read_one_tensor_share_its_quantizer(model, pristine):
@@ -332,7 +332,9 @@ def test_convolutions_that_read_one_tensor_share_its_quantizer(model, pristine):
     gone = share(model)
     assert gone > 0 and share(model) == 0  # once
     assert all(m.training == modes[m] for m in model.modules())
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())  # batch statistics included
+    fixed = "model.0.conv.act_quant."  # the image's
+    changed = [k for k, v in model.state_dict().items() if not torch.equal(v, state[k])]
+    assert all(k.startswith(fixed) for k in changed), changed  # batch statistics included
 
     seen, kept = {}, []
 
@@ -373,3 +375,28 @@ def test_a_shared_quantizer_is_calibrated_once_and_used_by_all(small):
     assert first.act_quant is second.act_quant and 0 < first.act_quant.scale < 100
     x = torch.rand(1, first.in_channels, 8, 8)
     assert torch.equal(first.act_quant(x), second.act_quant(x))
+
+
+@pytest.mark.parametrize("offset", [True, False])
+def test_codes_of_the_image_are_its_bytes(small, offset):
+    """Its quantizer is fixed, survives calibration on dark images, and asks for no gradient of the image."""
+    model = copy.deepcopy(small)
+    put_in(model, calibrated=False, act_offset=offset)
+    share(model)
+    names = {n for n, _ in model.named_parameters()}
+    assert not any(n.startswith("model.0.conv.act_quant.") for n in names)
+    assert "model.1.conv.act_quant.scale" in names
+    calibrate(model, [images() * 0.2 - 0.1], model)
+    quant = model.model[0].conv.act_quant
+    levels = torch.arange(256)
+    image = (levels.float() / 255).view(1, 1, 16, 16)
+    assert torch.equal(quant.codes(image).flatten().long(), levels) and quant.zero_point == 0
+    assert torch.allclose(quant(image), image, rtol=3e-7) and not quant(image).requires_grad
+
+
+def test_the_images_grid_follows_the_edge_width(small):
+    model = copy.deepcopy(small)
+    put_in(model, calibrated=False, edge_bits=4)
+    share(model)
+    quant = model.model[0].conv.act_quant
+    assert quant(torch.tensor([0.0, 0.49, 0.51, 1.0])).mul(15).tolist() == pytest.approx([0, 7, 8, 15])

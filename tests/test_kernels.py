@@ -8,11 +8,13 @@ import sys
 import pytest
 import torch
 from conftest import TINY
+from torch import nn
 from torch._dynamo.utils import counters
 from ultralytics import YOLO
 
 from yolo_qc_plugin import add_qc_callbacks, kernels
 from yolo_qc_plugin.functional import fake_quantize
+from yolo_qc_plugin.layers import QuantActivation
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +65,45 @@ def test_equal_to_separate_operations(shape, scales, with_offset, memory, dtype)
             assert ((a - b).abs() <= 1e-6 * terms).all()
 
 
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_quantized_silu_equals_its_parts(memory):
+    """The one pass of a quantized activation under QC: values exactly, the gradient to rounding, clipped values too."""
+    torch.manual_seed(0)
+    act = QuantActivation(nn.SiLU(), 8).requires_grad_(False)
+    u = (3 * torch.randn(4, 8, 40, 40)).contiguous(memory_format=memory)
+    act.calibrate(u.flatten() / 2, -4.0, 4.0)
+    assert 0.01 < act.quant.clipped(u) < 0.5
+    found = []
+    for compiled in (True, False):
+        kernels.enabled = compiled
+        x = u.clone().requires_grad_()
+        y = act(x)
+        assert ("QuantizedSiLU" in type(y.grad_fn).__name__) is compiled
+        y.backward(torch.randn(u.shape, generator=torch.Generator().manual_seed(1)))
+        found.append((y.detach(), x.grad))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][0].stride() == u.stride()
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-5, atol=1e-6)
+    kernels.enabled = True
+    with torch.no_grad():  # measuring takes the parts
+        assert torch.equal(act(u), found[0][0])
+
+
+def test_quantized_silu_where_compiling_fails(monkeypatch):
+    """A compiler that gives up between forward and backward changes nothing but the speed."""
+    act = QuantActivation(nn.SiLU(), 8).requires_grad_(False)
+    u = torch.linspace(-6, 6, 2**14)
+    act.calibrate(u, -6.0, 6.0)
+    gradients = []
+    for fails in (False, True):
+        x = u.clone().requires_grad_()
+        y = act(x).sum()
+        if fails:
+            monkeypatch.setattr(kernels, "enabled", False)
+        y.backward()
+        gradients.append(x.grad)
+    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-6) and gradients[0].abs().max() > 0.5
+
+
 @pytest.mark.parametrize("change", ["slice", "transposed", "expanded gradient", "strided gradient"])
 def test_any_memory_layout(change):
     torch.manual_seed(0)
@@ -105,6 +146,7 @@ PROGRAM = """
 import torch
 from yolo_qc_plugin import kernels
 from yolo_qc_plugin.functional import fake_quantize
+from yolo_qc_plugin.layers import QuantActivation
 x, s = torch.linspace(-2, 2, 200_000, requires_grad=True), torch.tensor([0.25], requires_grad=True)
 for _ in range(3):
     fake_quantize(x, s, None, -8, 7).sum().backward()

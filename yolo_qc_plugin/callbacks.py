@@ -92,7 +92,7 @@ class QCCallbacks:
         elif RANK in {-1, 0}:
             self.float_model = deepcopy(model)
         injection = inject(model, self.config, host.edge_convs(model), host.fixed_convs(model))
-        shared = share_quantizers(model, lambda: model(host.blank_image(model)))
+        shared = share_quantizers(model, host.blank_image(model))
         model.qc = QuantRecord(self.config.to_dict())
         if resumed:
             model.qc.float_metrics = resumed["ema"].qc.float_metrics

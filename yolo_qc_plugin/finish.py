@@ -19,7 +19,13 @@ from ultralytics.utils.torch_utils import autocast
 from . import host
 from .checkpoint import replacing, write_checkpoint
 from .config import QCConfig
-from .correction import freeze_statistics, insert_correction, train_correction, weights_quantized_once
+from .correction import (
+    corrected_in_norms,
+    freeze_statistics,
+    insert_correction,
+    train_correction,
+    weights_quantized_once,
+)
 from .inject import calibrate_outputs, quantize_outputs
 from .report import build_report, console_table, write_report
 from .snap import snap
@@ -155,7 +161,7 @@ def correct(trainer: BaseTrainer, config: QCConfig, source: Path) -> nn.Module:
 
     epochs = (_progress(trainer, epoch, config.correction_epochs, shown) for epoch in range(config.correction_epochs))
     steps = config.correction_epochs * len(trainer.train_loader)
-    with weights_quantized_once(model):
+    with weights_quantized_once(model), corrected_in_norms(host.output_blocks(model)):
         train_correction(parameters, epochs, loss, config.correction_lr, steps, scaler)
     model.criterion, model.args = None, record_args
     snap(model)

@@ -89,15 +89,18 @@ def inject(
 
 
 @torch.no_grad()
-def share_quantizers(model: nn.Module, forward: Callable[[], object]) -> int:
+def share_quantizers(model: nn.Module, image: torch.Tensor) -> int:
     """Give convolutions that read one tensor one quantizer of it, in place; to be done before calibration.
 
     The tensor is then quantized once, in training and in an exported graph, where its producer becomes an integer
     operation if one quantizer is all that reads it. Quantizers of different widths stay apart.
 
+    Those that read the image are not learned but fixed to the range [0, 1]: 8-bit codes are then the bytes it was made
+    of, and backward ends there (at the image, the gradient that a scale would need takes a sixteenth of the step).
+
     Args:
         model: Injected model.
-        forward: Runs the model once, in eval mode, on an image of any size.
+        image: What the model takes, of any size; it runs on it once, in eval mode.
 
     Returns:
         Number of quantizers that went.
@@ -113,14 +116,17 @@ def share_quantizers(model: nn.Module, forward: Callable[[], object]) -> int:
     modes = {m: m.training for m in model.modules()}
     try:
         model.eval()
-        forward()
+        model(image)
     finally:
         for hook in hooks:
             hook.remove()
         for m, training in modes.items():
             m.training = training
     gone = 0
-    for first, *others in readers.values():
+    for (tensor, _), (first, *others) in readers.items():
+        if tensor == id(image):
+            first.act_quant.set_signed(False)
+            first.act_quant.fix(1 / first.act_quant.quant_max)
         first.act_quant.readers = 1 + len(others)
         for conv in others:
             gone += conv.act_quant is not first.act_quant
@@ -210,6 +216,8 @@ def calibrate(
     for name, quant in inputs.items():
         if not seen[name].samples:
             raise RuntimeError(f"QC: convolution {name} did not run on the calibration batches; add it to skip.")
+        if not quant.learned:
+            continue
         quant.calibrate(seen[name].values, seen[name].low, method)
     for m in convs.values():
         m.weight_quant.calibrate(m.weight, method)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -42,13 +43,31 @@ def _backward(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, bounds: Te
     return torch.where(inside, g, 0.0).to(x.dtype), by_scale, by_offset
 
 
+def _silu_forward(u: Tensor, scale: Tensor, offset: Tensor, bounds: Tensor) -> Tensor:
+    x = _forward(u, scale, offset, bounds)
+    return x * _sigmoid_code(x.sigmoid()) / 256
+
+
+def _silu_backward(grad: Tensor, u: Tensor, scale: Tensor, offset: Tensor, bounds: Tensor) -> Tensor:
+    v = (u - offset) / scale
+    x = torch.minimum(torch.maximum(v.round(), bounds[0]), bounds[1]) * scale + offset
+    sigmoid = x.sigmoid()
+    slope = torch.where((sigmoid > 0) & (256 * sigmoid < 255), x * sigmoid * (1 - sigmoid), 0.0)
+    by_x = grad * (_sigmoid_code(sigmoid) / 256 + slope)
+    return torch.where((v > bounds[0]) & (v < bounds[1]), by_x, 0.0)
+
+
+def _sigmoid_code(sigmoid: Tensor) -> Tensor:
+    return (256 * sigmoid).round().clamp_max(255)
+
+
 @cache
-def _compiled():
+def _compiled(f: Callable) -> Callable:
     # dynamo's own limit of 8 counts every dtype, rank and mode of determinism that a process has seen
     config = torch._dynamo.config
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name before torch 2.6
     setattr(config, limit, max(getattr(config, limit), 64))
-    return [torch.compile(f, dynamic=True, fullgraph=True) for f in (_forward, _backward)]
+    return torch.compile(f, dynamic=True, fullgraph=True)
 
 
 @cache
@@ -64,7 +83,7 @@ def usable(x: Tensor) -> bool:
 def forward(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int) -> Tensor | None:
     """Fake-quantize x; arguments as of `functional.fake_quantize`. None where it cannot be compiled."""
     x = _dense(x, scale)
-    out = _run(0, (_flat(x, scale),), x, scale, offset, quant_min, quant_max)
+    out = _run(_forward, (x,), scale, offset, quant_min, quant_max)
     return None if out is None else out.as_strided(x.shape, x.stride())
 
 
@@ -74,24 +93,47 @@ def backward(
     """Gradients by x, scale and offset, shape (scales,) each of the latter, without LSQ's gradient scale; or None."""
     x = _dense(x, scale)
     grad = _like(grad, x)
-    found = _run(1, (_flat(grad, scale), _flat(x, scale)), x, scale, offset, quant_min, quant_max)
+    found = _run(_backward, (grad, x), scale, offset, quant_min, quant_max)
     if found is None:
         return None
     by_x, by_scale, by_offset = found
     return by_x.as_strided(x.shape, x.stride()), by_scale.view(-1), by_offset.view(-1)
 
 
-def _run(which: int, tensors: tuple[Tensor, ...], x: Tensor, scale: Tensor, offset: Tensor | None, low: int, high: int):
+def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """SiLU, its sigmoid in whole 256ths, of the fake-quantized u (`layers.QuantActivation`); u in FP32, one scale."""
+    return _each(_silu_forward, (_dense(u, scale),), scale, offset, quant_min, quant_max)
+
+
+def quantized_silu_backward(
+    grad: Tensor, u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int
+) -> Tensor:
+    """Gradient of `quantized_silu` by u alone."""
+    u = _dense(u, scale)
+    return _each(_silu_backward, (_like(grad, u), u), scale, offset, quant_min, quant_max)
+
+
+def _each(f: Callable, tensors: tuple[Tensor, ...], scale: Tensor, offset: Tensor, low: int, high: int) -> Tensor:
+    """f of each element, in the memory order of the tensors; not compiled where it cannot be."""
+    out = _run(f, tensors, scale, offset, low, high)
+    if out is None:
+        bounds = _constant((float(low), float(high)), torch.float32, scale.device)
+        return f(*tensors, scale.detach(), offset.detach(), bounds)
+    return out.as_strided(tensors[0].shape, tensors[0].stride())
+
+
+def _run(f: Callable, tensors: tuple[Tensor, ...], scale: Tensor, offset: Tensor | None, low: int, high: int):
     global enabled
     if not enabled:  # given up since
         return None
     column = (-1, 1) if scale.numel() > 1 else (1,)
     if offset is None:
         offset = _constant((0.0,), scale.dtype, scale.device)
-    bounds = _constant((float(low), float(high)), torch.float32, x.device)
+    bounds = _constant((float(low), float(high)), torch.float32, scale.device)
     try:
         with torch.no_grad():
-            return _compiled()[which](*tensors, scale.detach().view(column), offset.detach().view(column), bounds)
+            flat = (_flat(t, scale) for t in tensors)
+            return _compiled(f)(*flat, scale.detach().view(column), offset.detach().view(column), bounds)
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # whatever a missing or broken compiler makes of it

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from . import kernels
+from .functional import quantized_silu
 from .observers import binary_range
 from .quantizer import ActQuantizer, Quantizer, WeightQuantizer
 
@@ -114,8 +116,7 @@ class QuantSiLU(nn.Module):
         if quant is None:
             self.quant = ActQuantizer(8, offset=False)
             self.quant.set_signed(False)
-            del self.quant.scale  # not to be trained
-            self.quant.register_buffer("scale", torch.tensor([2.0**-8]))
+            self.quant.fix(2.0**-8)
 
     def forward(self, x: Tensor) -> Tensor:
         """Activate x of any shape."""
@@ -143,7 +144,15 @@ class QuantActivation(KeepWide, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize and activate x of any shape."""
+        if self._in_one_pass(x):
+            quant = self.quant
+            return quantized_silu(x, quant.scale, quant.grid_offset(), quant.quant_min, quant.quant_max)
         return self.function(self.quant(x))
+
+    def _in_one_pass(self, x: Tensor) -> bool:
+        """Whether x is to be trained through (by QC, which keeps scales), and in what one pass can do."""
+        plain = isinstance(self.function, QuantSiLU) and self.quant.enabled and not self.quant.scale.requires_grad
+        return plain and torch.is_grad_enabled() and x.dtype == torch.float32 and kernels.usable(x)
 
     @torch.no_grad()
     def calibrate(self, values: Tensor, low: float, high: float) -> None:

@@ -55,7 +55,7 @@ class ScaleSteps:
     ADAPTIVE = ("Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop")
 
     def __init__(self, optimizer: Optimizer, model: nn.Module):
-        quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
+        quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.learned]
         with_offset = [i for i, q in enumerate(quantizers) if getattr(q, "offset", None) is not None]
         self.scales = [q.scale.detach() for q in quantizers]
         self.parameters = self.scales + [quantizers[i].offset.detach() for i in with_offset]

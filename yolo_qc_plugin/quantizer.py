@@ -21,7 +21,7 @@ class Quantizer(nn.Module):
         signed: Range [-2^(bits-1), 2^(bits-1) - 1] if true, else [0, 2^bits - 1].
 
     Attributes:
-        scale: Parameter of shape (channels,), FP32, positive.
+        scale: Parameter of shape (channels,), FP32, positive; a buffer once `fix` made it constant.
         quant_range: Buffer (quant_min, quant_max); a buffer because it changes what forward does.
         enabled: False lets values pass unquantized (calibration, float comparison).
     """
@@ -47,6 +47,18 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         self._read_range()
+
+    @property
+    def learned(self) -> bool:
+        """Whether the scale is a parameter."""
+        return "scale" in self._parameters
+
+    def fix(self, scale: float) -> None:
+        """Make the scale a constant, and an offset 0: buffers of the same names, neither calibrated nor trained."""
+        for name, value in {"scale": scale, "offset": 0.0}.items():
+            if self._parameters.get(name) is not None:
+                tensor = self._parameters.pop(name).detach().fill_(value)
+                self.register_buffer(name, tensor)
 
     def _start_scale(self, rows: Tensor, method: str) -> None:
         """Start the scale from rows (scales, n) by `method`, without offset."""
@@ -131,8 +143,9 @@ class ActQuantizer(Quantizer):
         """The offset that forward uses: a whole number of steps in [-quant_max, 0]; gradient straight through."""
         if self.offset is None:
             return None
-        snapped = -self.scale * (-self.offset / self.scale).round().clamp(self.quant_min, self.quant_max)
-        return snapped.detach() + (self.offset - self.offset.detach())  # exactly the snapped value
+        with torch.no_grad():
+            snapped = -self.scale * (-self.offset / self.scale).round().clamp(self.quant_min, self.quant_max)
+        return snapped + (self.offset - self.offset.detach())  # exactly the snapped value
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize activations of shape (batch, ...); for several readers of one tensor in turn, once."""
