@@ -37,7 +37,7 @@ class QCCallbacks:
         self.float_model = None  # the model before injection, until it is measured
         self.steps = None  # ScaleSteps of the optimizer, which counts its real steps
         self.averaged = 0  # steps that the EMA has seen
-        self.accumulation = Accumulation()
+        self.accumulation = None  # which micro-batches wait for a step
 
     def register(self, model) -> None:
         """Add the callbacks to a YOLO object or a trainer, in place of earlier ones of ours."""
@@ -119,6 +119,7 @@ class QCCallbacks:
             trainer.ema.ema.qc = model.qc
         self._take_over_ema(trainer)
         self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
+        self.accumulation = Accumulation()
         if trainer.qc_state:
             restore(trainer, trainer.qc_state)
             self.load_state_dict(trainer.qc_state["named"])
@@ -126,12 +127,11 @@ class QCCallbacks:
     def on_train_epoch_start(self, trainer: BaseTrainer) -> None:
         """Take the EMA over again where the host replaced it (recovery from a NaN loss), and write resume.pt."""
         self._take_over_ema(trainer)
-        if trainer.qc_state:
-            rewind(trainer, trainer.qc_state, self.accumulation)
-            trainer.qc_state = None
-            return
+        resumed, trainer.qc_state = trainer.qc_state, None
+        if resumed:
+            rewind(trainer, resumed, self.accumulation)
         self.accumulation.settle(trainer)
-        if RANK in {-1, 0}:
+        if not resumed and RANK in {-1, 0}:
             write_state(trainer, unwrap_model(trainer.model).qc.run, self.state_dict())
 
     def on_train_batch_end(self, trainer: BaseTrainer) -> None:

@@ -1,12 +1,11 @@
 # yolo_qc_plugin, AGPL-3.0
 """Exact resume: a run that was killed, whenever it was, ends as if it had not been.
 
-From last.pt alone the host goes on with the average in half precision in place of the weights, rounded optimizer state,
-new random numbers, another order of images, and steps of the optimizer after other batches. weights/resume.pt is what it
-takes to go on as before. It is written at the start of each epoch and deleted as the last act of a run, so that whatever
-was killed (an epoch, the writing of a checkpoint, the correction) is done again from the start of that epoch. It lies
-beside last.pt, so that both move together. The same order of images takes a loader without worker processes, as the host
-has on a CPU.
+From last.pt alone the host goes on with the average, in half precision, in place of the weights, and with new random
+numbers, another order of images, rounded optimizer state and steps after other batches. weights/resume.pt is what it
+takes to go on as before. It is written at the start of each epoch and deleted as the last act of a run: whatever was
+killed (an epoch, the writing of a checkpoint, the correction) is done again from the start of that epoch. It is beside
+last.pt, so that both move together.
 
 On resume the host gets no checkpoint: it sets up as for a new run, `restore` puts back what a run consists of, and
 `rewind`, when the first epoch starts, what goes on from batch to batch.
@@ -15,10 +14,8 @@ On resume the host gets no checkpoint: it sets up as for a new run, `restore` pu
 from __future__ import annotations
 
 import pickle
-import random
 from pathlib import Path
 
-import numpy as np
 import torch
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import load_checkpoint
@@ -28,6 +25,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from . import host
 from .checkpoint import AtomicPath, record_of, replacing, write_checkpoint
 from .layers import quant_convs
+from .randomness import random_state, set_random_state
 
 FILE = "resume.pt"
 UNREADABLE = OSError, RuntimeError, EOFError, pickle.UnpicklingError
@@ -97,12 +95,7 @@ def write_state(trainer: BaseTrainer, run: str, named: dict) -> None:
             "possible_stop": bool(stopper.possible_stop),
         },
         "criterion_updates": getattr(getattr(model, "criterion", None), "updates", None),  # end-to-end loss
-        "loader": {
-            "generator": trainer.train_loader.generator.get_state(),
-            "under_way": trainer.epoch > trainer.start_epoch,
-            "buffer": list(getattr(trainer.train_loader.dataset, "buffer", ())),
-        },
-        "random": _random_state(trainer.device),
+        "random": random_state(trainer),
         "named": named,
     }
     try:
@@ -126,7 +119,8 @@ def read_state(trainer: BaseTrainer, checkpoint: dict) -> dict | None:
             "uninterrupted run would."
         )
     elif _has_ended(last.with_name("best.pt"), state["run"]):  # killed between its last writes
-        conclude(AtomicPath(last))
+        if RANK in {-1, 0}:
+            conclude(AtomicPath(last))
         checkpoint["epoch"] = -1  # which the host calls finished
         return None
     return state
@@ -203,8 +197,7 @@ def rewind(trainer: BaseTrainer, state: dict, accumulation: Accumulation) -> Non
         accumulation.take_over(trainer)
     trainer.accumulate = state["accumulate"]
     if RANK in {-1, 0}:  # whose state it is
-        _rewind_loader(trainer.train_loader, **state["loader"])
-        _set_random_state(trainer.device, **state["random"])
+        set_random_state(trainer, state["random"])
 
 
 def conclude(last: AtomicPath) -> None:
@@ -228,37 +221,6 @@ def _arguments(trainer: BaseTrainer) -> dict:
         **{name: getattr(trainer.args, name) for name in ARGUMENTS},
         "images": len(trainer.train_loader.dataset),
     }
-
-
-def _rewind_loader(loader, generator: torch.Tensor, under_way: bool, buffer: list[int]) -> None:
-    """Bring a loader to where it had come: between two passes over its data, with these images in the mosaic buffer."""
-    for i in buffer:
-        loader.dataset.load_image(i)
-    if under_way and loader.num_workers == 0:
-        # the host's iterator never ends: it goes on from the last batch of the pass before, of which no image is needed
-        loader.iterator = loader._get_iterator()
-        for _ in range(len(loader)):
-            next(loader.iterator._sampler_iter)
-    loader.generator.set_state(generator)
-
-
-def _random_state(device: torch.device) -> dict:
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def _set_random_state(device: torch.device, python: tuple, numpy: tuple, cpu: torch.Tensor, cuda) -> None:
-    kind, keys, *rest = numpy
-    random.setstate(python)
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(cpu)
-    if cuda is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(cuda, device)
 
 
 def _drop_rows(csv: Path, epochs: int) -> None:
