@@ -31,18 +31,19 @@ from ultralytics.data.utils import check_det_dataset
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import load_checkpoint
 
-from yolo_qc_plugin import __version__, add_qc_callbacks, callbacks, finish
+from yolo_qc_plugin import __version__, add_qc_callbacks, callbacks, finish, host
+from yolo_qc_plugin.checkpoint import AtomicPath
 from yolo_qc_plugin.digits import compose
 from yolo_qc_plugin.layers import quant_convs
 
 # a phase -> the function in whose course the run is killed
 PHASES = {
     "optimizer step": (BaseTrainer, "optimizer_step"),
-    "host's checkpoints": (BaseTrainer, "save_model"),
+    "last.pt and best.pt": (AtomicPath, "write_bytes"),
     "training of QC": (finish, "train_correction"),
     "resume.pt": (callbacks, "write_state"),
     "validation": (BaseTrainer, "validate"),
-    "final evaluation": (BaseTrainer, "final_eval"),
+    "stripping": (host, "strip"),
     "report": (finish, "build_report"),
     "qat.pt": (finish, "_write_like"),
     "last writes": (finish, "conclude"),
@@ -50,9 +51,9 @@ PHASES = {
 }
 NOT_AGAIN = {"resume.pt"}  # what a run that is resumed at its last epoch does not come by
 
-# everything that has a state: a warm-up, gradients that wait across epochs, mosaics until the last but one epoch
+# everything that has a state: a warm-up, gradients that wait across epochs, no mosaics in the last epoch
 TRAINING = {
-    "epochs": 4, "batch": 8, "nbs": 16, "warmup_epochs": 1, "close_mosaic": 1, "multi_scale": 0.5, "optimizer": "AdamW",
+    "batch": 8, "nbs": 16, "warmup_epochs": 1, "close_mosaic": 1, "multi_scale": 0.5, "optimizer": "AdamW",
     "device": "cpu", "workers": 0, "plots": False, "verbose": False, "seed": 0,
 }  # fmt: skip
 
@@ -129,14 +130,19 @@ def train(name: str, args: argparse.Namespace, watch: Watch) -> None:
     watch.install()
     model = YOLO(args.model)
     add_qc_callbacks(model, bits=4)
-    model.train(data=str(args.data), imgsz=args.imgsz, project=str(args.folder), name=name, exist_ok=True, **TRAINING)
+    arguments = {**TRAINING, "data": str(args.data), "epochs": args.epochs, "imgsz": args.imgsz}
+    model.train(**arguments, project=str(args.folder), name=name, exist_ok=True)
     (args.folder / f"{name}.json").write_text(json.dumps(watch.counts))
 
 
 def go_on(last: Path, watch: Watch) -> None:
-    """Resume as a user does."""
+    """Resume as a user does; a run that was killed in its last acts has nothing to resume, as the host says."""
     watch.install()
-    YOLO(last).train(resume=True)
+    try:
+        YOLO(last).train(resume=True)
+    except AssertionError as error:
+        if "nothing to resume" not in str(error):
+            raise
 
 
 def compare(run: Path, reference: Path) -> list[str]:
@@ -177,10 +183,12 @@ def try_run(name: str, phases: list[str], counts: dict, random_: random.Random, 
     for i, phase in enumerate([*phases, None]):
         moment = choose(random_, phase, counts, bool(i)) if phase else None
         watch = Watch(moment)
-        if last.exists():
-            status = in_child(lambda watch=watch: go_on(last, watch), log)
-        else:
+        if not last.exists():
             status = in_child(lambda watch=watch: train(name, args, watch), log)
+        elif load_checkpoint(last)[1]["optimizer"]:
+            status = in_child(lambda watch=watch: go_on(last, watch), log)
+        else:  # it has ended, to the very last act
+            status = 0
         if phase is None:
             break
         if status != signal.SIGKILL:
@@ -228,6 +236,7 @@ def main() -> None:
     p.add_argument("--model", default="yolov5n.yaml")
     p.add_argument("--data", type=Path, help="made of digits if left out")
     p.add_argument("--imgsz", type=int, default=64)
+    p.add_argument("--epochs", type=int, default=4)
     p.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     p.add_argument("--out", type=Path, default=Path("docs/results"))
     args = p.parse_args()
@@ -259,7 +268,7 @@ def main() -> None:
         "images": images,
         "imgsz": args.imgsz,
         "seed": args.seed,
-        "training": TRAINING,
+        "training": {"epochs": args.epochs, **TRAINING},
         "ultralytics": ultralytics_version,
         "torch": torch.__version__,
         "yolo_qc_plugin": __version__,

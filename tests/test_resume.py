@@ -119,19 +119,19 @@ def test_without_its_state_a_run_goes_on_from_the_average(interrupted, go_on, ca
     assert after["/numbers/0"] == 1 and after["/ema/1"] == interrupted[1]["/ema/1"]
 
 
-@pytest.mark.parametrize(("change", "why"), [
-    ({}, None), ({"run": "x"}, "another run"), ({"format": 0}, "another version"), ({"epoch": -1}, "is older"),
-])  # fmt: skip
-def test_a_state_that_does_not_belong_to_the_checkpoint_is_left_alone(interrupted, tmp_path, change, why):
-    last = tmp_path / "last.pt"
-    shutil.copy(interrupted[0] / "weights" / "last.pt", last)
-    state = torch.load(interrupted[0] / "weights" / "resume.pt", weights_only=True)
-    torch.save({**state, **change}, tmp_path / "resume.pt")
-    checkpoint = load_checkpoint(last)[1]
-    found, reason = resume._find_state(last, checkpoint)
-    assert (found is None and why in reason) if why else found["epoch"] == 1
+def test_a_state_that_does_not_belong_to_the_checkpoint_is_left_alone(interrupted, tmp_path):
+    last, file = tmp_path / "last.pt", tmp_path / "resume.pt"
+    checkpoint = load_checkpoint(interrupted[0] / "weights" / "last.pt")[1]
+    whole = (interrupted[0] / "weights" / "resume.pt").read_bytes()
+    file.write_bytes(whole)
+    state, why = resume._find_state(last, checkpoint)
+    assert state["epoch"] == 1 and not why
     assert resume._find_state(last.with_name("epoch0.pt"), checkpoint)[0] is None  # the user's choice stands
-    (tmp_path / "resume.pt").write_bytes((tmp_path / "resume.pt").read_bytes()[:1000])
+    for change, expected in (({"run": "x"}, "another run"), ({"format": 0}, "version"), ({"epoch": -1}, "is older")):
+        torch.save({**state, **change}, file)
+        found, why = resume._find_state(last, checkpoint)
+        assert found is None and expected in why
+    file.write_bytes(whole[:1000])
     assert "cannot be read" in resume._find_state(last, checkpoint)[1]
 
 
@@ -144,16 +144,16 @@ def test_another_batch_size_keeps_all_but_the_order(interrupted, go_on, caplog):
 
 
 def test_killed_runs_end_as_the_uninterrupted_one(tmp_path):
-    """SIGKILL while last.pt is written, in a step of the optimizer and, resumed, in the last writes of all."""
+    """SIGKILL while last.pt is written, and in the correction."""
     script = Path(__file__).resolve().parents[1] / "examples" / "kill_and_resume.py"
-    phases = "host's checkpoints", "optimizer step", "last writes"
+    phases = "last.pt and best.pt", "training of QC"
     done = subprocess.run(
-        [sys.executable, str(script), "--kills", "3", "--phases", *phases, "--out", str(tmp_path)],
+        [sys.executable, str(script), "--kills=2", "--epochs=3", "--phases", *phases, "--out", str(tmp_path)],
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     runs = json.loads((tmp_path / "resume.json").read_text())["runs"]
-    assert [len(run["kills"]) for run in runs] == [1, 2] and not any(run["different"] for run in runs)
+    assert [run["kills"][0]["phase"] for run in runs] == list(phases) and not any(run["different"] for run in runs)
 
 
 def test_a_loss_of_nan_goes_back_to_the_last_checkpoint(train, monkeypatch, caplog):
@@ -180,18 +180,22 @@ def test_a_loss_of_nan_goes_back_to_the_last_checkpoint(train, monkeypatch, capl
     assert all(torch.equal(v, seen[1][k]) for k, v in seen[0].items()) and len(seen) == 2
 
 
-def test_a_run_killed_between_its_last_writes_has_ended(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize("act", ["unlink", "strip"])
+def test_a_run_killed_in_its_last_acts_has_ended(train, tmp_path, monkeypatch, act):
     """best.pt is the last file that matters; what follows is made up for, and the corrected model stays."""
 
-    def kill(_):
+    def kill(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(finish, "conclude", kill)
+        if act == "unlink":
+            patched.setattr(finish, "conclude", kill)
+        else:
+            patched.setattr(finish, "conclude", lambda last: (last.with_name("resume.pt").unlink(), kill()))
         train({"bits": 4, "correction": "off"})
     weights = tmp_path / "run" / "weights"
     best = (weights / "best.pt").read_bytes()
-    assert {f.name for f in weights.iterdir()} == {"last.pt", "best.pt", "qat.pt", "resume.pt"}
+    assert (weights / "resume.pt").exists() is (act == "unlink")
     with pytest.raises(AssertionError, match="nothing to resume"):
         YOLO(weights / "last.pt").train(resume=True)
     assert {f.name for f in weights.iterdir()} == {"last.pt", "best.pt", "qat.pt"}

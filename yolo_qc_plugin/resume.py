@@ -112,17 +112,17 @@ def read_state(trainer: BaseTrainer, checkpoint: dict) -> dict | None:
         checkpoint: What it resumes from, of a quantized run.
     """
     last = Path(trainer.args.resume)
+    if _has_ended(last, record_of(checkpoint["ema"]).run):
+        if RANK in {-1, 0}:
+            conclude(AtomicPath(last))
+        checkpoint["epoch"] = -1  # which the host calls finished
+        return None
     state, why = _find_state(last, checkpoint)
     if state is None:
         LOGGER.warning(
             f"{host.PREFIX}{why}: going on from the average in {last.name}, as Ultralytics does, not exactly as the "
             "uninterrupted run would."
         )
-    elif _has_ended(last.with_name("best.pt"), state["run"]):  # killed between its last writes
-        if RANK in {-1, 0}:
-            conclude(AtomicPath(last))
-        checkpoint["epoch"] = -1  # which the host calls finished
-        return None
     return state
 
 
@@ -201,15 +201,15 @@ def rewind(trainer: BaseTrainer, state: dict, accumulation: Accumulation) -> Non
 
 
 def conclude(last: AtomicPath) -> None:
-    """The last acts of a run, when all else is on disk: strip last.pt and delete resume.pt."""
-    host.strip(last)
+    """The last acts of a run, when all else is on disk: delete resume.pt and strip last.pt."""
     last.with_name(FILE).unlink(missing_ok=True)
+    host.strip(last)
 
 
-def _has_ended(best: Path, run: str) -> bool:
-    """Whether best.pt is what `finish` made of it, the last thing that it writes."""
+def _has_ended(last: Path, run: str) -> bool:
+    """Whether best.pt is what `finish` made of it: then the run was killed in its last acts, or before them."""
     try:
-        model = load_checkpoint(best)[0]
+        model = load_checkpoint(last.with_name("best.pt"))[0]
     except UNREADABLE:
         return False
     record = record_of(model)
