@@ -229,31 +229,6 @@ def test_failure_of_the_correction_stops_the_run_and_loses_nothing(train, tmp_pa
     assert not list((tmp_path / "run" / "weights").glob("*.tmp"))
 
 
-def test_an_interrupted_run_resumes(train, tmp_path):
-    """Resuming from last.pt needs no word of the plugin and continues with its quantizers and options."""
-
-    def stop(trainer):
-        if trainer.epoch == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train({"bits": 3}, {"on_train_epoch_start": stop}, epochs=3, nbs=8)
-    last = tmp_path / "run" / "weights" / "last.pt"
-    scale = dict(quant_convs(load_checkpoint(last)[0]))["model.3.conv"].weight_quant.scale
-    seen = {}
-    yolo = YOLO(last)
-
-    def look(trainer):
-        conv = dict(quant_convs(trainer.model))["model.3.conv"]
-        seen.update(scale=conv.weight_quant.scale.detach().clone(), updates=trainer.ema.updates)
-
-    yolo.add_callback("on_train_start", look)
-    yolo.train(resume=True)
-    assert torch.equal(seen["scale"], scale) and seen["updates"] == 3
-    report = report_of(tmp_path / "run")
-    assert report["config"]["bits"] == 3 and report["metrics"]["float"]["map50_95"] >= 0
-
-
 def test_float_runs_are_not_changed(digits, tmp_path):
     """With the patches installed, a run that does not ask for the plugin ends with the same bytes of weights."""
     code = (

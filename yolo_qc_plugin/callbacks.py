@@ -13,7 +13,7 @@ from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from . import host
-from .checkpoint import QuantRecord
+from .checkpoint import AtomicPath, QuantRecord
 from .config import QCConfig, QCError
 from .deploy import deployed_convs
 from .ema import ConstantEMA
@@ -22,6 +22,7 @@ from .inject import calibrate, inject, share_quantizers
 from .layers import is_quantized
 from .optimizer import ScaleSteps
 from .qdq import ONNX_KINDS, check_kind
+from .resume import Accumulation, read_state, restore, rewind, write_state
 
 
 class QCCallbacks:
@@ -36,6 +37,7 @@ class QCCallbacks:
         self.float_model = None  # the model before injection, until it is measured
         self.steps = None  # ScaleSteps of the optimizer, which counts its real steps
         self.averaged = 0  # steps that the EMA has seen
+        self.accumulation = None  # which micro-batches wait for a step
 
     def register(self, model) -> None:
         """Add the callbacks to a YOLO object or a trainer, in place of earlier ones of ours."""
@@ -51,7 +53,7 @@ class QCCallbacks:
             "on_pretrain_routine_end": self.on_pretrain_routine_end,
             "on_train_epoch_start": self.on_train_epoch_start,
             "on_train_batch_end": self.on_train_batch_end,
-            "on_train_epoch_end": self.on_train_batch_end,  # a timed stop skips the last batch's own callback
+            "on_train_epoch_end": self.on_train_epoch_end,  # a timed stop skips the last batch's own callback
             "on_train_end": self.on_train_end,
         }
 
@@ -94,8 +96,11 @@ class QCCallbacks:
         injection = inject(model, self.config, host.edge_convs(model), host.fixed_convs(model))
         shared = share_quantizers(model, host.blank_image(model))
         model.qc = QuantRecord(self.config.to_dict())
+        trainer.wdir = AtomicPath(trainer.wdir)
+        trainer.last, trainer.best = trainer.wdir / trainer.last.name, trainer.wdir / trainer.best.name
         if resumed:
-            model.qc.float_metrics = resumed["ema"].qc.float_metrics
+            trainer.qc_state = read_state(trainer, resumed)
+            model.qc.float_metrics, model.qc.run = resumed["ema"].qc.float_metrics, resumed["ema"].qc.run
             model.load_state_dict(resumed["ema"].float().state_dict())
         LOGGER.info(f"{host.PREFIX}{injection}; {shared} read an input that another one quantizes")
 
@@ -114,12 +119,27 @@ class QCCallbacks:
             trainer.ema.ema.qc = model.qc
         self._take_over_ema(trainer)
         self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
+        self.accumulation = Accumulation()
+        if trainer.qc_state:
+            restore(trainer, trainer.qc_state)
+            self.load_state_dict(trainer.qc_state["named"])
 
     def on_train_epoch_start(self, trainer: BaseTrainer) -> None:
-        """Take the EMA over again where the host replaced it (recovery from a NaN loss)."""
+        """Take the EMA over again where the host replaced it (recovery from a NaN loss), and write resume.pt."""
         self._take_over_ema(trainer)
+        resumed, trainer.qc_state = trainer.qc_state, None
+        if resumed:
+            rewind(trainer, resumed, self.accumulation)
+        self.accumulation.settle(trainer)
+        if not resumed and RANK in {-1, 0}:
+            write_state(trainer, unwrap_model(trainer.model).qc.run, self.state_dict())
 
     def on_train_batch_end(self, trainer: BaseTrainer) -> None:
+        """Count the micro-batch, and average if it ended in an optimizer step."""
+        self.accumulation.count(trainer)
+        self.on_train_epoch_end(trainer)
+
+    def on_train_epoch_end(self, trainer: BaseTrainer) -> None:
         """Average once per real optimizer step: micro-batches that only accumulate gradients take none."""
         if self.steps.taken > self.averaged:
             trainer.ema.step(unwrap_model(trainer.model))
@@ -128,6 +148,15 @@ class QCCallbacks:
     def on_train_end(self, trainer: BaseTrainer) -> None:
         """Correct, keep the better, report."""
         finish(trainer, self.config)
+
+    def state_dict(self) -> dict:
+        """What resume.pt keeps of the callbacks, by name: tensors and plain values. Later parts add theirs here."""
+        return {"steps": self.steps.taken, "pending": self.accumulation.pending}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up what `state_dict` gave."""
+        self.steps.taken = self.averaged = state["steps"]
+        self.accumulation.pending = state["pending"]
 
     def _take_options(self, saved: QCConfig) -> None:
         """Continue with the checkpoint's options; say so where others were given."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import nn
@@ -31,12 +32,14 @@ class QuantRecord:
         float_metrics: map50_95, map50 and fitness of the float model that training began with, where measured.
         format: Version of the checkpoint's form.
         plugin: Version of the plugin that wrote it.
+        run: Id of the training run.
     """
 
     config: dict
     float_metrics: dict[str, float] = field(default_factory=dict)
     format: int = FORMAT
     plugin: str = __version__
+    run: str = field(default_factory=lambda: uuid4().hex)
 
     def __setstate__(self, state: dict) -> None:
         if state["format"] > FORMAT:
@@ -44,7 +47,7 @@ class QuantRecord:
                 f"QC: this checkpoint was written by yolo-qc-plugin {state['plugin']} in format {state['format']}; "
                 f"version {__version__} reads formats up to {FORMAT}. Upgrade yolo-qc-plugin."
             )
-        self.__dict__.update(state)
+        self.__dict__.update({"run": "", **state})
         from .callbacks import attach  # a checkpoint may be all that this process has of the plugin
 
         attach()
@@ -72,6 +75,15 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class AtomicPath(type(Path())):
+    """A path whose `write_bytes` replaces the file as a whole, and from which such paths are joined."""
+
+    def write_bytes(self, data: bytes) -> int:
+        """Write `data` atomically; returns their number."""
+        with replacing(Path(self)) as temporary:
+            return temporary.write_bytes(data)
 
 
 def write_checkpoint(checkpoint: dict, path: Path) -> None:

@@ -28,6 +28,7 @@ from .correction import (
 )
 from .inject import calibrate_outputs, quantize_outputs
 from .report import build_report, console_table, write_report
+from .resume import conclude
 from .snap import snap
 
 
@@ -93,19 +94,22 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
         metrics["qc"] = validate(trainer, deepcopy(corrected))
         if metrics["qc"]["fitness"] > metrics["qat"]["fitness"]:
             kept = "qc"
-            _write_like(qat, corrected, trainer.validator.metrics.results_dict, best)
         else:
             trainer.validator.metrics = before
-    if kept == "qat":
-        with replacing(best) as temporary:
-            shutil.copyfile(qat, temporary)
     trainer.metrics = {**trainer.metrics, **trainer.validator.metrics.results_dict}
     trainer.metrics.pop("fitness", None)
 
-    model, _ = load_checkpoint(best, device=trainer.device)
-    images = (batch["img"].to(trainer.device).float() / 255 for batch in trainer.test_loader)
-    report = build_report(model, config, metrics, kept=kept, images=images)
-    path = write_report(report, trainer.save_dir / "qc")
+    with replacing(best) as temporary:  # after all else: as long as best.pt is the host's, all this can be done again
+        if kept == "qc":
+            _write_like(qat, corrected, trainer.validator.metrics.results_dict, temporary)
+            model = corrected.float().to(trainer.device)  # as one loads it
+        else:
+            shutil.copyfile(qat, temporary)
+            model, _ = load_checkpoint(qat, device=trainer.device)
+        images = (batch["img"].to(trainer.device).float() / 255 for batch in trainer.test_loader)
+        report = build_report(model, config, metrics, kept=kept, images=images)
+        path = write_report(report, trainer.save_dir / "qc")
+    conclude(trainer.last)
     LOGGER.info(f"\n{console_table(report)}\n{host.PREFIX}best.pt holds the {kept.upper()} model, record in {path}")
     return report
 

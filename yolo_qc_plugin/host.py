@@ -1,10 +1,11 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Everything that touches Ultralytics from outside: supported versions, six patches, where a model's edges are.
+"""Everything that touches Ultralytics from outside: supported versions, seven patches, where a model's edges are.
 
 The patches, each a wrapper that calls the original and does nothing for models without quantizers:
     BaseTrainer.setup_model      announces the event on_model_setup, which the host lacks: the model is there, and the
                                  optimizer, EMA, freeze list, compile and DDP wrapper are not yet
     BaseTrainer.build_optimizer  gives scales and offsets their own parameter group
+    trainer.strip_optimizer      writes atomically, and last.pt later: until a run has ended it can be resumed
     BaseModel.fuse               brings quantized convolutions into the deployed form, codes untouched
     Exporter.__call__            refuses formats that would lose the quantizers
     torch2onnx                   turns what was traced of a deployed model into integer weights and Q/DQ nodes
@@ -14,6 +15,7 @@ The patches, each a wrapper that calls the original and does nothing for models 
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Callable
 from functools import partial, wraps
 from importlib import metadata
@@ -22,6 +24,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 from ultralytics import __version__ as ULTRALYTICS_VERSION
+from ultralytics.engine import trainer as engine_trainer
 from ultralytics.engine.exporter import Exporter
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.modules import DFL, Conv, Conv2, ConvTranspose, Detect, RepConv
@@ -30,9 +33,10 @@ from ultralytics.nn.tasks import BaseModel, DetectionModel
 from ultralytics.utils import LOGGER, colorstr
 from ultralytics.utils.checks import check_version
 from ultralytics.utils.export import engine, openvino
-from ultralytics.utils.torch_utils import fuse_conv_and_bn, fuse_deconv_and_bn, unwrap_model
+from ultralytics.utils.patches import torch_load
+from ultralytics.utils.torch_utils import fuse_conv_and_bn, fuse_deconv_and_bn, strip_optimizer, unwrap_model
 
-from .checkpoint import QuantRecord, record_of
+from .checkpoint import AtomicPath, QuantRecord, record_of, replacing
 from .config import QCError
 from .deploy import deploy_activation, deploy_conv, deployed_convs
 from .inject import replace_modules
@@ -49,6 +53,7 @@ EXPORT_FORMATS = ("onnx", "openvino", "torchscript")  # those that carry the qua
 _PATCHED = {
     (BaseTrainer, "setup_model"): ["self"],
     (BaseTrainer, "build_optimizer"): ["self", "model", "name", "lr", "momentum", "decay", "iterations"],
+    (engine_trainer, "strip_optimizer"): ["f", "s", "updates"],
     (BaseModel, "fuse"): ["self", "verbose", "imgsz"],
     (Exporter, "__call__"): ["self", "model"],
     (engine, "torch2onnx"): ["model", "im", "output_file", "opset", "input_names", "output_names", "dynamic"],
@@ -102,8 +107,9 @@ def attach(on_resume: Callable[[BaseTrainer, QuantRecord], None]) -> None:
         return
     check_host()
     announce = partial(_announce_model, on_resume=on_resume)
-    patches = announce, _group_scales, _fuse_quantized, _check_export, _write_integers, _convert_integers
-    for (owner, name), patch in zip(_PATCHED, patches):
+    training = announce, _group_scales, _strip_later
+    deployment = _fuse_quantized, _check_export, _write_integers, _convert_integers
+    for (owner, name), patch in zip(_PATCHED, training + deployment):
         wrapped = wraps(getattr(owner, name))(patch(getattr(owner, name)))
         wrapped.qc_patch = True
         setattr(owner, name, wrapped)
@@ -116,8 +122,9 @@ def _announce_model(original, on_resume):
         if record and not self.callbacks.get(ON_MODEL_SETUP):  # a resumed run need not name the plugin again
             on_resume(self, record)
         self.qc_checkpoint = checkpoint if record else None
+        self.qc_state = None  # what a callback restores in the host's place
         self.run_callbacks(ON_MODEL_SETUP)
-        return checkpoint
+        return None if self.qc_state else checkpoint
 
     return setup_model
 
@@ -134,6 +141,17 @@ def _group_scales(original):
         return optimizer
 
     return build_optimizer
+
+
+def _strip_later(original):
+    def strip_optimizer(f, s="", updates=None):
+        if not isinstance(f, AtomicPath):  # not ours
+            return original(f, s, updates)
+        if f.name == "last.pt" and f.with_name("best.pt").exists():
+            return torch_load(f, map_location="cpu")
+        return strip(f, updates)
+
+    return strip_optimizer
 
 
 def _fuse_quantized(original):
@@ -194,6 +212,15 @@ def _convert_integers(original):
             return ov.convert_model(file)
 
     return torch2openvino
+
+
+def strip(file: AtomicPath, updates: dict | None = None) -> dict:
+    """Strip a checkpoint of what resuming takes, atomically; returns it, or {} and leaves the file if it is none."""
+    with replacing(file) as temporary:
+        stripped = strip_optimizer(file, temporary, updates)
+        if not stripped:
+            shutil.copyfile(file, temporary)
+    return stripped
 
 
 def deploy_model(model: nn.Module) -> None:
