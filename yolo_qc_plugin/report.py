@@ -18,6 +18,16 @@ from .checkpoint import record_of, replacing
 from .config import QCConfig
 from .layers import QuantConv2d, quant_activations, quant_convs
 
+FIGURES = {  # the host's key -> ours, and the heading in the console; those that a task has are reported
+    "metrics/mAP50-95(B)": ("map50_95", "mAP50-95"),
+    "metrics/mAP50(B)": ("map50", "mAP50"),
+    "metrics/mAP50-95(M)": ("mask_map50_95", "mask 50-95"),
+    "metrics/mAP50(M)": ("mask_map50", "mask 50"),
+    "metrics/mAP50-95(P)": ("pose_map50_95", "pose 50-95"),
+    "metrics/mAP50(P)": ("pose_map50", "pose 50"),
+    "metrics/accuracy_top1": ("top1", "top1"),
+    "metrics/accuracy_top5": ("top5", "top5"),
+}
 CLIP_BATCHES = 4  # validation batches over which the share of clipped activations is counted
 
 
@@ -29,7 +39,7 @@ def build_report(
     Args:
         model: The model that best.pt holds, in eval mode.
         config: Options of the run.
-        metrics: map50_95, map50 and fitness of "float_outputs" (after QAT, outputs not quantized), "qat" (with them)
+        metrics: Figures (see `figures_of`) of "float_outputs" (after QAT, outputs not quantized), "qat" (with them)
             and "qc" (corrected, or None where that is off).
         kept: "qat" or "qc".
         images: Batches in [0, 1] on the model's device, for the share of clipped activations.
@@ -73,6 +83,12 @@ def describe(name: str, conv: QuantConv2d) -> dict:
         "weight_codes": codes.unique().numel(),
         "weight_clipped": weight.clipped(conv.weight).item(),
     }
+
+
+def figures_of(results: dict[str, float]) -> dict[str, float]:
+    """A task's main figures out of the host's results, by our names, and fitness, which decides what is kept."""
+    figures = {name: float(results[key]) for key, (name, _) in FIGURES.items() if key in results}
+    return {**figures, "fitness": float(results["fitness"])}
 
 
 @torch.no_grad()
@@ -131,7 +147,8 @@ def console_table(report: dict) -> str:
             f"{x['act_scale']:>10.4g}{offset:>10}{x['weight_clipped']:>8.2%}{x['act_clipped']:>8.2%}{x['weight_codes']:>7}"
         )
     size, metrics = report["size_mb"], report["metrics"]
-    rows += ["", f"{'':<14}{'mAP50-95':>10}{'mAP50':>10}{'MB':>10}"]
+    columns = [(name, title) for name, title in FIGURES.values() if name in metrics["qat"]]
+    rows += ["", f"{'':<14}" + "".join(f"{title:>12}" for _, title in [*columns, ("", "MB")])]
     for key, label, mb in (
         ("float", "float start", size["float32"]),
         ("qat", "QAT", size["quantized"]),
@@ -139,7 +156,8 @@ def console_table(report: dict) -> str:
     ):
         if metrics.get(key):
             mark = "  <- best.pt" if key == report["kept"] else ""
-            rows.append(f"{label:<14}{metrics[key]['map50_95']:>10.4f}{metrics[key]['map50']:>10.4f}{mb:>10.2f}{mark}")
+            figures = "".join(f"{metrics[key][name]:>12.4f}" for name, _ in columns)
+            rows.append(f"{label:<14}{figures}{mb:>12.2f}{mark}")
     return "\n".join(rows)
 
 
