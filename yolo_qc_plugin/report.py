@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterable
+from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from . import __version__
 from .checkpoint import record_of, replacing
 from .config import QCConfig
+from .deploy import deployed_convs
+from .host import deploy_model
 from .layers import QuantConv2d, quant_activations, quant_convs
 
 FIGURES = {  # the host's key -> ours, and the heading in the console; those that a task has are reported
@@ -112,17 +115,17 @@ def model_size(model: nn.Module) -> dict[str, float]:
     """Size of the deployed parameters in MB (1e6 bytes): all in FP32, and with quantized weights at their bits.
 
     Both count weights, one scale and one bias per output channel of a quantized convolution (BN and QC folded in), and
-    everything else in FP32.
+    everything else in FP32. What training alone needs, a second head say, is not counted.
     """
-    convs = [conv for _, conv in quant_convs(model)]
-    quantized = [*convs, *(act.quant for _, act in quant_activations(model))]
-    inside = {id(p) for m in quantized for p in m.parameters()}
-    norms = {id(p) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
-    rest = 4 * sum(p.numel() for p in model.parameters() if id(p) not in inside | norms)
+    deployed = deepcopy(model)
+    deploy_model(deployed)
+    convs = deployed_convs(deployed).values()
+    inside = {id(p) for conv in convs for p in conv.parameters()}
+    rest = 4 * sum(p.numel() for p in deployed.parameters() if id(p) not in inside)
     channels = sum(conv.out_channels for conv in convs)
     return {
-        "float32": (rest + 4 * sum(c.weight.numel() for c in convs) + 4 * channels) / 1e6,
-        "quantized": (rest + sum(c.weight.numel() * c.weight_quant.bits for c in convs) / 8 + 8 * channels) / 1e6,
+        "float32": (rest + 4 * sum(c.weight_codes.numel() for c in convs) + 4 * channels) / 1e6,
+        "quantized": (rest + sum(c.weight_codes.numel() * c.bits for c in convs) / 8 + 8 * channels) / 1e6,
     }
 
 
