@@ -3,8 +3,9 @@
 
     python examples/families.py --out runs/families --jobs 2
 
-One epoch at small size from an untrained model of the smallest scale, on the digits set of the task. The figures are
-therefore tiny; what counts is that they are the same everywhere, and how far the outputs themselves differ. Each model
+One epoch at small size on the digits set of the task, from an untrained model of the smallest scale whose batch norms
+know the data (else nothing but the biases of its head would reach its outputs). The figures are therefore tiny; what
+counts is that they are the same everywhere, and how far the outputs themselves differ. Each model
 is a process of its own (a second one, fresh, opens the checkpoint), and its row a file in OUT: a second call goes on
 where the first was stopped.
 """
@@ -31,11 +32,52 @@ TRAINED = {
 REFUSED = (
     "rtdetr-l yolov8-rtdetr yolov8s-world yolov8s-worldv2 yoloe-v8s yoloe-11s-seg yoloe-26s yolo26n-sem yolo26n-depth"
 )
-DATA = {"train": 48, "val": 12, "imgsz": 64, "seed": 0}
+DATA = {"train": 48, "val": 16, "imgsz": 64, "seed": 0}
 RUN = {"imgsz": 64, "batch": 8, "nbs": 8, "epochs": 1, "device": "cpu", "plots": False, "workers": 0, "verbose": False}
 RUN |= {"optimizer": "AdamW", "lr0": 2e-3, "mosaic": 0, "warmup_epochs": 0}
 CONF = 1e-6  # an untrained model's detections count too
 IMAGES = 4  # over which outputs and codes are compared
+
+
+def data_of(out: Path, task: str) -> Path:
+    """The set of a task."""
+    from yolo_qc_plugin.digits import compose
+
+    return compose(out / "data" / task, **DATA, task=task)
+
+
+def images_of(data: Path, split: str):
+    """A split's images as the host feeds them, (n, 3, h, w) in 0..1."""
+    import cv2
+    import torch
+
+    files = sorted(data.glob(f"{split}/*/*.jpg") if data.is_dir() else data.parent.glob(f"images/{split}/*.jpg"))
+    images = [torch.from_numpy(cv2.imread(str(f))[..., ::-1].copy()) for f in files]
+    return torch.stack(images).permute(0, 3, 1, 2) / 255
+
+
+def start(name: str, data: Path, task: str, file: Path) -> None:
+    """Write an untrained model whose batch norms have the statistics of the training images."""
+    import torch
+    from ultralytics import YOLO
+
+    torch.manual_seed(0)
+    yolo = YOLO(f"{name}.yaml")
+    keypoints = {"data_kpt_shape": (4, 2)} if task == "pose" else {}
+    model = yolo.task_map[task]["model"](f"{name}.yaml", nc=10, verbose=False, **keypoints)
+    model.args, model.task = yolo.model.args, task
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    momentum = norms[0].momentum
+    for m in norms:
+        m.momentum = None  # the mean of all batches
+        m.reset_running_stats()
+    with torch.no_grad():
+        for batch in images_of(data, "train").split(RUN["batch"]):
+            model.train()(batch)
+    for m in norms:
+        m.momentum = momentum
+    yolo.model = model
+    yolo.save(file)
 
 
 def train(name: str, out: Path) -> dict:
@@ -44,15 +86,16 @@ def train(name: str, out: Path) -> dict:
     from ultralytics import YOLO
 
     from yolo_qc_plugin import add_qc_callbacks
-    from yolo_qc_plugin.digits import compose
 
-    yolo = YOLO(f"{name}.yaml")
+    task = next(task for task, names in TRAINED.items() if name in names.split())
+    data = data_of(out, task)
+    file = out / f"{name}.pt"
+    start(name, data, task, file)
+    yolo = YOLO(file)
     convs = sum(isinstance(m, nn.Conv2d) for m in yolo.model.modules())
-    kinds = {"transposed convolution": nn.ConvTranspose2d, "linear layer": nn.Linear}
-    others = {kind: sum(isinstance(m, t) for m in yolo.model.modules()) for kind, t in kinds.items()}
-    data = compose(out / "data" / yolo.task, **DATA, task=yolo.task)
     add_qc_callbacks(yolo, bits=4)
     metrics = yolo.train(data=str(data), project=str(out / "runs"), name=name, exist_ok=True, conf=CONF, **RUN)
+    file.unlink()
     report = json.loads((yolo.trainer.save_dir / "qc" / "report.json").read_text())
     returned = {k: float(v) for k, v in metrics.results_dict.items()}
     return {
@@ -60,7 +103,6 @@ def train(name: str, out: Path) -> dict:
         "data": str(data),
         "convolutions": convs,
         "quantized": len(report["layers"]),
-        "others": {kind: n for kind, n in others.items() if n},
         "kept": report["kept"],
         "training": report["metrics"][report["kept"]],
         "returned": returned,
@@ -75,7 +117,7 @@ def measure(run: dict) -> dict:
     settings = {k: RUN[k] for k in ("imgsz", "batch", "device", "plots", "workers", "verbose")}
     found = yolo.val(data=run["data"], conf=CONF, project=str(Path(run["file"]).parents[1]), **settings)
     result = {"val": {k: float(v) for k, v in found.results_dict.items()}}
-    result["deployed_output"] = deployed_difference(run)
+    result |= compare_deployed(run)
     file = YOLO(run["file"]).export(format="onnx", imgsz=RUN["imgsz"], device="cpu")
 
     from yolo_qc_plugin.check import check
@@ -84,26 +126,33 @@ def measure(run: dict) -> dict:
     return result | {k: checked[k] for k in ("weights", "checkpoint", "pytorch", "runtimes", "passed")}
 
 
-def deployed_difference(run: dict) -> float:
-    """Largest difference between what the checkpoint and its deployed form compute, over their largest value."""
+def compare_deployed(run: dict) -> dict:
+    """Largest difference between what the checkpoint and its deployed form compute, and the latter's float layers.
+
+    The difference is over the largest deviation of that output from its channel's mean.
+    """
     from copy import deepcopy
 
-    import cv2
     import torch
+    from torch import nn
     from ultralytics.nn.tasks import load_checkpoint
 
-    folder = Path(run["data"])
-    images = sorted(folder.rglob("val/*/*.jpg") if folder.is_dir() else folder.parent.glob("images/val/*.jpg"))
-    x = torch.stack([torch.from_numpy(cv2.imread(str(f))[..., ::-1].copy()) for f in images[:IMAGES]])
+    x = images_of(Path(run["data"]), "val")[:IMAGES]
     model, _ = load_checkpoint(run["file"])
+    deployed = deepcopy(model).fuse(verbose=False)
     with torch.no_grad():
-        plain, fused = (m(x.permute(0, 3, 1, 2) / 255)[1] for m in (model, deepcopy(model).fuse(verbose=False)))
+        plain, fused = (m(x)[1] for m in (model, deployed))
     if not isinstance(plain, dict):  # a classifier's logits
-        plain, fused = {"logits": plain}, {"logits": fused}
+        plain, fused = {"logits": plain[..., None]}, {"logits": fused[..., None]}
     branch = "one2one" if getattr(model, "end2end", False) else "one2many"
     plain, fused = (p.get(branch, p) for p in (plain, fused))
-    pairs = [(plain[k], fused[k]) for k, v in plain.items() if isinstance(v, torch.Tensor)]
-    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in pairs)
+    pairs = [(plain[k].flatten(2), fused[k].flatten(2)) for k, v in plain.items() if isinstance(v, torch.Tensor)]
+    kinds = {"transposed convolution": nn.ConvTranspose2d, "linear layer": nn.Linear}
+    others = {kind: sum(isinstance(m, t) for m in deployed.modules()) for kind, t in kinds.items()}
+    return {
+        "deployed_output": max(float((a - b).abs().max() / (a - a.mean((0, 2), True)).abs().max()) for a, b in pairs),
+        "others": {kind: n for kind, n in others.items() if n},
+    }
 
 
 def refusal(name: str) -> str:
@@ -154,16 +203,16 @@ def page(rows: list[dict]) -> str:
         "# Tasks and families",
         "",
         f"Written by `examples/families.py`: {DATA['train']} digits images of {DATA['imgsz']} px, one epoch from an "
-        "untrained model, 4 bits, QC, export. The figures are tiny for that reason; what counts is whether they are "
-        "the same. In points, of the model in best.pt:",
+        "untrained model (batch norms set from the images), 4 bits, QC, export. The figures are tiny for that reason; "
+        "what counts is whether they are the same. In points, of the model in best.pt:",
         "",
-        "- training: what the run reports and `train()` returns; val: `yolo val` of the file in a fresh process (it "
-        "deploys the model), images padded as the host does for checkpoints",
+        "- training: what the run reports; val: `yolo val` of the file in a fresh process (it deploys the model), "
+        "images padded as the host does for checkpoints",
         "- checkpoint, deployed, ONNX Runtime (optimised and not), OpenVINO: `yolo-qc check`, square images, as the "
         "host feeds exported files; detection by pycocotools",
-        f"- outputs: largest difference over {IMAGES} images, deployed to checkpoint (of the largest value) and ONNX "
-        "Runtime to deployed (in the outputs' own units; end-to-end heads sort theirs, and equals may change places); "
-        "codes: share that differs, end to end",
+        f"- outputs: largest difference over {IMAGES} images, deployed to checkpoint (of the outputs' spread) and ONNX "
+        "Runtime to deployed (in the outputs' own units, pixels for boxes; end-to-end heads sort theirs, and equals "
+        "may change places); codes: largest share that differs in a runtime, end to end",
         "",
     ]
     head = "model, convolutions quantized, also in float, training, val, checkpoint, deployed, ONNX Runtime, OpenVINO"
@@ -244,11 +293,9 @@ def main() -> None:
     if args.row:
         write_row(args.row, out)
         return
-    from yolo_qc_plugin.digits import compose
-
     names = [*" ".join(TRAINED.values()).split(), *REFUSED.split()]
     for task in TRAINED:
-        compose(out / "data" / task, **DATA, task=task)
+        data_of(out, task)  # before two processes want to make it
     with ThreadPoolExecutor(args.jobs) as pool:
         for line in pool.map(lambda name: start_row(name, out), args.only or names):
             print(line, flush=True)
