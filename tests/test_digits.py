@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from ultralytics.data.utils import check_det_dataset
+from ultralytics.data.utils import check_cls_dataset, check_det_dataset
 
 from yolo_qc_plugin import digits
 
@@ -82,7 +82,7 @@ def test_boxes_are_tight_around_the_ink():
     for seed in range(12):
         rng = np.random.default_rng(seed)
         canvas = np.full((160, 160, 3), 128, np.uint8)
-        boxes = np.array(digits._paste_digits(rng, canvas, scans["train"], classes["train"]))[:, 1:]
+        boxes = np.array(digits._paste_digits(rng, canvas, scans["train"], classes["train"])[0])[:, 1:]
         changed = (canvas != 128).any(axis=2)
         inside = np.zeros_like(changed)
         for x, y, w, h in boxes:
@@ -161,6 +161,39 @@ def test_an_incomplete_or_moved_set_is_refused(tmp_path: Path):
         digits.compose(tmp_path / "set", 2, 1, 64)
 
 
+def test_labels_of_other_tasks_fit_the_boxes(folder: Path, tmp_path: Path):
+    """The same images; masks, keypoints and oriented boxes span the detection labels' boxes."""
+    for task in ("segment", "pose", "obb"):
+        other = digits.compose(tmp_path / task, 6, 2, IMGSZ, task=task).parent
+        for file in sorted(other.glob("labels/*/*.txt")):
+            image = Path("images", *file.relative_to(other / "labels").with_suffix(".jpg").parts)
+            assert (other / image).read_bytes() == (folder / image).read_bytes()
+            boxes = read_rows(folder / file.relative_to(other))
+            lines = [np.array(line.split(), float) for line in file.read_text().splitlines()]
+            assert len(lines) == len(boxes)
+            for values, (c, x, y, w, h) in zip(lines, boxes):
+                if task == "pose":
+                    assert np.allclose(values[:5], (c, x, y, w, h))
+                points = values[5 if task == "pose" else 1 :].reshape(-1, 2)
+                low, high = points.min(0), points.max(0)
+                slack = 0.5 if task == "obb" else 1e-5  # a turned rectangle reaches beyond the box of what is in it
+                assert values[0] == c and (abs(low - (x - w / 2, y - h / 2)) <= slack * np.array([w, h]) + 1e-5).all()
+                assert (abs(high - (x + w / 2, y + h / 2)) <= slack * np.array([w, h]) + 1e-5).all()
+    info = check_det_dataset(tmp_path / "pose" / "digits.yaml")
+    assert info["kpt_shape"] == [4, 2] and info["flip_idx"] == [0, 3, 2, 1]
+
+
+def test_classes_are_folders(tmp_path: Path):
+    data = digits.compose(tmp_path / "set", 24, 8, IMGSZ, task="classify")
+    info = check_cls_dataset(data)
+    assert info["names"] == {i: str(i) for i in range(10)}
+    assert [len(list(Path(info[split]).glob("*/*.jpg"))) for split in ("train", "val")] == [24, 8]
+    assert digits.compose(data, 24, 8, IMGSZ, task="classify") == data
+    next(data.glob("val/*/00003.jpg")).unlink()
+    with pytest.raises(ValueError, match="lacks files in val"):
+        digits.compose(data, 24, 8, IMGSZ, task="classify")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -170,6 +203,7 @@ def test_an_incomplete_or_moved_set_is_refused(tmp_path: Path):
         ({"imgsz": 32}, "imgsz=32.*>= 64"),
         ({"imgsz": 100}, "imgsz=100.*multiple of 32"),
         ({"seed": -1}, "seed=-1"),
+        ({"task": "depth"}, "task='depth'.*classify"),
     ],
 )
 def test_bad_options_are_refused(tmp_path: Path, options: dict, message: str):
@@ -179,7 +213,7 @@ def test_bad_options_are_refused(tmp_path: Path, options: dict, message: str):
 
 
 def test_an_interrupted_call_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def stop(rows, imgsz):
+    def stop(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(digits, "_label_text", stop)

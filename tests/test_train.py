@@ -258,14 +258,6 @@ def test_refused_before_training(train, arguments, message):
         train({}, **arguments)
 
 
-@pytest.mark.parametrize(
-    ("model", "message"), [("yolov8n-cls.yaml", "classif|Classif"), ("yolov8n-seg.yaml", "Segment")]
-)
-def test_models_that_are_not_supported_are_refused_at_once(model, message):
-    with pytest.raises(QCError, match=message):
-        add_qc_callbacks(YOLO(model))
-
-
 def test_quantized_models_are_refused(train):
     yolo = train({"correction": "off"})
     with pytest.raises(QCError, match="already quantized"):

@@ -60,8 +60,7 @@ class QCCallbacks:
     def on_pretrain_routine_start(self, trainer: BaseTrainer) -> None:
         """Refuse what cannot work, before any training time is spent."""
         args = trainer.args
-        if args.task != "detect":
-            raise QCError(f"QC: task={args.task!r} is not supported yet; accepted: 'detect'.")
+        host.check_task(args.task)
         if args.quantize is not None:
             raise QCError(
                 f"QC: quantize={args.quantize!r} is Ultralytics' own quantization and cannot be combined with "
@@ -211,7 +210,8 @@ def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConf
     With `onnx=` alone, and a quantized model: choose the kind of graph that `model.export(format="onnx")` writes.
 
     Args:
-        model: An `ultralytics.YOLO` object with a float detection model, or a trainer that has not started.
+        model: An `ultralytics.YOLO` object with a float model (of a task in `host.MODELS`), or a trainer that has not
+            started.
         config: The options; or give them by name:
         **options: Fields of `QCConfig`, e.g. bits=4; or onnx="int8" or "int4".
 

@@ -8,8 +8,8 @@ Three comparisons for each runtime:
    as the share that differs and the largest difference in quantization steps. End to end no two float implementations
    agree bit for bit: a value that lies at a rounding threshold moves by a step, and what follows moves with it. So the
    share of codes that differ end to end is reported, and not judged.
-3. mAP, by pycocotools, on the same square images: of the checkpoint as it was trained (fake-quantized), of its deployed
-   form in PyTorch, and of the runtime.
+3. Accuracy on the same square images: of the checkpoint as it was trained (fake-quantized), of its deployed form in
+   PyTorch, and of the runtime. For detection that is mAP by pycocotools, for other tasks the host's own figures.
 """
 
 from __future__ import annotations
@@ -18,22 +18,27 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from ultralytics import YOLO
 from ultralytics.utils import LOGGER
 
 from . import host
 from .config import QCError
 from .deploy import DeployedConv2d, deployed_convs
-from .evaluate import evaluate, load_detector
+from .evaluate import evaluate, load_model
 from .qdq import links
+from .report import figures_of
 
 MAX_STEPS = 1  # largest difference of a code that passes, given the same input
-MAX_POINTS = 0.1  # largest difference of mAP50-95 that passes, in points
+MAX_POINTS = 0.1  # largest difference of a task's main figures that passes, in points
+MAIN_FIGURES = ("AP", "map50_95", "mask_map50_95", "pose_map50_95", "top1")
 RUNTIMES = ("onnxruntime", "onnxruntime, not optimised", "openvino")
 
 Run = Callable[[np.ndarray], list[np.ndarray]]  # images (b, 3, h, w) -> the graph's outputs
@@ -55,17 +60,18 @@ def check(
         model: Checkpoint of a quantized model.
         onnx: What `yolo export format=onnx` made of it (without nms=True).
         data: Data YAML, as Ultralytics accepts it.
-        images: Images for the comparison of codes; mAP is of the whole split.
+        images: Images for the comparison of codes; figures are of the whole split.
         split: "train", "val" or "test".
         conf: Lowest confidence kept, 0..1.
         iou: Overlap from which non-maximum suppression drops the weaker box, 0..1.
 
     Returns:
         "model", "onnx", "data", "imgsz", "images"; "weights", the names of layers whose integer weights differ;
-        "checkpoint" and "pytorch" (deployed) with AP and AP50 in 0..1; "runtimes", a list of dicts: name, AP, AP50,
-        points (difference of AP to "pytorch" in points), steps (largest, layer by layer), changed (share, layer by
-        layer), changed_end_to_end (share), output (largest difference end to end, in the outputs' own units), or name
-        and skipped (a reason); "passed".
+        "checkpoint" and "pytorch" (deployed) with figures in 0..1 (AP and AP50 of detection, those of
+        `report.figures_of` of other tasks); "runtimes", a list of dicts: name, the figures, points (largest difference
+        of the main ones to "pytorch" in points), steps (largest, layer by layer), changed (share, layer by layer),
+        changed_end_to_end (share), output (largest difference end to end, in the outputs' own units), or name and
+        skipped (a reason); "passed".
 
     Raises:
         QCError: If a file is missing or cannot be read, or the ONNX file was not exported from a model like this one.
@@ -79,9 +85,9 @@ def check(
     settings = dict(data=data, imgsz=graph.imgsz, batch=graph.batch, split=split, conf=conf, iou=iou, rect=False)
 
     with _forward(yolo.model, stash.wrap):
-        expected = evaluate(yolo, **settings)
+        expected = _figures(yolo, settings)
     with _forward(yolo.model, lambda _: fake_quantized):
-        trained = evaluate(yolo, **settings)
+        trained = _figures(yolo, settings)
     sample = torch.cat(stash.batches)[:images]
     result = {
         "model": str(model),
@@ -90,8 +96,8 @@ def check(
         "imgsz": graph.imgsz,
         "images": len(sample),
         "weights": graph.differing_weights(deployed_convs(yolo.model)),
-        "checkpoint": {k: trained["coco"][k] for k in ("AP", "AP50")},
-        "pytorch": {k: expected["coco"][k] for k in ("AP", "AP50")},
+        "checkpoint": trained,
+        "pytorch": expected,
         "runtimes": [],
     }
     for name in RUNTIMES:
@@ -101,10 +107,9 @@ def check(
         LOGGER.info(f"{host.PREFIX}{name}")
         row = {"name": name, **_compare_codes(yolo.model, graph, name, sample)}
         run = _batched(_session(graph.path.read_bytes(), name), graph.fixed_batch)
-        with _forward(yolo.model, lambda _: lambda x, *a, **k: torch.from_numpy(run(x.cpu().numpy())[0])):
-            found = evaluate(yolo, **settings)
-        row |= {k: found["coco"][k] for k in ("AP", "AP50")}
-        row["points"] = _points(row, result["pytorch"])
+        with _forward(yolo.model, lambda _, run=run: partial(_run_on, run)):
+            found = _figures(yolo, settings)
+        row |= {**found, "points": _points(found, expected)}
         result["runtimes"].append(row)
     judged = [r for r in result["runtimes"] if "skipped" not in r]
     result["passed"] = (
@@ -115,29 +120,40 @@ def check(
     return result
 
 
-def _points(a: dict[str, Any], b: dict[str, Any]) -> float:
-    """Difference of AP in points; no ground truth at all counts as 0."""
-    return 100 * abs((a["AP"] or 0.0) - (b["AP"] or 0.0))
+def _figures(yolo: YOLO, settings: dict[str, Any]) -> dict[str, float | None]:
+    """Figures by name, in 0..1; None where there is no ground truth."""
+    if yolo.task == "detect":
+        coco = evaluate(yolo, **settings)["coco"]
+        return {name: coco[name] for name in ("AP", "AP50")}
+    with TemporaryDirectory() as folder:
+        found = figures_of(yolo.val(**settings, plots=False, verbose=False, project=folder).results_dict)
+    return {name: value for name, value in found.items() if name != "fitness"}
+
+
+def _points(a: dict[str, float | None], b: dict[str, float | None]) -> float:
+    """Largest difference of the main figures in points; no ground truth at all counts as 0."""
+    return max(100 * abs((a[name] or 0.0) - (b[name] or 0.0)) for name in a if name in MAIN_FIGURES)
 
 
 def format_check(result: dict[str, Any]) -> str:
-    """The result of `check` as plain text, AP in points."""
-    head = f"{result['model']} and {result['onnx']} on {result['data']}, imgsz {result['imgsz']}"
-    rows = [("", "AP", "AP50", "difference", "steps", "codes changed", "end to end")]
+    """The result of `check` as plain text, figures in points."""
+    names = list(result["pytorch"])
+    figures = lambda found: [f"{100 * (found[name] or 0):.2f}" for name in names]  # noqa: E731
+    rows = [("", *names, "difference", "steps", "codes changed", "end to end")]
     for key, label in (("checkpoint", "checkpoint"), ("pytorch", "deployed, PyTorch")):
-        rows.append((label, *(f"{100 * (result[key][k] or 0):.2f}" for k in ("AP", "AP50")), "", "", "", ""))
+        rows.append((label, *figures(result[key]), "", "", "", ""))
     for r in result["runtimes"]:
         if "skipped" in r:
-            rows.append((r["name"], r["skipped"], "", "", "", "", ""))
+            rows.append((r["name"], r["skipped"]))
             continue
-        points = [f"{100 * (r[k] or 0):.2f}" for k in ("AP", "AP50")]
         shares = [f"{r[k]:.2e}" for k in ("changed", "changed_end_to_end")]
-        rows.append((r["name"], *points, f"{r['points']:.2f}", str(r["steps"]), *shares))
-    lines = [head, *(f"{a:<28}{b:>8}{c:>8}{d:>12}{e:>7}{f:>15}{g:>12}".rstrip() for a, b, c, d, e, f, g in rows)]
+        rows.append((r["name"], *figures(r), f"{r['points']:.2f}", str(r["steps"]), *shares))
+    lines = [f"{result['model']} and {result['onnx']} on {result['data']}, imgsz {result['imgsz']}"]
+    lines += ["".join([f"{head:<28}", *(f"{cell:>14}" for cell in cells)]).rstrip() for head, *cells in rows]
     lines.append(f"integer weights: {'differ in ' + ', '.join(result['weights']) if result['weights'] else 'equal'}")
     lines.append(
         f"{'passed' if result['passed'] else 'FAILED'} (accepted: {MAX_STEPS} step layer by layer over "
-        f"{result['images']} images, {MAX_POINTS} points of AP)"
+        f"{result['images']} images, {MAX_POINTS} points of the main figures)"
     )
     return "\n".join(lines)
 
@@ -243,7 +259,7 @@ class _Exported:
 def _load_quantized(model: str | Path, graph: _Exported):
     """The checkpoint in the deployed form, with the head that the file has, and itself."""
     try:
-        yolo = load_detector(model)
+        yolo = load_model(model)
     except FileNotFoundError as e:
         raise QCError(f"QC: {e}") from None
     except Exception as e:  # a truncated or foreign file: torch, zip and pickle errors alike
@@ -283,6 +299,12 @@ def _forward(model: nn.Module, wrap) -> Iterator[None]:
         yield
     finally:
         del model.forward
+
+
+def _run_on(run: Run, x: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor, ...]:
+    """A runtime's outputs as the host's own backends give them."""
+    values = tuple(map(torch.from_numpy, run(x.cpu().numpy())))
+    return values if len(values) > 1 else values[0]
 
 
 def _session(model: bytes, name: str) -> Run:
@@ -337,13 +359,15 @@ def _compare_codes(model: nn.Module, graph: _Exported, name: str, images: Tensor
         free = _Codes(model, graph, theirs, force=False)
         with free:
             mine = model(image)
-        mine = mine[0] if isinstance(mine, (tuple, list)) else mine
-        if mine.shape != values[0].shape:
+        mine = mine[0] if isinstance(mine, (tuple, list)) else mine  # what follows are the training loss' inputs
+        mine = mine if isinstance(mine, (tuple, list)) else (mine,)
+        shapes = [tuple(v.shape) for v in mine], [v.shape for v in values[:count]]
+        if shapes[0] != shapes[1]:
             raise QCError(
-                f"QC: onnx={graph.path} gives outputs of shape {values[0].shape}, the model {tuple(mine.shape)}; "
+                f"QC: onnx={graph.path} gives outputs of shape {shapes[1]}, the model {shapes[0]}; "
                 "accepted: files exported without nms=True."
             )
-        output = max(output, float((mine - torch.from_numpy(values[0])).abs().max()))
+        output = max(output, *(float((a - torch.from_numpy(b)).abs().max()) for a, b in zip(mine, values)))
         total, changed = total + forced.total, changed + forced.changed
         changed_end_to_end, steps = changed_end_to_end + free.changed, max(steps, forced.steps)
     return {

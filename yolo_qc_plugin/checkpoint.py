@@ -29,7 +29,7 @@ class QuantRecord:
 
     Args:
         config: Its options, `QCConfig.to_dict()`.
-        float_metrics: map50_95, map50 and fitness of the float model that training began with, where measured.
+        float_metrics: Figures of the float model that training began with (see report.figures_of), where measured.
         format: Version of the checkpoint's form.
         plugin: Version of the plugin that wrote it.
         run: Id of the training run.

@@ -130,12 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     check.add_argument("pairs", nargs="+", metavar="key=value")
 
-    digits = commands.add_parser("digits", help="compose a detection data set from pixels that installed packages ship")
+    digits = commands.add_parser("digits", help="compose a data set from pixels that installed packages ship")
     digits.add_argument("--out", required=True, type=Path, help="new folder")
     digits.add_argument("--train", type=int, default=300, help="training images (300)")
     digits.add_argument("--val", type=int, default=100, help="validation images (100)")
     digits.add_argument("--imgsz", type=int, default=160, help="image side in pixels, a multiple of 32 (160)")
     digits.add_argument("--seed", type=int, default=0)
+    digits.add_argument("--task", default="detect", help="detect, segment, pose, obb or classify (detect)")
 
     hook = commands.add_parser("hook", help="the start-up hook of `yolo`: needed by hand for editable installs only")
     hook.add_argument("action", choices=("install", "remove", "status"))
@@ -209,7 +210,7 @@ def _eval(args: argparse.Namespace) -> None:
 def _digits(args: argparse.Namespace) -> None:
     from .digits import compose
 
-    print(compose(args.out, args.train, args.val, args.imgsz, args.seed))
+    print(compose(args.out, args.train, args.val, args.imgsz, args.seed, args.task))
 
 
 def _hook(args: argparse.Namespace) -> None:

@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""A small detection data set from real pixels that installed packages ship.
+"""A small data set for each task from real pixels that installed packages ship.
 
 Handwritten digits (scikit-learn's `load_digits`: 1797 scans of 8x8 pixels) are pasted over crops of the photographs in
 Ultralytics' assets. Nothing is downloaded. Train and val share neither a digit scan nor a photograph's pixel.
@@ -33,13 +33,15 @@ JPEG_QUALITY = 92
 
 PHOTOGRAPHS = ("bus.jpg", "zidane.jpg")
 SPLITS = ("train", "val")
+TASKS = ("detect", "segment", "pose", "obb", "classify")
+KEYPOINTS = 4  # of a digit: the ends of its ink at the top, right, bottom and left
 # Intensities between which ink goes from transparent to opaque. The lower one is well above 0 so that a tight box is
 # tight to the eye too, not to a halo.
 INK = (0.3, 0.55)
 
 
-def compose(out: str | Path, train: int, val: int, imgsz: int, seed: int = 0) -> Path:
-    """Write the data set in YOLO layout and return the path of its YAML.
+def compose(out: str | Path, train: int, val: int, imgsz: int, seed: int = 0, task: str = "detect") -> Path:
+    """Write the data set in Ultralytics' layout and return what `data=` takes.
 
     The same arguments give the same bytes, and the first n images of a split depend on `imgsz` and `seed` alone, not
     on how many are made. The folder appears only when it is complete: an interrupted call leaves none. A second call
@@ -51,46 +53,56 @@ def compose(out: str | Path, train: int, val: int, imgsz: int, seed: int = 0) ->
         val: Images of the val split, >= 1.
         imgsz: Side of the square images in pixels, a multiple of 32, >= 64.
         seed: Seed of every random draw, >= 0.
+        task: What the labels are for, one of TASKS. All tasks but "classify" have the same images.
 
     Returns:
-        `out/digits.yaml`, beside `images/{train,val}/*.jpg` and `labels/{train,val}/*.txt`; classes 0 to 9.
+        `out/digits.yaml`, beside `images/{train,val}/*.jpg` and `labels/{train,val}/*.txt`; classes 0 to 9. Masks are
+        convex outlines of the ink, oriented boxes the smallest around it. For "classify" `out` itself, with
+        `{train,val}/{class}/*.jpg`, one digit each, cut out of that image.
 
     Raises:
         ValueError: An option is out of range, or `out` holds anything else than this very set.
         ImportError: scikit-learn is not installed.
     """
     _check_options(train=train, val=val, imgsz=imgsz, seed=seed)
+    if task not in TASKS:
+        raise ValueError(f"task={task!r} is not accepted: it must be one of {', '.join(TASKS)}")
     out = Path(out).resolve()
     yaml = out / "digits.yaml"
+    data = out if task == "classify" else yaml
     counts = {"train": train, "val": val}
-    text = _yaml_text(out, counts, imgsz, seed)
+    text = _yaml_text(out, counts, imgsz, seed, task)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        _check_same(out, text, counts)
-        return yaml
+        _check_same(out, text, counts, task)
+        return data
 
     scans, classes = _load_scans(seed)
     partial = out.with_name(f".{out.name}.{os.getpid()}")  # beside `out`, so that the last step is one rename
     try:
         for index, split in enumerate(SPLITS):
-            images, labels = partial / "images" / split, partial / "labels" / split
-            images.mkdir(parents=True)
-            labels.mkdir(parents=True)
+            for folder in _folders(partial, split, task):
+                folder.mkdir(parents=True)
             photographs = _load_photographs(split)
             for i in TQDM(range(counts[split]), desc=f"digits {split}"):
                 rng = np.random.default_rng([seed, index, i])
                 canvas = _crop_background(rng, photographs, imgsz)
-                rows = _paste_digits(rng, canvas, scans[split], classes[split])
+                rows, outlines = _paste_digits(rng, canvas, scans[split], classes[split])
                 canvas = _add_noise(rng, canvas)
+                if task == "classify":  # the last digit, which no other covers
+                    image, canvas = partial / split / str(rows[-1][0]) / f"{i:05d}.jpg", _cut_out(canvas, *rows[-1][1:])
+                else:
+                    image, label = (d / f"{i:05d}" for d in _folders(partial, split, task))
+                    image = image.with_suffix(".jpg")
+                    label.with_suffix(".txt").write_text(_label_text(rows, outlines, imgsz, task), encoding="utf-8")
                 jpeg = cv2.imencode(".jpg", canvas, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
-                (images / f"{i:05d}.jpg").write_bytes(jpeg.tobytes())
-                (labels / f"{i:05d}.txt").write_text(_label_text(rows, imgsz), encoding="utf-8")
+                image.write_bytes(jpeg.tobytes())
         (partial / yaml.name).write_text(text, encoding="utf-8")
         if out.exists():
             out.rmdir()  # it is empty; not every system renames over a folder
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return yaml
+    return data
 
 
 def _check_options(**options: int) -> None:
@@ -103,17 +115,27 @@ def _check_options(**options: int) -> None:
         raise ValueError(f"imgsz={options['imgsz']} is not accepted: it must be a multiple of 32")
 
 
-def _yaml_text(out: Path, counts: dict[str, int], imgsz: int, seed: int) -> str:
+def _folders(root: Path, split: str, task: str) -> list[Path]:
+    """Where a split's files go: images and labels, or one folder for each class."""
+    if task == "classify":
+        return [root / split / str(digit) for digit in range(10)]
+    return [root / "images" / split, root / "labels" / split]
+
+
+def _yaml_text(out: Path, counts: dict[str, int], imgsz: int, seed: int, task: str) -> str:
     """The data YAML; its first line says what made the folder."""
     names = "".join(f"  {digit}: '{digit}'\n" for digit in range(10))
+    other = "" if task == "detect" else f" task={task}"
+    flipped = [0, *range(KEYPOINTS - 1, 0, -1)]  # mirrored, left is right
+    keypoints = f"kpt_shape: [{KEYPOINTS}, 2]\nflip_idx: {flipped}\n" if task == "pose" else ""
     return (
         f"# yolo_qc_plugin digits, version {VERSION}: train={counts['train']} val={counts['val']} imgsz={imgsz} "
-        f"seed={seed}\npath: '{str(out).replace(chr(39), chr(39) * 2)}'\n"
-        f"train: images/train\nval: images/val\nnames:\n{names}"
+        f"seed={seed}{other}\npath: '{str(out).replace(chr(39), chr(39) * 2)}'\n"
+        f"train: images/train\nval: images/val\nnames:\n{names}{keypoints}"
     )
 
 
-def _check_same(out: Path, text: str, counts: dict[str, int]) -> None:
+def _check_same(out: Path, text: str, counts: dict[str, int], task: str) -> None:
     """Raise a ValueError unless the folder `out` holds all of the set whose YAML is `text`."""
     yaml = out / "digits.yaml"
     found = yaml.read_text(encoding="utf-8") if yaml.is_file() else ""
@@ -125,9 +147,10 @@ def _check_same(out: Path, text: str, counts: dict[str, int]) -> None:
     if found != text:
         raise ValueError(f"out='{out}' was moved or its digits.yaml edited: choose another folder")
     for split, count in counts.items():
-        for kind, suffix in (("images", "jpg"), ("labels", "txt")):
-            if any(not (out / kind / split / f"{i:05d}.{suffix}").is_file() for i in range(count)):
-                raise ValueError(f"out='{out}' lacks files in {kind}/{split}: delete it or choose another folder")
+        for folder in [out / split] if task == "classify" else _folders(out, split, task):
+            if not {f"{i:05d}" for i in range(count)} <= {f.stem for f in folder.rglob("*.*")}:
+                where = folder.relative_to(out).as_posix()
+                raise ValueError(f"out='{out}' lacks files in {where}: delete it or choose another folder")
 
 
 def _load_scans(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -169,10 +192,15 @@ def _crop_background(rng: np.random.Generator, photographs: list[np.ndarray], im
 
 def _paste_digits(
     rng: np.random.Generator, canvas: np.ndarray, scans: np.ndarray, classes: np.ndarray
-) -> list[tuple[int, int, int, int, int]]:
-    """Paste digits into `canvas` (in place) and return their rows (class, x, y, w, h), corner and size in pixels."""
+) -> tuple[list[tuple[int, int, int, int, int]], list[np.ndarray]]:
+    """Paste digits into `canvas`, in place.
+
+    Returns:
+        Rows (class, x, y, w, h), corner and size, and outlines (n, 2), in pixels.
+    """
     imgsz = canvas.shape[0]
     rows: list[tuple[int, int, int, int, int]] = []
+    outlines: list[np.ndarray] = []
     covered: list[int] = []  # pixels of each row's box that later boxes cover, an upper bound where those overlap
     for _ in range(rng.integers(OBJECTS[0], OBJECTS[1] + 1)):
         k = rng.integers(len(scans))
@@ -186,8 +214,9 @@ def _paste_digits(
                 _blend(canvas[y : y + h, x : x + w], alpha, _pick_ink(rng, canvas[y : y + h, x : x + w]))
                 covered = [c + o for c, o in zip(covered, overlap)] + [0]
                 rows.append((int(classes[k]), x, y, w, h))
+                outlines.append(_outline(alpha) + (x, y))
                 break
-    return rows
+    return rows, outlines
 
 
 def _draw_glyph(scan: np.ndarray, size: float, degrees: float) -> np.ndarray:
@@ -200,6 +229,20 @@ def _draw_glyph(scan: np.ndarray, size: float, degrees: float) -> np.ndarray:
     alpha = np.clip((drawn - INK[0]) / (INK[1] - INK[0]), 0.0, 1.0)
     rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
     return alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _outline(alpha: np.ndarray) -> np.ndarray:
+    """Convex outline (n, 2) of a glyph's ink as x, y in its pixels, corners of pixels included."""
+    ink = np.argwhere(alpha > 0)[:, ::-1]
+    corners = np.concatenate([ink + step for step in ((0, 0), (0, 1), (1, 0), (1, 1))])
+    return cv2.convexHull(corners.astype(np.int32))[:, 0]
+
+
+def _cut_out(canvas: np.ndarray, x: int, y: int, w: int, h: int) -> np.ndarray:
+    """The square around a box, of the canvas' size."""
+    imgsz, side = canvas.shape[0], max(w, h)
+    x, y = (min(max(start - (side - n) // 2, 0), imgsz - side) for start, n in ((x, w), (y, h)))
+    return cv2.resize(canvas[y : y + side, x : x + side], (imgsz, imgsz), interpolation=cv2.INTER_LINEAR)
 
 
 def _intersection(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> int:
@@ -230,9 +273,17 @@ def _add_noise(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
     return np.clip(np.round(canvas + noise), 0, 255).astype(np.uint8)
 
 
-def _label_text(rows: list[tuple[int, int, int, int, int]], imgsz: int) -> str:
-    """YOLO's rows `class x y w h`, centre and size over the image side."""
-    return "".join(
-        f"{c} {(x + w / 2) / imgsz:.6f} {(y + h / 2) / imgsz:.6f} {w / imgsz:.6f} {h / imgsz:.6f}\n"
-        for c, x, y, w, h in rows
-    )
+def _label_text(rows: list[tuple[int, int, int, int, int]], outlines: list[np.ndarray], imgsz: int, task: str) -> str:
+    """A task's rows: class, then x y w h (centre and size) and keypoints, or corners; all over the image side."""
+    lines = []
+    for (c, x, y, w, h), outline in zip(rows, outlines):
+        values = [x + w / 2, y + h / 2, w, h]
+        if task == "segment":
+            values = outline.flatten()
+        elif task == "obb":
+            values = cv2.boxPoints(cv2.minAreaRect(outline)).clip(0, imgsz).flatten()
+        elif task == "pose":
+            ends = outline[:, 1].argmin(), outline[:, 0].argmax(), outline[:, 1].argmax(), outline[:, 0].argmin()
+            values += outline[list(ends)].flatten().tolist()
+        lines.append(" ".join([str(c), *(f"{v / imgsz:.6f}" for v in values)]) + "\n")
+    return "".join(lines)

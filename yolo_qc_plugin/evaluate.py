@@ -207,13 +207,18 @@ def format_table(result: dict[str, Any]) -> str:
     return "\n".join([head, counts, *(f"{a:<{width}}  {b:>8}  {c:>11}".rstrip() for a, b, c in rows)])
 
 
-def load_detector(model: str | Path) -> YOLO:
-    """The model, checked; a missing checkpoint is refused before Ultralytics asks the network for it."""
+def load_model(model: str | Path) -> YOLO:
+    """The model; a missing checkpoint is refused before Ultralytics asks the network for it."""
     name = Path(model).name
     known = "://" in str(model) or name in GITHUB_ASSETS_NAMES or Path(model).is_file()
     if name.endswith(".pt") and not known:
         raise FileNotFoundError(f"model '{model}' does not exist: pass a checkpoint, an exported model or a model YAML")
-    yolo = YOLO(model)
+    return YOLO(model)
+
+
+def load_detector(model: str | Path) -> YOLO:
+    """The model, if it is a detector."""
+    yolo = load_model(model)
     if yolo.task_map[yolo.task]["validator"] is not DetectionValidator:
         kind = f"{type(yolo).__name__} of task '{yolo.task}'"
         raise ValueError(f"model '{model}' is a {kind}, only YOLO models of task 'detect' are accepted")

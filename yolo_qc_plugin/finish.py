@@ -27,7 +27,7 @@ from .correction import (
     weights_quantized_once,
 )
 from .inject import calibrate_outputs, quantize_outputs
-from .report import build_report, console_table, write_report
+from .report import build_report, console_table, figures_of, write_report
 from .resume import conclude
 from .snap import snap
 
@@ -40,7 +40,7 @@ def validate(trainer: BaseTrainer, model: nn.Module | Path) -> dict[str, float]:
         model: Checkpoint, or a module (fused in the course of it, so give a copy).
 
     Returns:
-        map50_95, map50 and fitness, each in [0, 1].
+        The task's figures, as `figures_of` names them.
     """
     validator = trainer.validator
     # arguments of its own: a measurement outside training sets some of them for good (save_json on COCO, say)
@@ -50,17 +50,7 @@ def validate(trainer: BaseTrainer, model: nn.Module | Path) -> dict[str, float]:
         validator(model=model)
     finally:
         validator.args = args
-    return metrics_of(validator)
-
-
-def metrics_of(validator) -> dict[str, float]:
-    """The figures of the validator's last pass."""
-    results = validator.metrics.results_dict
-    return {
-        "map50_95": float(results["metrics/mAP50-95(B)"]),
-        "map50": float(results["metrics/mAP50(B)"]),
-        "fitness": float(results["fitness"]),
-    }
+    return figures_of(validator.metrics.results_dict)
 
 
 def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
@@ -75,7 +65,7 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
     """
     best = trainer.best if trainer.best.exists() else trainer.last
     qat = trainer.wdir / "qat.pt"
-    metrics = {"float_outputs": metrics_of(trainer.validator)}
+    metrics = {"float_outputs": figures_of(trainer.validator.metrics.results_dict)}
     if config.output_bits is None:
         shutil.copyfile(best, qat)
         metrics["qat"] = metrics["float_outputs"]
@@ -106,7 +96,7 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
         else:
             shutil.copyfile(qat, temporary)
             model, _ = load_checkpoint(qat, device=trainer.device)
-        images = (batch["img"].to(trainer.device).float() / 255 for batch in trainer.test_loader)
+        images = (trainer.validator.preprocess(batch)["img"].float() for batch in trainer.test_loader)
         report = build_report(model, config, metrics, kept=kept, images=images)
         path = write_report(report, trainer.save_dir / "qc")
     conclude(trainer.last)

@@ -27,9 +27,16 @@ from ultralytics import __version__ as ULTRALYTICS_VERSION
 from ultralytics.engine import trainer as engine_trainer
 from ultralytics.engine.exporter import Exporter
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.nn.modules import DFL, Conv, Conv2, ConvTranspose, Detect, RepConv
+from ultralytics.nn.modules import DFL, Classify, Conv, Conv2, ConvTranspose, Detect, Proto, RepConv
 from ultralytics.nn.modules.block import RepVGGDW
-from ultralytics.nn.tasks import BaseModel, DetectionModel
+from ultralytics.nn.tasks import (
+    BaseModel,
+    ClassificationModel,
+    DetectionModel,
+    OBBModel,
+    PoseModel,
+    SegmentationModel,
+)
 from ultralytics.utils import LOGGER, colorstr
 from ultralytics.utils.checks import check_version
 from ultralytics.utils.export import engine, openvino
@@ -39,7 +46,7 @@ from ultralytics.utils.torch_utils import fuse_conv_and_bn, fuse_deconv_and_bn, 
 from .checkpoint import AtomicPath, QuantRecord, record_of, replacing
 from .config import QCError
 from .deploy import deploy_activation, deploy_conv, deployed_convs
-from .inject import replace_modules
+from .inject import evaluating, replace_modules
 from .layers import QuantConv2d, is_quantized, quant_activations, quant_convs, scale_parameters
 from .optimizer import separate_scales
 from .qdq import ONNX_KINDS, check_kind, write_qdq
@@ -47,6 +54,13 @@ from .qdq import ONNX_KINDS, check_kind, write_qdq
 ON_MODEL_SETUP = "on_model_setup"
 PREFIX = colorstr("QC: ")
 OPENVINO_OPSET = 18  # of the ONNX graph on the way to OpenVINO
+MODELS = {  # task -> the model that is accepted; subclasses (RT-DETR, World, YOLOE) are not
+    "detect": DetectionModel,
+    "segment": SegmentationModel,
+    "pose": PoseModel,
+    "obb": OBBModel,
+    "classify": ClassificationModel,
+}
 EXPORT_FORMATS = ("onnx", "openvino", "torchscript")  # those that carry the quantizers, see docs/deployment.md
 
 # what is patched, and the parameters it must have for the patch to be right
@@ -204,7 +218,7 @@ def _convert_integers(original):
             return original(model, im, output_dir, dynamic, *args, **kwargs)
         import openvino as ov
 
-        axes = {"images": {0: "batch", 2: "height", 3: "width"}, "output0": {0: "batch", 2: "anchors"}}
+        axes = {"images": {0: "batch", 2: "height", 3: "width"}}
         with TemporaryDirectory() as folder:
             file = engine.torch2onnx(
                 model, im, f"{folder}/model.onnx", OPENVINO_OPSET, dynamic=axes if dynamic else None
@@ -261,39 +275,67 @@ def output_blocks(model: nn.Module) -> list[Conv]:
 
 
 def blank_image(model: nn.Module) -> torch.Tensor:
-    """The smallest image that a model takes, black."""
-    side = 2 * int(model.stride.max())
+    """A small image that a model takes, black."""
+    side = 2 * max(int(model.stride.max()), 32)  # a classifier states a stride of 1
     return torch.zeros(1, model.yaml.get("channels", 3), side, side, device=next(model.parameters()).device)
 
 
+def check_task(task: str) -> None:
+    """Refuse a task whose models are not supported.
+
+    Raises:
+        QCError: Naming the accepted ones.
+    """
+    if task not in MODELS:
+        raise QCError(f"QC: task={task!r} is not supported; accepted: {', '.join(MODELS)}.")
+
+
 def check_model(model: nn.Module) -> None:
-    """Refuse what is not a plain detection model.
+    """Refuse what is not a YOLO model of one of the tasks in `MODELS`.
 
     Raises:
         QCError: Naming the model and what is accepted.
     """
     head = getattr(model, "model", [None])[-1]
-    if type(model) is not DetectionModel or not isinstance(head, Detect):
+    if type(model) not in MODELS.values() or not isinstance(head, (Detect, Classify)):
         raise QCError(
-            f"QC: {type(model).__name__} with head {type(head).__name__} is not supported yet; give a YOLO "
-            "detection model (YOLOv5, v8, 11, 26, ... with a Detect head)."
+            f"QC: {type(model).__name__} with head {type(head).__name__} is not supported; give a YOLO model "
+            f"(YOLOv5, v8, 11, 26, ...) of the task {', '.join(MODELS)}."
         )
 
 
 def edge_convs(model: nn.Module) -> set[str]:
-    """Names of the first convolution and of the head's bare output convolutions (those without batch norm)."""
+    """Names of the first convolution and of those that write the head's outputs.
+
+    These are its bare convolutions (without batch norm) and the last one of mask prototypes. A classifier's output is
+    written by a linear layer, which stays float.
+    """
     convs = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     head_prefix = f"model.{len(model.model) - 1}."
-    bare = {
-        f"{name}.{key}"
-        for name, m in model.named_modules()
-        if f"{name}.".startswith(head_prefix) and isinstance(m, nn.Sequential)
-        for key, child in m.named_children()
-        if isinstance(child, nn.Conv2d)
-    }
-    return {*convs[:1], *bare}
+    last = set()
+    for name, m in model.named_modules():
+        if f"{name}.".startswith(head_prefix) and isinstance(m, (nn.Sequential, nn.ModuleList)):
+            last |= {f"{name}.{key}" for key, child in m.named_children() if isinstance(child, nn.Conv2d)}
+        elif isinstance(m, Proto):
+            last.add(f"{name}.cv3.conv")
+    return {*convs[:1], *last}
 
 
+@torch.no_grad()
 def fixed_convs(model: nn.Module) -> set[str]:
-    """Names of convolutions that are constants, not learned: DFL's."""
-    return {f"{name}.conv" for name, m in model.named_modules() if isinstance(m, DFL)}
+    """Names of convolutions that are not to be quantized.
+
+    That is DFL's, a constant, and those that compute nothing but a part of the training loss (YOLO26: the spread of
+    keypoints, semantic masks).
+    """
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    ran: set[nn.Module] = set()
+    hooks = [m.register_forward_hook(lambda m, *_: ran.add(m)) for m in convs.values()]
+    try:
+        with evaluating(model):
+            model(blank_image(model))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    constant = {f"{name}.conv" for name, m in model.named_modules() if isinstance(m, DFL)}
+    return constant | {name for name, m in convs.items() if m not in ran}

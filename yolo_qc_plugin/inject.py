@@ -113,15 +113,12 @@ def share_quantizers(model: nn.Module, image: torch.Tensor) -> int:
         readers.setdefault((id(args[0]), conv.act_quant.bits), []).append(conv)
 
     hooks = [m.register_forward_pre_hook(note) for _, m in quant_convs(model)]
-    modes = {m: m.training for m in model.modules()}
     try:
-        model.eval()
-        model(image)
+        with evaluating(model):
+            model(image)
     finally:
         for hook in hooks:
             hook.remove()
-        for m, training in modes.items():
-            m.training = training
     gone = 0
     for (tensor, _), (first, *others) in readers.items():
         if tensor == id(image):
@@ -175,6 +172,18 @@ def quantize_outputs(blocks: Iterable[nn.Module], bits: int) -> list[QuantActiva
         block.act = QuantActivation(block.act, bits).to(device).train(block.training).requires_grad_(False)
         acts.append(block.act)
     return acts
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """Eval mode within the context; every module's own mode comes back."""
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for m, training in modes.items():
+            m.training = training
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterable
+from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 
@@ -16,8 +17,20 @@ from torch import Tensor, nn
 from . import __version__
 from .checkpoint import record_of, replacing
 from .config import QCConfig
+from .deploy import deployed_convs
+from .host import deploy_model
 from .layers import QuantConv2d, quant_activations, quant_convs
 
+FIGURES = {  # the host's key -> ours, and the heading in the console; those that a task has are reported
+    "metrics/mAP50-95(B)": ("map50_95", "mAP50-95"),
+    "metrics/mAP50(B)": ("map50", "mAP50"),
+    "metrics/mAP50-95(M)": ("mask_map50_95", "mask 50-95"),
+    "metrics/mAP50(M)": ("mask_map50", "mask 50"),
+    "metrics/mAP50-95(P)": ("pose_map50_95", "pose 50-95"),
+    "metrics/mAP50(P)": ("pose_map50", "pose 50"),
+    "metrics/accuracy_top1": ("top1", "top1"),
+    "metrics/accuracy_top5": ("top5", "top5"),
+}
 CLIP_BATCHES = 4  # validation batches over which the share of clipped activations is counted
 
 
@@ -29,7 +42,7 @@ def build_report(
     Args:
         model: The model that best.pt holds, in eval mode.
         config: Options of the run.
-        metrics: map50_95, map50 and fitness of "float_outputs" (after QAT, outputs not quantized), "qat" (with them)
+        metrics: Figures (see `figures_of`) of "float_outputs" (after QAT, outputs not quantized), "qat" (with them)
             and "qc" (corrected, or None where that is off).
         kept: "qat" or "qc".
         images: Batches in [0, 1] on the model's device, for the share of clipped activations.
@@ -75,6 +88,12 @@ def describe(name: str, conv: QuantConv2d) -> dict:
     }
 
 
+def figures_of(results: dict[str, float]) -> dict[str, float]:
+    """A task's main figures out of the host's results, by our names, and fitness, which decides what is kept."""
+    figures = {name: float(results[key]) for key, (name, _) in FIGURES.items() if key in results}
+    return {**figures, "fitness": float(results["fitness"])}
+
+
 @torch.no_grad()
 def clipped_shares(model: nn.Module, images: Iterable[Tensor]) -> dict[str, float]:
     """Share of each layer's input values that its quantizer clips, over the first `CLIP_BATCHES` batches."""
@@ -96,17 +115,17 @@ def model_size(model: nn.Module) -> dict[str, float]:
     """Size of the deployed parameters in MB (1e6 bytes): all in FP32, and with quantized weights at their bits.
 
     Both count weights, one scale and one bias per output channel of a quantized convolution (BN and QC folded in), and
-    everything else in FP32.
+    everything else in FP32. What training alone needs, a second head say, is not counted.
     """
-    convs = [conv for _, conv in quant_convs(model)]
-    quantized = [*convs, *(act.quant for _, act in quant_activations(model))]
-    inside = {id(p) for m in quantized for p in m.parameters()}
-    norms = {id(p) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
-    rest = 4 * sum(p.numel() for p in model.parameters() if id(p) not in inside | norms)
+    deployed = deepcopy(model)
+    deploy_model(deployed)
+    convs = deployed_convs(deployed).values()
+    inside = {id(p) for conv in convs for p in conv.parameters()}
+    rest = 4 * sum(p.numel() for p in deployed.parameters() if id(p) not in inside)
     channels = sum(conv.out_channels for conv in convs)
     return {
-        "float32": (rest + 4 * sum(c.weight.numel() for c in convs) + 4 * channels) / 1e6,
-        "quantized": (rest + sum(c.weight.numel() * c.weight_quant.bits for c in convs) / 8 + 8 * channels) / 1e6,
+        "float32": (rest + 4 * sum(c.weight_codes.numel() for c in convs) + 4 * channels) / 1e6,
+        "quantized": (rest + sum(c.weight_codes.numel() * c.bits for c in convs) / 8 + 8 * channels) / 1e6,
     }
 
 
@@ -131,7 +150,8 @@ def console_table(report: dict) -> str:
             f"{x['act_scale']:>10.4g}{offset:>10}{x['weight_clipped']:>8.2%}{x['act_clipped']:>8.2%}{x['weight_codes']:>7}"
         )
     size, metrics = report["size_mb"], report["metrics"]
-    rows += ["", f"{'':<14}{'mAP50-95':>10}{'mAP50':>10}{'MB':>10}"]
+    columns = [(name, title) for name, title in FIGURES.values() if name in metrics["qat"]]
+    rows += ["", f"{'':<14}" + "".join(f"{title:>12}" for _, title in [*columns, ("", "MB")])]
     for key, label, mb in (
         ("float", "float start", size["float32"]),
         ("qat", "QAT", size["quantized"]),
@@ -139,7 +159,8 @@ def console_table(report: dict) -> str:
     ):
         if metrics.get(key):
             mark = "  <- best.pt" if key == report["kept"] else ""
-            rows.append(f"{label:<14}{metrics[key]['map50_95']:>10.4f}{metrics[key]['map50']:>10.4f}{mb:>10.2f}{mark}")
+            figures = "".join(f"{metrics[key][name]:>12.4f}" for name, _ in columns)
+            rows.append(f"{label:<14}{figures}{mb:>12.2f}{mark}")
     return "\n".join(rows)
 
 
