@@ -188,6 +188,19 @@ def test_scaler_leaves_the_steps_as_they_are():
     assert results[0] == results[1] > 1
 
 
+@pytest.mark.parametrize("epoch", [[1.0, 2.0, 3.0, 5.0], [1.0, 2.0, 3.0]], ids=["even", "rest"])
+def test_accumulated_batches_make_one_step(epoch):
+    """Steps on sums of two batches' gradients are steps on batches of twice the size; what is left over counts, too."""
+    results = []
+    for batches, accumulate in ((epoch, 2), ([sum(epoch[:2]), sum(epoch[2:])], 1)):
+        trained, affine = toy()
+        done = train_correction(
+            trained, [batches] * 2, lambda size: size * affine.gamma.square().sum() / 4, 0.1, 4, accumulate=accumulate
+        )
+        results.append((done, affine.gamma.item()))
+    assert results[0] == results[1] and results[0][0] == 4
+
+
 def test_frozen_weights_are_quantized_once():
     """Within the context neither a changed weight nor a changed scale shows; after it they do again."""
     conv = QuantConv2d.from_float(nn.Conv2d(3, 4, 3), 4, 4, False, True)

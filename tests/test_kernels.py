@@ -200,3 +200,24 @@ def test_no_compilation_after_the_first_epoch(digits, tmp_path):
     model.train(data=str(digits), project=str(tmp_path), name="run", **settings)
     assert len(graphs) == 4 and graphs[0] == graphs[-1] > 0
     assert len({s[0] for s in sizes}) > 1 and len({s[-1] for s in sizes}) > 1, sizes
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("size", [6e-8, 3e4], ids=["smallest", "largest"])
+def test_sums_of_half_precision_neither_overflow_nor_underflow(size, compiled):
+    """FP16 activations of a batch at 640 px, and the gradients of a loss scaled by 65536, from FP16's smallest number
+    to its largest."""
+    torch.manual_seed(0)
+    x = (torch.randn(8, 32, 160, 160) * 0.5).half()
+    grad = (torch.randint(1, 3, x.shape) * size).half()  # of one sign, so that nothing cancels
+    scale, offset = torch.tensor([0.05]), torch.tensor([-0.2])
+    _, _, by_scale, by_offset = compute(x, grad, scale, offset, 0, 15, compiled)
+    v = (x.double() - offset.double()) / scale.double()
+    inside = (v > 0) & (v < 15)
+    factor = torch.where(inside, v.round() - v, v.clamp(0, 15))
+    for found, wanted in ((by_scale, grad.double() * factor), (by_offset, grad.double() * ~inside)):
+        assert found.dtype == torch.float32
+        # FP32's rounding of six million additions, which torch.dot on a CPU makes one after another
+        torch.testing.assert_close(found.double(), wanted.sum().view(1) * 0.25, rtol=5e-3, atol=0)
+    in_half = grad * factor.half()  # negative control
+    assert in_half.sum().isinf() if size > 1 else (in_half[inside] == 0).float().mean() > 0.3

@@ -236,11 +236,16 @@ def test_one_huge_step_halves_or_doubles():
         assert torch.equal(model.other, before["other"] - 0.1 * gradient)  # nothing else is held back
 
 
-def test_only_real_steps_are_counted():
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_only_real_steps_are_counted(kind, fused):
+    """GradScaler does not call an optimizer for a step that overflowed; a fused one it does, and its hooks run."""
     model = Quantizers()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = kind(model.parameters(), lr=0.01, fused=fused)
+    called = []
+    optimizer.register_step_post_hook(lambda *_: called.append(True))
     steps, scaler = ScaleSteps(optimizer, model), torch.amp.GradScaler("cpu", init_scale=1.0)
-    for gradient, taken in ((1e-3, 1), (float("inf"), 1), (1e-3, 2)):  # the scaler leaves out the second
+    for gradient, taken in ((1e-3, 1), (float("inf"), 1), (1e-3, 2), (float("nan"), 2)):
         before = model.values()
         loss = sum(p.sum() for p in model.parameters()) * 0
         optimizer.zero_grad()
@@ -249,7 +254,9 @@ def test_only_real_steps_are_counted():
         scaler.step(optimizer)
         scaler.update()
         assert steps.taken == taken
-        assert torch.equal(model.act.scale, before["act.scale"]) == (gradient == float("inf"))
+        for name, value in model.values().items():
+            assert torch.equal(value, before[name]) == (gradient != 1e-3)
+    assert len(called) == (4 if fused else 2)
 
 
 def test_frozen_scales_stay():

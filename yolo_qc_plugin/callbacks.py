@@ -16,12 +16,14 @@ from . import host
 from .checkpoint import AtomicPath, QuantRecord
 from .config import QCConfig, QCError
 from .deploy import deployed_convs
+from .distributed import alone, broadcast_quantizers
 from .ema import ConstantEMA
-from .finish import finish, validate
-from .inject import calibrate, inject, share_quantizers
+from .finish import finish, take_all_images, validate
+from .inject import calibrate, inject, remove, share_quantizers
 from .layers import is_quantized
 from .optimizer import ScaleSteps
 from .qdq import ONNX_KINDS, check_kind
+from .quantizer import ActQuantizer
 from .resume import Accumulation, read_state, restore, rewind, write_state
 
 
@@ -34,10 +36,18 @@ class QCCallbacks:
 
     def __init__(self, config: QCConfig):
         self.config = config
-        self.float_model = None  # the model before injection, until it is measured
         self.steps = None  # ScaleSteps of the optimizer, which counts its real steps
         self.averaged = 0  # steps that the EMA has seen
         self.accumulation = None  # which micro-batches wait for a step
+
+    def __getstate__(self) -> dict:
+        """A process of a multi-GPU run gets the options."""
+        return {"config": self.config}
+
+    def __setstate__(self, state: dict) -> None:
+        """Attach the plugin there."""
+        self.__init__(**state)
+        attach()
 
     def register(self, model) -> None:
         """Add the callbacks to a YOLO object or a trainer, in place of earlier ones of ours."""
@@ -68,8 +78,6 @@ class QCCallbacks:
             )
         if args.distill_model is not None:
             raise QCError(f"QC: distill_model={args.distill_model!r} does not work with quantizers yet; leave it out.")
-        if trainer.world_size > 1:
-            raise QCError(f"QC: device={args.device!r} is not supported yet; give one device.")
         if args.compile:
             raise QCError(f"QC: compile={args.compile!r} does not work with quantizers yet; accepted: compile=False.")
         if not args.resume and str(args.model).endswith(".pt") and is_quantized(load_checkpoint(args.model)[0]):
@@ -90,8 +98,6 @@ class QCCallbacks:
                 f"QC: {trainer.args.model} is no unfinished run of callbacks=qc and cannot be resumed as one; start "
                 "from a float checkpoint without resume."
             )
-        elif RANK in {-1, 0}:
-            self.float_model = deepcopy(model)
         injection = inject(model, self.config, host.edge_convs(model), host.fixed_convs(model))
         shared = share_quantizers(model, host.blank_image(model))
         model.qc = QuantRecord(self.config.to_dict())
@@ -107,11 +113,13 @@ class QCCallbacks:
         """Measure the float start, start the scales from data, and take over the EMA."""
         model = unwrap_model(trainer.model)
         if not trainer.qc_checkpoint:
-            if self.float_model is not None:
-                LOGGER.info(f"{host.PREFIX}measuring the float model that training starts from")
-                model.qc.float_metrics = validate(trainer, self.float_model)
-                self.float_model = None
-            self._calibrate(trainer, model)
+            LOGGER.info(f"{host.PREFIX}measuring the float model that training starts from")
+            float_model = deepcopy(model)
+            remove(float_model)
+            model.qc.float_metrics = validate(trainer, float_model)
+            if RANK in {-1, 0}:
+                self._calibrate(trainer, model)
+            broadcast_quantizers(model)
             for stale in (trainer.wdir / "qat.pt", trainer.save_dir / "qc" / "report.json"):  # of an earlier run here
                 stale.unlink(missing_ok=True)
             trainer.ema.ema.load_state_dict(model.state_dict())
@@ -124,14 +132,20 @@ class QCCallbacks:
             self.load_state_dict(trainer.qc_state["named"])
 
     def on_train_epoch_start(self, trainer: BaseTrainer) -> None:
-        """Take the EMA over again where the host replaced it (recovery from a NaN loss), and write resume.pt."""
+        """Take over what the host replaced in recovering (from a NaN loss the EMA, from lack of memory the optimizer),
+        and write resume.pt."""
         self._take_over_ema(trainer)
+        model = unwrap_model(trainer.model)
+        if self.steps.optimizer is not trainer.optimizer:  # before 8.4.190 or so
+            self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
+        for quantizer in (m for m in model.modules() if isinstance(m, ActQuantizer)):
+            quantizer.forget()  # what a forward pass that ended in an error has left
         resumed, trainer.qc_state = trainer.qc_state, None
         if resumed:
             rewind(trainer, resumed, self.accumulation)
         self.accumulation.settle(trainer)
         if not resumed and RANK in {-1, 0}:
-            write_state(trainer, unwrap_model(trainer.model).qc.run, self.state_dict())
+            write_state(trainer, model.qc.run, self.state_dict())
 
     def on_train_batch_end(self, trainer: BaseTrainer) -> None:
         """Count the micro-batch, and average if it ended in an optimizer step."""
@@ -145,8 +159,10 @@ class QCCallbacks:
             self.averaged = self.steps.taken
 
     def on_train_end(self, trainer: BaseTrainer) -> None:
-        """Correct, keep the better, report."""
-        finish(trainer, self.config)
+        """Correct, keep the better, report; of several processes, rank 0 alone is here."""
+        with alone():
+            take_all_images(trainer)
+            finish(trainer, self.config)
 
     def state_dict(self) -> dict:
         """What resume.pt keeps of the callbacks, by name: tensors and plain values. Later parts add theirs here."""
@@ -169,7 +185,7 @@ class QCCallbacks:
         trainer._model_train()  # batch norms of frozen layers keep their statistics, as they will in training
         calibrate(
             model,
-            islice(trainer.train_loader, self.config.calibration_batches),
+            islice(trainer.train_loader, self.config.calibration_batches * max(trainer.world_size, 1)),
             lambda batch: model(trainer.preprocess_batch(batch)["img"]),
             self.config.scale_init,
         )

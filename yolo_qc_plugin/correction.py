@@ -116,6 +116,7 @@ def train_correction(
     lr: float,
     steps: int,
     scaler: torch.amp.GradScaler | None = None,
+    accumulate: int = 1,
 ) -> int:
     """Train gamma and beta by Adam with a cosine learning rate that ends at 0.
 
@@ -124,8 +125,9 @@ def train_correction(
         epochs: Each an iterable of batches.
         loss: Loss of one batch, a 0-dim tensor.
         lr: Learning rate at the start.
-        steps: Total number of batches, for the schedule.
+        steps: Total number of optimizer steps, for the schedule.
         scaler: Gradient scaler under FP16 mixed precision.
+        accumulate: Batches whose gradients are summed for one step; the last step of an epoch may have fewer.
 
     Returns:
         Number of optimizer steps taken.
@@ -137,17 +139,27 @@ def train_correction(
     optimizer = torch.optim.Adam(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.5 + 0.5 * math.cos(math.pi * n / max(steps, 1)))
     done = 0
+
+    def step() -> None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(parameters, 10.0)  # the host's own bound
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        schedule.step()
+
     for batches in epochs:
+        waiting = 0
         for batch in batches:
             value = loss(batch)
             if not math.isfinite(value.detach()):
                 raise FloatingPointError(f"QC: the loss became {value.item()} at step {done} of the correction")
-            optimizer.zero_grad()
             scaler.scale(value).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, 10.0)  # the host's own bound
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
+            waiting += 1
+            if waiting == accumulate:
+                step()
+                done, waiting = done + 1, 0
+        if waiting:
+            step()
             done += 1
     return done

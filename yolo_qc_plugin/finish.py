@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from copy import copy, deepcopy
 from itertools import islice
@@ -26,6 +27,7 @@ from .correction import (
     train_correction,
     weights_quantized_once,
 )
+from .distributed import whole
 from .inject import calibrate_outputs, quantize_outputs
 from .report import build_report, console_table, figures_of, write_report
 from .resume import conclude
@@ -51,6 +53,18 @@ def validate(trainer: BaseTrainer, model: nn.Module | Path) -> dict[str, float]:
     finally:
         validator.args = args
     return figures_of(validator.metrics.results_dict)
+
+
+def take_all_images(trainer: BaseTrainer) -> None:
+    """Give rank 0 of several processes loaders of all images in place of those of its share."""
+    if trainer.world_size > 1:
+        for loader in (trainer.train_loader, trainer.test_loader):
+            loader.close()
+        trainer.train_loader, trainer.test_loader = (
+            whole(trainer.train_loader, shuffle=True),
+            whole(trainer.test_loader, shuffle=False),
+        )
+        trainer.validator.dataloader = trainer.test_loader
 
 
 def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
@@ -116,7 +130,7 @@ def set_outputs(trainer: BaseTrainer, model: nn.Module, config: QCConfig) -> Non
     quantize_outputs(host.output_blocks(model), config.output_bits)
     calibrate_outputs(
         model,
-        islice(trainer.train_loader, config.calibration_batches),
+        islice(trainer.train_loader, config.calibration_batches * max(trainer.world_size, 1)),
         lambda batch: model(trainer.preprocess_batch(batch)["img"]),
     )
     snap(model)
@@ -154,9 +168,10 @@ def correct(trainer: BaseTrainer, config: QCConfig, source: Path) -> nn.Module:
         return value.sum()
 
     epochs = (_progress(trainer, epoch, config.correction_epochs, shown) for epoch in range(config.correction_epochs))
-    steps = config.correction_epochs * len(trainer.train_loader)
+    accumulate = max(trainer.world_size, 1)  # batches of one device make one of the run
+    steps = config.correction_epochs * math.ceil(len(trainer.train_loader) / accumulate)
     with weights_quantized_once(model), corrected_in_norms(host.output_blocks(model)):
-        train_correction(parameters, epochs, loss, config.correction_lr, steps, scaler)
+        train_correction(parameters, epochs, loss, config.correction_lr, steps, scaler, accumulate)
     model.criterion, model.args = None, record_args
     snap(model)
     return model.eval().requires_grad_(False)  # as the host strips a checkpoint

@@ -61,9 +61,22 @@ class ScaleSteps:
         self.parameters = self.scales + [quantizers[i].offset.detach() for i in with_offset]
         self.unit = [*range(len(quantizers)), *with_offset]  # index of the scale that each parameter is measured in
         self.relative = type(optimizer).__name__ in self.ADAPTIVE
-        self.taken = 0
+        self.optimizer = optimizer
+        self._taken = 0
+        self._overflows: list[torch.Tensor] = []  # of steps of a fused optimizer, not yet read
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
+
+    @property
+    def taken(self) -> int:
+        """Number of steps that moved something.
+
+        A fused optimizer is called for a step that GradScaler leaves out as well, with the overflow as a tensor on the
+        device. It is read here, where the host's progress bar has waited for the device already.
+        """
+        while self._overflows:
+            self._taken += not self._overflows.pop().item()
+        return self._taken
 
     def _before(self, optimizer, args, kwargs) -> None:
         self.old = torch._foreach_add(self.parameters, 0.0)
@@ -77,4 +90,8 @@ class ScaleSteps:
         torch._foreach_maximum_(self.scales, torch._foreach_mul(old, 0.5))
         torch._foreach_clamp_min_(self.scales, TINY)
         torch._foreach_minimum_(self.scales, torch._foreach_mul(old, 2.0))
-        self.taken += 1
+        overflow = getattr(optimizer, "found_inf", None)  # set by GradScaler during the call of a fused optimizer
+        if overflow is None:
+            self._taken += 1
+        else:
+            self._overflows.append(overflow)

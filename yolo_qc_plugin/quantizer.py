@@ -162,6 +162,10 @@ class ActQuantizer(Quantizer):
         if self.readers > 1 and not torch.is_inference(x):  # which has no version
             self._kept = x, self._versions(x), result, self.readers - 1
 
+    def forget(self) -> None:
+        """Let go of a kept result whose other readers will not come, and of the graph behind it."""
+        self._kept = None
+
     def _take_kept(self, x: Tensor) -> Tensor | None:
         """The result kept of this very tensor, if nothing has changed since."""
         if self._kept is None:
