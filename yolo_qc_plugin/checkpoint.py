@@ -3,6 +3,9 @@
 
 A model of ours is the host's model with QuantConv2d layers and a `QuantRecord` as its attribute `qc`. Unpickling the
 record attaches the plugin to the host, so that a fresh process needs no import of ours.
+
+Importing this file lets a restricted load (ULTRALYTICS_SAFE_LOAD=1, or weights_only=True) build the classes that such a
+model is made of: plain modules and the record, which take their state and call nothing that a file could choose.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from torch import nn
 
 from . import __version__
 from .config import QCConfig
+from .layers import ChannelAffine, QuantActivation, QuantConv2d, QuantSiLU
+from .quantizer import ActQuantizer, WeightQuantizer
 
 FORMAT = 1  # raise it when a checkpoint of an older plugin cannot be read as it is
 
@@ -53,6 +58,11 @@ class QuantRecord:
     def options(self) -> QCConfig:
         """The config as a checked object."""
         return QCConfig.from_options(self.config)
+
+
+torch.serialization.add_safe_globals(
+    [QuantRecord, QuantConv2d, QuantActivation, QuantSiLU, ChannelAffine, WeightQuantizer, ActQuantizer]
+)
 
 
 def record_of(model: nn.Module | None) -> QuantRecord | None:

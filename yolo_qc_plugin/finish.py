@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.nn.tasks import load_checkpoint, torch_safe_load
 from ultralytics.utils import LOGGER, TQDM
-from ultralytics.utils.patches import torch_load
 from ultralytics.utils.torch_utils import autocast
 
 from . import host
@@ -106,7 +105,7 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
 
 def _write_like(source: Path, model: nn.Module, results: dict, target: Path) -> None:
     """Write `model` (to the CPU and to half precision in place) with all else of a checkpoint, and its own figures."""
-    checkpoint = torch_load(source, map_location="cpu")
+    checkpoint, _ = torch_safe_load(source)
     checkpoint["train_metrics"] = {**checkpoint["train_metrics"], **results}
     write_checkpoint({**checkpoint, "model": model.cpu().half()}, target)
 
