@@ -12,12 +12,12 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
-from . import host
+from . import compat, host
 from .checkpoint import QuantRecord
 from .config import QCConfig, QCError
 from .deploy import deployed_convs
 from .ema import ConstantEMA
-from .finish import finish, validate
+from .finish import finish, saying_what_is_kept, validate
 from .inject import calibrate, inject, share_quantizers
 from .layers import is_quantized
 from .optimizer import ScaleSteps
@@ -57,6 +57,7 @@ class QCCallbacks:
 
     def on_pretrain_routine_start(self, trainer: BaseTrainer) -> None:
         """Refuse what cannot work, before any training time is spent."""
+        compat.check_trainer(trainer, compat.AT_START)
         args = trainer.args
         if args.task != "detect":
             raise QCError(f"QC: task={args.task!r} is not supported yet; accepted: 'detect'.")
@@ -81,6 +82,7 @@ class QCCallbacks:
         """Inject the quantizers; on resume, with the options and the state that the checkpoint holds."""
         model = trainer.model
         host.check_model(model)
+        host.check_weights(model)
         resumed = trainer.qc_checkpoint
         if resumed:
             self._take_options(resumed["ema"].qc.options)
@@ -101,6 +103,7 @@ class QCCallbacks:
 
     def on_pretrain_routine_end(self, trainer: BaseTrainer) -> None:
         """Measure the float start, start the scales from data, and take over the EMA."""
+        compat.check_trainer(trainer, compat.WHEN_READY)
         model = unwrap_model(trainer.model)
         if not trainer.qc_checkpoint:
             if self.float_model is not None:
@@ -127,7 +130,8 @@ class QCCallbacks:
 
     def on_train_end(self, trainer: BaseTrainer) -> None:
         """Correct, keep the better, report."""
-        finish(trainer, self.config)
+        with saying_what_is_kept(trainer.wdir):
+            finish(trainer, self.config)
 
     def _take_options(self, saved: QCConfig) -> None:
         """Continue with the checkpoint's options; say so where others were given."""
@@ -208,6 +212,7 @@ def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConf
     module = getattr(model, "model", None)
     if hasattr(module, "modules"):
         host.check_model(module)
+        host.check_weights(module)
         if is_quantized(module):
             raise QCError("QC: the model is already quantized; start from a float checkpoint.")
     QCCallbacks(config).register(model)

@@ -10,6 +10,7 @@ model is made of: plain modules and the record, which take their state and call 
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,17 +75,26 @@ def record_of(model: nn.Module | None) -> QuantRecord | None:
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which then takes the place of `path`.
 
-    A reader sees the old file or the new one, never a part; an error leaves the old one.
+    A reader sees the old file or the new one, never a part; an error leaves the old one, and an OSError names it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as e:
+        e.filename = str(path)  # a write to a full disk names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_checkpoint(checkpoint: dict, path: Path) -> None:
-    """Write a checkpoint atomically."""
+    """Write a checkpoint atomically.
+
+    Raises:
+        OSError: If the disk is full or forbids it; the old file stays.
+    """
+    buffer = io.BytesIO()  # torch.save to a file hides why it failed
+    torch.save(checkpoint, buffer)
     with replacing(path) as temporary:
-        torch.save(checkpoint, temporary)
+        temporary.write_bytes(buffer.getbuffer())

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy, deepcopy
 from itertools import islice
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from torch import nn
@@ -69,7 +72,8 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
     qat = trainer.wdir / "qat.pt"
     metrics = {"float_outputs": metrics_of(trainer.validator)}
     if config.output_bits is None:
-        shutil.copyfile(best, qat)
+        with replacing(qat) as temporary:
+            shutil.copyfile(best, temporary)
         metrics["qat"] = metrics["float_outputs"]
     else:
         model, _ = load_checkpoint(best, device=trainer.device)
@@ -101,6 +105,20 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
     path = write_report(report, trainer.save_dir / "qc")
     LOGGER.info(f"\n{console_table(report)}\n{host.PREFIX}best.pt holds the {kept.upper()} model, record in {path}")
     return report
+
+
+@contextmanager
+def saying_what_is_kept(folder: Path) -> Iterator[None]:
+    """Where what follows training fails or is interrupted, name the checkpoints that are whole; the error goes on."""
+    try:
+        yield
+    except BaseException as error:
+        kept = [name for name in ("best.pt", "qat.pt", "last.pt") if is_zipfile(folder / name)]
+        LOGGER.error(
+            f"{host.PREFIX}{type(error).__name__} after training had ended: {error}. "
+            f"Its checkpoints are kept in {folder}: {', '.join(kept) or 'none'}."
+        )
+        raise
 
 
 def _write_like(source: Path, model: nn.Module, results: dict, target: Path) -> None:
