@@ -27,15 +27,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-import ultralytics
-from PIL import Image
-from ultralytics import YOLO
-from ultralytics.nn.tasks import load_checkpoint
-from ultralytics.utils import SETTINGS
+os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp(prefix="yolo_config_")  # leave the user's settings alone
 
-from yolo_qc_plugin import add_qc_callbacks, compose
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import ultralytics  # noqa: E402
+from PIL import Image  # noqa: E402
+from ultralytics import YOLO  # noqa: E402
+from ultralytics.nn.tasks import load_checkpoint  # noqa: E402
+from ultralytics.utils import SETTINGS  # noqa: E402
+
+from yolo_qc_plugin import add_qc_callbacks, compose  # noqa: E402
 
 ARGUMENTS = {
     "imgsz": 64, "batch": 8, "epochs": 2, "device": "cpu", "plots": False, "workers": 0, "warmup_epochs": 0, "nbs": 8,
@@ -101,7 +103,7 @@ class Case:
         said = [line for line in log if "QC" in line and "kept" in line]
         return {
             "ended": ended,
-            "said": said[-1].removeprefix("QC: ") if said else "",
+            "said": said[-1].partition("QC: ")[2] if said else "",
             "files": files,
             "lost": [name for name in keeps if files.get(name) not in {"float", "quantized"}],
         }
@@ -129,7 +131,8 @@ def forked(function: Callable, log: Path) -> tuple[object, list[str]]:
         signal.alarm(TIMEOUT)
         handle = result.open("w")  # opened now: later the disk may be full, or the folder not ours
         try:
-            value = function() or "completed"
+            value = function()
+            value = "completed" if value is None else value
         except BaseException as e:
             traceback.print_exc()
             value = f"{type(e).__name__}: {ANSI.sub('', str(e))}".splitlines()[0]
@@ -177,17 +180,27 @@ def in_epoch(number: int, action: Callable) -> Callable:
     return lambda trainer, case: action(trainer, case) if trainer.epoch + 1 == number else None
 
 
-def lock(*folders: Path) -> None:
-    """Take the permission to write away, from root too, by becoming nobody."""
-    for folder in folders:
-        folder.chmod(0o555)
+def lock(folder: Path) -> None:
+    """Take the permission to write away; root writes in spite of it, but not to a read-only mount."""
+    folder.chmod(0o555)
     if os.geteuid() == 0:
-        os.seteuid(65534)
+        subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
+
+
+def release(folder: Path) -> None:
+    """Unmount what was mounted within a folder, and allow writing."""
+    for line in reversed(Path("/proc/mounts").read_text().splitlines() if os.path.exists("/proc/mounts") else []):
+        if Path(line.split()[1]).is_relative_to(folder):
+            subprocess.run(["umount", line.split()[1]], check=True)
+    for inner in folder.rglob("*"):
+        if inner.is_dir():
+            inner.chmod(0o755)
 
 
 def lock_run(trainer, case: Case) -> None:
     """A run folder that nothing can be written to any more."""
-    lock(case.run, case.run / "weights")
+    lock(case.run)
 
 
 def lock_project(case: Case) -> None:
@@ -195,8 +208,7 @@ def lock_project(case: Case) -> None:
     case.project = case.folder / "project"
     case.run = case.project / "run"
     case.project.mkdir()
-    train = case.train
-    case.train = lambda: (lock(case.project), train())[1]
+    lock(case.project)
 
 
 def interrupt(trainer, case: Case) -> None:
@@ -295,7 +307,7 @@ def cut_best(trainer, case: Case) -> None:
 
 
 def tensorboard_on(case: Case) -> None:
-    """Log to TensorBoard, and lock the folder before its writer opens it."""
+    """Log to TensorBoard, by the host's own setting."""
     train = case.train
 
     def run() -> None:
@@ -305,15 +317,13 @@ def tensorboard_on(case: Case) -> None:
     case.train = run
 
 
-def block_tensorboard(trainer, case: Case) -> None:
+def refuse_writer(trainer, case: Case) -> None:
     """Let the writer fail as in a folder that it cannot write to."""
-    from torch.utils import tensorboard
     from ultralytics.utils.callbacks import tensorboard as host
 
     def refuse(folder):
         raise PermissionError(13, "Permission denied", folder)
 
-    assert issubclass(tensorboard.SummaryWriter, object)
     host.SummaryWriter = refuse
 
 
@@ -348,7 +358,8 @@ FAULTS = [
         events={"on_train_epoch_end": in_epoch(2, limit_files)},
     ),
     Fault(
-        "disk full in QC", "a tmpfs is filled at on_train_end, before the plugin writes", small_disk, {"on_train_end": fill_disk},
+        "disk full in QC", "a tmpfs is filled at on_train_end, before the plugin writes", small_disk,
+        {"on_train_end": fill_disk},
     ),
     Fault("read-only project", "the project's folder forbids writing, from the start", lock_project, keeps=()),
     Fault("read-only run in QC", "the run's folders forbid writing at on_train_end", events={"on_train_end": lock_run}),
@@ -373,9 +384,10 @@ FAULTS = [
         "truncated best.pt", "best.pt cut to 1000 bytes at on_train_end", events={"on_train_end": cut_best},
         keeps=("last.pt",),
     ),
+    Fault("TensorBoard", "none: it logs scalars and the graph", tensorboard_on),
     Fault(
-        "TensorBoard", "the writer's folder forbids writing", tensorboard_on,
-        {"on_pretrain_routine_start": block_tensorboard},
+        "unwritable TensorBoard", "its writer raises PermissionError", tensorboard_on,
+        {"on_pretrain_routine_start": refuse_writer},
     ),
     Fault("second run", "a second run in the folder of a complete one, exist_ok=True", earlier_run),
     Fault("two runs at once", "two runs in one folder at the same time, exist_ok=True", same_time),
@@ -394,9 +406,9 @@ def page(results: dict[str, dict]) -> str:
     lines = [
         "# What a run survives",
         "",
-        f"Written by `examples/reliability.py` with ultralytics {ultralytics.__version__} and torch "
-        f"{torch.__version__}: each fault caused in a small real run (24 images, two epochs, CPU), by stock Ultralytics and with "
-        "`callbacks=qc`. Lost is what was whole before the fault, or what a completed run gives, and cannot be opened "
+        f"Written by `examples/reliability.py` with ultralytics {ultralytics.__version__} and torch {torch.__version__}.",
+        "Each fault is caused in a small real run (24 images, two epochs, CPU), by stock Ultralytics and with",
+        "`callbacks=qc`. Lost is what was whole before the fault, or what a completed run gives, and cannot be opened",
         "after it.",
         "",
         "| fault | how it was caused | stock | with the plugin | what the plugin says is kept | lost |",
@@ -436,12 +448,10 @@ def main() -> None:
         for kind in ("stock", "plugin")[not fault.stock :]:
             with tempfile.TemporaryDirectory() as folder:
                 case = Case(fault, Path(folder).resolve() / "case", kind == "plugin")
-                Path(folder).chmod(0o755)
                 try:
                     found = case.outcome()
                 finally:
-                    if os.path.ismount(case.project):
-                        subprocess.run(["umount", str(case.project)], check=True)
+                    release(case.folder)
                 text = json.dumps(found).replace(str(case.folder), "")  # no path of this machine in the record
                 results[fault.name][kind] = json.loads(text)
             print(f"{fault.name}, {kind}: {text}", flush=True)

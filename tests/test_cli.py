@@ -101,7 +101,7 @@ def test_digits_and_hook_status(tmp_path, capsys):
     assert "hook" in capsys.readouterr().out
 
 
-OURS = ["callbacks=qc", "--callbacks=qc", "callbacks=[qc]", "callbacks", "=", "qc", "qc_", "train", "export", "mode=train"]
+OURS = "callbacks=qc --callbacks=qc callbacks=[qc] callbacks = qc qc_ train export mode=train".split()
 ARGUMENTS = st.lists(
     st.sampled_from([*OURS, *(f"qc_{f.name}={f.default}" for f in fields(QCConfig))])
     | st.builds("{}qc_{}={}".format, st.sampled_from(["", "--"]), st.sampled_from(["bits", "skip", "onnx"]), st.text())
