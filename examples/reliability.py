@@ -406,7 +406,7 @@ def page(results: dict[str, dict]) -> str:
     lines = [
         "# What a run survives",
         "",
-        f"Written by `examples/reliability.py` with ultralytics {ultralytics.__version__} and torch {torch.__version__}.",
+        f"Written by `examples/reliability.py`: ultralytics {ultralytics.__version__}, torch {torch.__version__}.",
         "Each fault is caused in a small real run (24 images, two epochs, CPU), by stock Ultralytics and with",
         "`callbacks=qc`. Lost is what was whole before the fault, or what a completed run gives, and cannot be opened",
         "after it.",
