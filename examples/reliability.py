@@ -212,7 +212,8 @@ def lock_project(case: Case) -> None:
 
 
 def interrupt(trainer, case: Case) -> None:
-    """What Ctrl-C does."""
+    """What Ctrl-C does, in a job in the background too, where a shell turns the signal off."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.1)
 
@@ -363,7 +364,7 @@ FAULTS = [
     ),
     Fault("read-only project", "the project's folder forbids writing, from the start", lock_project, keeps=()),
     Fault("read-only run in QC", "the run's folders forbid writing at on_train_end", events={"on_train_end": lock_run}),
-    Fault("missing labels", "labels/train deleted", no_labels),
+    Fault("missing labels", "labels/train deleted", no_labels, keeps=()),
     Fault("corrupt labels", "text and NaN in every second label file, one image cut", corrupt_labels),
     Fault("empty training set", "images/train emptied", no_images, keeps=()),
     Fault("batch of one", "batch=1", arguments={"batch": 1, "nbs": 1, "fraction": 0.25, "epochs": 1}),
@@ -452,7 +453,7 @@ def main() -> None:
                     found = case.outcome()
                 finally:
                     release(case.folder)
-                text = json.dumps(found).replace(str(case.folder), "")  # no path of this machine in the record
+                text = json.dumps(found).replace(f"{case.folder}/", "")  # no path of this machine in the record
                 results[fault.name][kind] = json.loads(text)
             print(f"{fault.name}, {kind}: {text}", flush=True)
         record.write_text(json.dumps(results, indent=1))

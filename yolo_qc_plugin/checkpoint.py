@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,7 +85,8 @@ def replacing(path: Path) -> Iterator[Path]:
         e.filename = str(path)  # a write to a full disk names no file
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a folder that forbids writing; it would hide the first one
+            temporary.unlink(missing_ok=True)
 
 
 def write_checkpoint(checkpoint: dict, path: Path) -> None:
