@@ -5,12 +5,23 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find yolo_qc_plugin -type f -not -path '*/__pycache__/*')
 
-.PHONY: venv test demo lint clean
+# What touches the host and torch most, for the matrix.
+QUICK := $(addprefix tests/test_, structure.py compat.py kernels.py optimizer.py inject.py startup.py train.py faults.py)
+OLDEST_PYTHON ?= python3.10
+OLDEST := 'ultralytics==8.4.150' 'torch==2.4.0' 'torchvision==0.19.0'
+NEWEST := --upgrade 'ultralytics<8.5' torch torchvision
+
+.PHONY: venv test test-matrix demo lint clean
 
 venv: .venv/.installed
 
 test: venv
 	$(BIN)/python -m pytest
+
+# The oldest supported Ultralytics, torch and Python, then the newest to be had: quick tests in each.
+test-matrix: .venv-matrix/oldest/.installed .venv-matrix/newest/.installed
+	.venv-matrix/oldest/bin/python -m pytest $(QUICK)
+	.venv-matrix/newest/bin/python -m pytest $(QUICK)
 
 demo: venv
 	$(BIN)/python examples/demo.py
@@ -19,7 +30,7 @@ lint: venv
 	$(BIN)/python -m ruff check .
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-matrix build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # All dependencies; redone only when pyproject.toml changes.
@@ -31,8 +42,18 @@ clean:
 	$(PIP) install '.[dev]'
 	@touch $@
 
+.venv-matrix/oldest/.dependencies: pyproject.toml
+	$(OLDEST_PYTHON) -m venv .venv-matrix/oldest
+	.venv-matrix/oldest/bin/python -m pip --disable-pip-version-check install '.[dev]' $(OLDEST)
+	@touch $@
+
+.venv-matrix/newest/.dependencies: pyproject.toml
+	$(PYTHON) -m venv .venv-matrix/newest
+	.venv-matrix/newest/bin/python -m pip --disable-pip-version-check install '.[dev]' $(NEWEST)
+	@touch $@
+
 # A fresh copy of the package whenever a source changes. build/ goes first: setuptools would ship stale files from it.
-.venv/.installed: .venv/.dependencies $(SOURCES)
+%/.installed: %/.dependencies $(SOURCES)
 	@rm -rf build
-	$(PIP) install --quiet --no-deps --force-reinstall --no-build-isolation .
+	$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --force-reinstall --no-build-isolation .
 	@touch $@

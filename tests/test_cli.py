@@ -7,8 +7,10 @@ import json
 from dataclasses import fields
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from yolo_qc_plugin.cli import main, split_arguments
+from yolo_qc_plugin.cli import _options, main, split_arguments
 from yolo_qc_plugin.config import QCConfig, QCError
 
 
@@ -97,3 +99,39 @@ def test_digits_and_hook_status(tmp_path, capsys):
     assert main(["digits", "--out", str(tmp_path / "d"), "--train", "0"]) == 1
     assert main(["hook", "status"]) == 0
     assert "hook" in capsys.readouterr().out
+
+
+OURS = "callbacks=qc --callbacks=qc callbacks=[qc] callbacks = qc qc_ train export mode=train".split()
+ARGUMENTS = st.lists(
+    st.sampled_from([*OURS, *(f"qc_{f.name}={f.default}" for f in fields(QCConfig))])
+    | st.builds("{}qc_{}={}".format, st.sampled_from(["", "--"]), st.sampled_from(["bits", "skip", "onnx"]), st.text())
+    | st.text()
+    | st.text("-=qc_albks,[]()'"),
+    max_size=6,
+)
+
+
+@given(ARGUMENTS)
+@example(["train", "callbacks=qc,qc", "qc_bits=3,"])
+@settings(max_examples=300, deadline=None)
+def test_any_command_line_is_split_or_refused(arguments):
+    """Never another exception; the host gets its own arguments in their order, and none of ours."""
+    try:
+        config, rest = split_arguments(arguments)
+    except QCError as e:
+        assert str(e).startswith("QC: ")
+    else:
+        ours = [a for a in arguments if (a.lstrip("-") + "=").startswith(("callbacks=", "qc_"))]
+        assert rest == [a for a in arguments if a not in ours]
+        assert (config is not None) is any(a.lstrip("-").startswith("callbacks") for a in ours)
+
+
+@given(st.lists(st.text() | st.builds("{}={}".format, st.sampled_from(["imgsz", "conf", "model"]), st.text())))
+@settings(max_examples=200, deadline=None)
+def test_any_pair_is_read_or_refused(pairs):
+    try:
+        options = _options(pairs, {"imgsz": int, "conf": float, "model": str})
+    except ValueError as e:
+        assert "is not accepted" in str(e)
+    else:
+        assert len(options) <= len(pairs) and {type(v) for v in options.values()} <= {int, float, str}

@@ -210,7 +210,7 @@ def test_any_text_gives_a_config_or_a_qc_error(name, text):
     except QCError as e:
         assert name in str(e)
     else:
-        assert isinstance(config, QCConfig)
+        assert QCConfig.from_options(json.loads(json.dumps(config.to_dict()))) == config
 
 
 ANY = st.recursive(
@@ -224,6 +224,8 @@ ANY = st.recursive(
 @settings(max_examples=300, deadline=None)
 def test_any_value_gives_a_config_or_a_qc_error(name, value):
     try:
-        QCConfig.from_options({name: value})
+        config = QCConfig.from_options({name: value})
     except QCError as e:
         assert name in str(e)
+    else:
+        assert QCConfig.from_options(json.loads(json.dumps(config.to_dict()))) == config

@@ -48,7 +48,8 @@ def quantized(float_model, **options):
 
 def build(model, name, iterations=1000.0):
     """The host's own build_optimizer, on a stand-in for the trainer that has what it reads."""
-    trainer = SimpleNamespace(args=SimpleNamespace(lr0=0.01, optimizer=name, warmup_bias_lr=0.1), data={"nc": 3})
+    args = SimpleNamespace(lr0=0.01, momentum=0.9, optimizer=name, warmup_bias_lr=0.1)
+    trainer = SimpleNamespace(args=args, data={"nc": 3})
     return BaseTrainer.build_optimizer(
         trainer, model=model, name=name, lr=0.01, momentum=0.9, decay=5e-4, iterations=iterations
     )

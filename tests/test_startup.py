@@ -149,6 +149,65 @@ def test_half_removed_install_leaves_yolo_working(site):
     assert "Traceback" not in stock["stderr"]
 
 
+def test_missing_start_up_module_is_no_error(site):
+    """The .pth line alone, as after a removal by hand: nothing happens, and nothing is said."""
+    (site.packages / "_yolo_qc_startup.py").unlink()
+    shutil.rmtree(site.packages / "yolo_qc_plugin")
+    found = site.report("yolo", REPORT, "train", "callbacks=qc", ULTRALYTICS_SAFE_LOAD="1")
+    assert found == {"modules": [], "finders": 0, "stderr": ""}
+
+
+def test_broken_package_costs_a_line_a_hook(site):
+    """A syntax error within the package, an argument that asks for it, restricted loading: `yolo` goes on."""
+    (site.packages / "yolo_qc_plugin" / "config.py").write_text("def broken(:\n")
+    code = "import ultralytics.nn.tasks\nfrom ultralytics.cfg import entrypoint\nentrypoint('yolo version')\n" + YOLO
+    found = site.report("yolo", code, "train", "callbacks=qc", ULTRALYTICS_SAFE_LOAD="1")
+    assert found["entrypoint"] == "ultralytics.cfg" and found["finders"] == 0
+    lines = found["stderr"].splitlines()
+    assert len(lines) == 2 and all("the plugin does not load (SyntaxError" in line for line in lines)
+
+
+# A program that opens a checkpoint and knows nothing of the plugin.
+OPEN = """
+import json, sys
+from ultralytics import YOLO
+model = YOLO(sys.argv[1])
+layers = sum(type(m).__name__ == "QuantConv2d" for m in model.model.modules())
+model.predict(sys.argv[2], imgsz=64, verbose=False)
+model.val(data=sys.argv[3], imgsz=64, plots=False, verbose=False, project=sys.argv[4])
+finders = sum(type(f).__module__ == "_yolo_qc_startup" for f in sys.meta_path)
+print(json.dumps({"layers": layers, "finders": finders}))
+"""
+
+
+def test_restricted_loading_in_a_fresh_process(site, digits, tmp_path):
+    """ULTRALYTICS_SAFE_LOAD=1: load, predict and val of a checkpoint that holds every class of ours."""
+    import torch
+    from ultralytics.nn.tasks import DetectionModel
+
+    from yolo_qc_plugin import QCConfig, host
+    from yolo_qc_plugin.checkpoint import QuantRecord, write_checkpoint
+    from yolo_qc_plugin.correction import insert_correction
+    from yolo_qc_plugin.inject import inject, quantize_outputs
+
+    model = DetectionModel("yolov5n.yaml", nc=10, verbose=False).eval()
+    inject(model, QCConfig(), host.edge_convs(model), host.fixed_convs(model))
+    quantize_outputs(host.output_blocks(model), 8)
+    insert_correction(model, per_channel=True)
+    model.qc, model.args, model.names = QuantRecord(QCConfig().to_dict()), {}, dict(enumerate("0123456789"))
+    file = tmp_path / "best.pt"
+    write_checkpoint({"model": model.half(), "train_args": {}}, file)
+    image = next((digits.parent / "images" / "val").iterdir())
+    arguments = (file, image, digits, tmp_path / "v")
+
+    found = site.report("other", OPEN, *arguments, ULTRALYTICS_SAFE_LOAD="1")
+    assert found["layers"] == 75 and found["finders"] == 0
+    (site.folder / "off").write_text(OPEN)  # without the hook the host refuses, so the load above was restricted
+    refused = site.run("off", *arguments, ULTRALYTICS_SAFE_LOAD="1", YOLO_QC_HOOK="0")
+    supported = hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint")
+    assert ("references types outside" in refused.stderr) is supported
+
+
 def test_hook_can_be_removed_and_installed(site):
     def call(name: str, **env) -> str:
         result = site.run("-c", f"from yolo_qc_plugin import hook; print(hook.{name}())", **env)
@@ -200,7 +259,7 @@ def test_hook_can_be_removed_and_installed(site):
 def test_arguments_that_ask_for_the_plugin(arguments, asks, monkeypatch):
     """The import line of the .pth file and main(), which Python 3.15 calls directly, agree on what concerns them."""
     called = []
-    fake = types.SimpleNamespace(main=lambda: called.append(True))
+    fake = types.SimpleNamespace(main=lambda: called.append(True), __spec__=True)
     monkeypatch.setitem(sys.modules, "_yolo_qc_startup", fake)
     monkeypatch.setattr(sys, "argv", ["yolo", *arguments.split()])
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))

@@ -20,7 +20,7 @@ PACKAGE = Path(yolo_qc_plugin.__file__).parent
 
 # A file may import, at module level, files above it only.
 ORDER = """config kernels functional observers quantizer layers trace deploy snap inject optimizer ema distributed
-           correction qdq checkpoint host report randomness resume finish callbacks evaluate check digits hook
+           correction qdq compat checkpoint host report randomness resume finish callbacks evaluate check digits hook
            cli""".split()
 WITHOUT_HOST = ORDER[: ORDER.index("qdq") + 1]
 LATE = {("checkpoint", "callbacks")}  # imported in a function, though below
@@ -148,3 +148,11 @@ def test_the_config_documents_every_field_in_order():
     arguments = inspect.getdoc(QCConfig).partition("Args:")[2].partition("Raises:")[0]
     documented = re.findall(r"^    (\w+):", arguments, re.M)
     assert documented == [f.name for f in fields(QCConfig)]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_nothing_is_evaluated_or_unpickled(name):
+    """Text is data, and checkpoints go through the host's loader, which has the switch for restricted loading."""
+    calls = {ast.unparse(node.func) for node in ast.walk(SOURCES[name]) if isinstance(node, ast.Call)}
+    assert not calls & {"eval", "exec", "compile", "__import__", "torch.load", "torch_load"}
+    assert not {m for m, _ in imports(name)} & {"pickle", "cloudpickle", "marshal", "shelve"}

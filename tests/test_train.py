@@ -220,13 +220,14 @@ def test_outputs_can_stay_in_float(train, tmp_path):
     assert not any(m.correction for _, m in quant_convs(model)) and not list(quant_activations(model))
 
 
-def test_failure_of_the_correction_stops_the_run_and_loses_nothing(train, tmp_path):
+def test_failure_of_the_correction_stops_the_run_and_loses_nothing(train, tmp_path, caplog):
     """A diverging correction raises with its reason; the checkpoints of QAT are in place."""
     with pytest.raises(FloatingPointError, match="QC: the loss became"):
         train({"correction_lr": 1e37, "correction_epochs": 2, "output_bits": None})  # a grid would keep it finite
     for file in ("best.pt", "last.pt", "qat.pt"):
         assert is_quantized(load_checkpoint(tmp_path / "run" / "weights" / file)[0])
     assert not list((tmp_path / "run" / "weights").glob("*.tmp"))
+    assert "FloatingPointError after training had ended" in caplog.text and "best.pt, qat.pt, last.pt." in caplog.text
 
 
 def test_float_runs_are_not_changed(digits, tmp_path):

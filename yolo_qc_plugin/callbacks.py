@@ -12,13 +12,13 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
-from . import host
+from . import compat, host
 from .checkpoint import AtomicPath, QuantRecord
 from .config import QCConfig, QCError
 from .deploy import deployed_convs
 from .distributed import alone, broadcast_quantizers
 from .ema import ConstantEMA
-from .finish import finish, take_all_images, validate
+from .finish import finish, saying_what_is_kept, take_all_images, validate
 from .inject import calibrate, inject, remove, share_quantizers
 from .layers import is_quantized
 from .optimizer import ScaleSteps
@@ -69,6 +69,7 @@ class QCCallbacks:
 
     def on_pretrain_routine_start(self, trainer: BaseTrainer) -> None:
         """Refuse what cannot work, before any training time is spent."""
+        compat.check_trainer(trainer, compat.AT_START)
         args = trainer.args
         host.check_task(args.task)
         if args.quantize is not None:
@@ -90,6 +91,7 @@ class QCCallbacks:
         """Inject the quantizers; on resume, with the options and the state that the checkpoint holds."""
         model = trainer.model
         host.check_model(model)
+        host.check_weights(model)
         resumed = trainer.qc_checkpoint
         if resumed:
             self._take_options(resumed["ema"].qc.options)
@@ -111,6 +113,7 @@ class QCCallbacks:
 
     def on_pretrain_routine_end(self, trainer: BaseTrainer) -> None:
         """Measure the float start, start the scales from data, and take over the EMA."""
+        compat.check_trainer(trainer, compat.WHEN_READY)
         model = unwrap_model(trainer.model)
         if not trainer.qc_checkpoint:
             LOGGER.info(f"{host.PREFIX}measuring the float model that training starts from")
@@ -160,7 +163,7 @@ class QCCallbacks:
 
     def on_train_end(self, trainer: BaseTrainer) -> None:
         """Correct, keep the better, report; of several processes, rank 0 alone is here."""
-        with alone():
+        with alone(), saying_what_is_kept(trainer.wdir):
             take_all_images(trainer)
             finish(trainer, self.config)
 
@@ -253,6 +256,7 @@ def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConf
     module = getattr(model, "model", None)
     if hasattr(module, "modules"):
         host.check_model(module)
+        host.check_weights(module)
         if is_quantized(module):
             raise QCError("QC: the model is already quantized; start from a float checkpoint.")
     QCCallbacks(config).register(model)

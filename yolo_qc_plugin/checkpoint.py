@@ -3,13 +3,17 @@
 
 A model of ours is the host's model with QuantConv2d layers and a `QuantRecord` as its attribute `qc`. Unpickling the
 record attaches the plugin to the host, so that a fresh process needs no import of ours.
+
+Importing this file lets a restricted load (ULTRALYTICS_SAFE_LOAD=1, or weights_only=True) build the classes that such a
+model is made of: plain modules and the record, which take their state and call nothing that a file could choose.
 """
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
@@ -19,6 +23,8 @@ from torch import nn
 
 from . import __version__
 from .config import QCConfig
+from .layers import ChannelAffine, QuantActivation, QuantConv2d, QuantSiLU
+from .quantizer import ActQuantizer, WeightQuantizer
 
 FORMAT = 1  # raise it when a checkpoint of an older plugin cannot be read as it is
 
@@ -58,6 +64,11 @@ class QuantRecord:
         return QCConfig.from_options(self.config)
 
 
+torch.serialization.add_safe_globals(
+    [QuantRecord, QuantConv2d, QuantActivation, QuantSiLU, ChannelAffine, WeightQuantizer, ActQuantizer]
+)
+
+
 def record_of(model: nn.Module | None) -> QuantRecord | None:
     """The record of a model of ours, else None."""
     return getattr(model, "qc", None)
@@ -67,14 +78,18 @@ def record_of(model: nn.Module | None) -> QuantRecord | None:
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which then takes the place of `path`.
 
-    A reader sees the old file or the new one, never a part; an error leaves the old one.
+    A reader sees the old file or the new one, never a part; an error leaves the old one, and an OSError names it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as e:
+        e.filename = str(path)  # a write to a full disk names no file
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a folder that forbids writing; it would hide the first one
+            temporary.unlink(missing_ok=True)
 
 
 class AtomicPath(type(Path())):
@@ -87,6 +102,12 @@ class AtomicPath(type(Path())):
 
 
 def write_checkpoint(checkpoint: dict, path: Path) -> None:
-    """Write a checkpoint atomically."""
+    """Write a checkpoint atomically.
+
+    Raises:
+        OSError: If the disk is full or forbids it; the old file stays.
+    """
+    buffer = io.BytesIO()  # torch.save to a file hides why it failed
+    torch.save(checkpoint, buffer)
     with replacing(path) as temporary:
-        torch.save(checkpoint, temporary)
+        temporary.write_bytes(buffer.getbuffer())

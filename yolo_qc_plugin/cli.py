@@ -68,7 +68,12 @@ def wrap_entrypoint(module) -> None:
 
     Args:
         module: The module ultralytics.cfg, just loaded; its `entrypoint` is replaced.
+
+    Raises:
+        QCError: If the module has not what the plugin needs of it.
     """
+    if missing := [name for name in ("entrypoint", "merge_equals_args", "ARGV") if not hasattr(module, name)]:
+        raise QCError(f"QC: {module.__name__} has no {', '.join(missing)}")
     original = module.entrypoint
 
     @wraps(original)

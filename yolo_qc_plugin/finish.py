@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy, deepcopy
 from itertools import islice
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.nn.tasks import load_checkpoint, torch_safe_load
 from ultralytics.utils import LOGGER, TQDM
-from ultralytics.utils.patches import torch_load
 from ultralytics.utils.torch_utils import autocast
 
 from . import host
@@ -81,7 +83,8 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
     qat = trainer.wdir / "qat.pt"
     metrics = {"float_outputs": figures_of(trainer.validator.metrics.results_dict)}
     if config.output_bits is None:
-        shutil.copyfile(best, qat)
+        with replacing(qat) as temporary:
+            shutil.copyfile(best, temporary)
         metrics["qat"] = metrics["float_outputs"]
     else:
         model, _ = load_checkpoint(best, device=trainer.device)
@@ -118,9 +121,23 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
     return report
 
 
+@contextmanager
+def saying_what_is_kept(folder: Path) -> Iterator[None]:
+    """Where what follows training fails or is interrupted, name the checkpoints that are whole; the error goes on."""
+    try:
+        yield
+    except BaseException as error:
+        kept = [name for name in ("best.pt", "qat.pt", "last.pt") if is_zipfile(folder / name)]
+        LOGGER.error(
+            f"{host.PREFIX}{type(error).__name__} after training had ended: {error}. "
+            f"Its checkpoints are kept in {folder}: {', '.join(kept) or 'none'}."
+        )
+        raise
+
+
 def _write_like(source: Path, model: nn.Module, results: dict, target: Path) -> None:
     """Write `model` (to the CPU and to half precision in place) with all else of a checkpoint, and its own figures."""
-    checkpoint = torch_load(source, map_location="cpu")
+    checkpoint, _ = torch_safe_load(source)
     checkpoint["train_metrics"] = {**checkpoint["train_metrics"], **results}
     write_checkpoint({**checkpoint, "model": model.cpu().half()}, target)
 

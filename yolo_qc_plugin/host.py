@@ -43,6 +43,7 @@ from ultralytics.utils.export import engine, openvino
 from ultralytics.utils.patches import torch_load
 from ultralytics.utils.torch_utils import fuse_conv_and_bn, fuse_deconv_and_bn, strip_optimizer, unwrap_model
 
+from . import compat
 from .checkpoint import AtomicPath, QuantRecord, record_of, replacing
 from .config import QCError
 from .deploy import deploy_activation, deploy_conv, deployed_convs
@@ -106,6 +107,8 @@ def check_host() -> None:
                 f"QC: {owner.__name__}.{name} of ultralytics {ULTRALYTICS_VERSION} takes {found}, expected {expected}; "
                 f"{accepted}."
             )
+    if differences := compat.differences():
+        raise QCError(f"QC: ultralytics {ULTRALYTICS_VERSION} differs: {'; '.join(differences)}; {accepted}.")
 
 
 def attach(on_resume: Callable[[BaseTrainer, QuantRecord], None]) -> None:
@@ -301,6 +304,20 @@ def check_model(model: nn.Module) -> None:
         raise QCError(
             f"QC: {type(model).__name__} with head {type(head).__name__} is not supported; give a YOLO model "
             f"(YOLOv5, v8, 11, 26, ...) of the task {', '.join(MODELS)}."
+        )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse a start that no training can mend.
+
+    Raises:
+        QCError: Naming the tensors that hold an infinity or a NaN.
+    """
+    bad = [name for name, v in model.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad:
+        raise QCError(
+            f"QC: the start model is not finite: inf or NaN in {len(bad)} tensors ({', '.join(bad[:3])}); give a sound "
+            "checkpoint."
         )
 
 

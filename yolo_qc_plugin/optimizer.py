@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .config import QCError
 from .observers import TINY
 from .quantizer import Quantizer
 
@@ -24,11 +25,17 @@ def separate_scales(optimizer: Optimizer, scales: list[nn.Parameter], lr_factor:
 
     Returns:
         The new group, or None where there is nothing to move.
+
+    Raises:
+        QCError: If no group is called "bn", as the host's is.
     """
     if not scales:
         return None
     moved = {id(p) for p in scales}
-    model_group = next(g for g in optimizer.param_groups if g.get("param_group") == "bn")
+    model_group = next((g for g in optimizer.param_groups if g.get("param_group") == "bn"), None)
+    if model_group is None:
+        found = [g.get("param_group") for g in optimizer.param_groups]
+        raise QCError(f"QC: the optimizer has parameter groups {found}; one called 'bn' is expected.")
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in moved]
     settings = {k: v for k, v in model_group.items() if k not in {"params", "initial_lr"}}
