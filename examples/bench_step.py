@@ -194,7 +194,7 @@ def main() -> None:
     p.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     p.add_argument("--imgsz", type=int, default=320)
     p.add_argument("--batch", type=int, default=16)
-    p.add_argument("--threads", type=int, default=os.cpu_count())
+    p.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 1)), help="as the host: 1")
     p.add_argument("--turn", type=int, default=3, help="counted steps of a turn")
     p.add_argument("--turns", type=int, default=12)
     p.add_argument("--device", default="cpu")

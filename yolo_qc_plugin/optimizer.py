@@ -85,6 +85,10 @@ class ScaleSteps:
             self._taken += not self._overflows.pop().item()
         return self._taken
 
+    @taken.setter
+    def taken(self, number: int) -> None:
+        self._taken = number
+
     def _before(self, optimizer, args, kwargs) -> None:
         self.old = torch._foreach_add(self.parameters, 0.0)
 
