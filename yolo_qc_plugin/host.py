@@ -36,11 +36,11 @@ from ultralytics.nn.tasks import (
     OBBModel,
     PoseModel,
     SegmentationModel,
+    torch_safe_load,
 )
 from ultralytics.utils import LOGGER, colorstr
 from ultralytics.utils.checks import check_version
 from ultralytics.utils.export import engine, openvino
-from ultralytics.utils.patches import torch_load
 from ultralytics.utils.torch_utils import fuse_conv_and_bn, fuse_deconv_and_bn, strip_optimizer, unwrap_model
 
 from . import compat
@@ -165,7 +165,7 @@ def _strip_later(original):
         if not isinstance(f, AtomicPath):  # not ours
             return original(f, s, updates)
         if f.name == "last.pt" and f.with_name("best.pt").exists():
-            return torch_load(f, map_location="cpu")
+            return torch_safe_load(f)[0]
         return strip(f, updates)
 
     return strip_optimizer

@@ -13,8 +13,8 @@ On resume the host gets no checkpoint: it sets up as for a new run, `restore` pu
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
+from pickle import UnpicklingError  # the error alone
 
 import torch
 from ultralytics.engine.trainer import BaseTrainer
@@ -28,7 +28,7 @@ from .layers import quant_convs
 from .randomness import random_state, set_random_state
 
 FILE = "resume.pt"
-UNREADABLE = OSError, RuntimeError, EOFError, pickle.UnpicklingError
+UNREADABLE = OSError, RuntimeError, EOFError, UnpicklingError
 FORMAT = 1  # raise it when older files cannot be read as they are
 # what the host lets a user change on resume, and what the batches depend on
 ARGUMENTS = "batch", "imgsz", "device", "workers", "cache", "close_mosaic", "freeze", "val", "time"
