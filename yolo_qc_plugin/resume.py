@@ -107,6 +107,8 @@ def write_state(trainer: BaseTrainer, run: str, named: dict) -> None:
 def read_state(trainer: BaseTrainer, checkpoint: dict) -> dict | None:
     """The state to resume from, on the CPU; None, with a line that says why, where there is none for the checkpoint.
 
+    A run that was killed in its last acts is brought to its end, and its checkpoint marked as finished for the host.
+
     Args:
         trainer: A trainer that resumes; its model is set up.
         checkpoint: What it resumes from, of a quantized run.
@@ -115,7 +117,7 @@ def read_state(trainer: BaseTrainer, checkpoint: dict) -> dict | None:
     if _has_ended(last, record_of(checkpoint["ema"]).run):
         if RANK in {-1, 0}:
             conclude(AtomicPath(last))
-        checkpoint["epoch"] = -1  # which the host calls finished
+        checkpoint["epoch"] = -1
         return None
     state, why = _find_state(last, checkpoint)
     if state is None:
@@ -207,9 +209,12 @@ def conclude(last: AtomicPath) -> None:
 
 
 def _has_ended(last: Path, run: str) -> bool:
-    """Whether best.pt is what `finish` made of it: then the run was killed in its last acts, or before them."""
+    """Whether best.pt is what `finish` made of it, the last thing it does: then the run was killed in `conclude`."""
+    best = last.with_name("best.pt")
+    if last.name != "last.pt" or not best.exists():
+        return False
     try:
-        model = load_checkpoint(last.with_name("best.pt"))[0]
+        model = load_checkpoint(best)[0]
     except UNREADABLE:
         return False
     record = record_of(model)
@@ -217,10 +222,7 @@ def _has_ended(last: Path, run: str) -> bool:
 
 
 def _arguments(trainer: BaseTrainer) -> dict:
-    return {
-        **{name: getattr(trainer.args, name) for name in ARGUMENTS},
-        "images": len(trainer.train_loader.dataset),
-    }
+    return {n: getattr(trainer.args, n) for n in ARGUMENTS} | {"images": len(trainer.train_loader.dataset)}
 
 
 def _drop_rows(csv: Path, epochs: int) -> None:
