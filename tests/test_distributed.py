@@ -14,7 +14,7 @@ from conftest import TINY
 from two_processes import GlooTrainer, Record, states
 from ultralytics import YOLO, cfg
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.utils.dist import ddp_cleanup, generate_ddp_file
+from ultralytics.utils.dist import generate_ddp_file
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_qc_plugin import add_qc_callbacks
@@ -106,7 +106,7 @@ class Launched(Exception):
 
 
 def test_a_worker_started_from_the_command_line_has_the_plugin_and_its_options(digits, tmp_path, monkeypatch):
-    """The host's script for its worker processes, written by `yolo train`, run in a fresh process up to the training."""
+    """The host's script for its workers, written by `yolo train`, run in a fresh process up to the training."""
     files = []
 
     def launch(trainer):

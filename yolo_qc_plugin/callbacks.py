@@ -124,10 +124,10 @@ class QCCallbacks:
         self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
 
     def on_train_epoch_start(self, trainer: BaseTrainer) -> None:
-        """Take over what the host replaced in recovering: from a NaN loss the EMA, from lack of memory the optimizer."""
+        """Take over what the host replaced to recover: from a NaN loss the EMA, from lack of memory the optimizer."""
         self._take_over_ema(trainer)
         model = unwrap_model(trainer.model)
-        if self.steps.optimizer is not trainer.optimizer:  # before 8.4.190 or so
+        if self.steps.optimizer is not trainer.optimizer:  # by older versions of the host
             self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
         for quantizer in (m for m in model.modules() if isinstance(m, ActQuantizer)):
             quantizer.forget()  # what a forward pass that ended in an error has left
