@@ -75,9 +75,7 @@ class Record:
 
     def on_train_start(self, trainer) -> None:
         self.found["start"] = states(trainer)
-        self.found["quantizers"] = digest(
-            t for name, t in self.found["start"]["model"].items() if "_quant." in name
-        )
+        self.found["quantizers"] = digest(t for name, t in self.found["start"]["model"].items() if "_quant." in name)
         trainer.batches.clear()
 
     def on_train_batch_end(self, trainer) -> None:

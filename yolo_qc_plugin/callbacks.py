@@ -139,7 +139,7 @@ class QCCallbacks:
         and write resume.pt."""
         self._take_over_ema(trainer)
         model = unwrap_model(trainer.model)
-        if self.steps.optimizer is not trainer.optimizer:  # before 8.4.190 or so
+        if self.steps.optimizer is not trainer.optimizer:  # by older versions of the host
             self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
         for quantizer in (m for m in model.modules() if isinstance(m, ActQuantizer)):
             quantizer.forget()  # what a forward pass that ended in an error has left
