@@ -14,6 +14,7 @@ from ultralytics.nn.tasks import load_checkpoint
 
 from yolo_qc_plugin import QCConfig, add_qc_callbacks
 from yolo_qc_plugin.callbacks import QCCallbacks
+from yolo_qc_plugin.check import check
 from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.deploy import deployed_convs
 from yolo_qc_plugin.digits import compose
@@ -37,7 +38,7 @@ TENSORS = {
     ("segment", "yolov8n-seg"), ("pose", "yolo26n-pose"), ("obb", "yolo11n-obb"), ("classify", "yolov8n-cls"),
 ])  # fmt: skip
 def test_a_run_of_each_task(train, tmp_path, task, name):
-    """QAT, QC, report; the file gives the run's figures again, and its deployed form the file's outputs."""
+    """QAT, QC, report; the file gives the run's figures again, and its deployed form and ONNX file its outputs."""
     data = compose(tmp_path / "data", 8, 8, 64, task=task)
     options = {"bits": 4, "calibration_batches": 1, "correction_lr": 0.05}
     yolo = train(options, model=f"{name}.yaml", data=str(data), conf=1e-6, nbs=8)
@@ -65,6 +66,11 @@ def test_a_run_of_each_task(train, tmp_path, task, name):
     assert TENSORS.get(task, {"logits"}) <= plain.keys() & fused.keys()
     for key in TENSORS.get(task, {"logits"}):
         torch.testing.assert_close(plain[key], fused[key], rtol=1e-3, atol=1e-3)
+
+    if task == "segment":  # two outputs
+        checked = check(yolo.trainer.best, YOLO(yolo.trainer.best).export(format="onnx", imgsz=64), data, images=2)
+        assert checked["passed"] and checked["pytorch"].keys() == FIGURES[task]
+        assert all(r["changed_end_to_end"] == 0 and r["output"] < 1e-2 for r in checked["runtimes"] if "steps" in r)
 
 
 @pytest.mark.parametrize("name,last,fixed", [
