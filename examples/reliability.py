@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 
 os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp(prefix="yolo_config_")  # leave the user's settings alone
 
@@ -219,14 +220,14 @@ def interrupt(trainer, case: Case) -> None:
 
 
 def interrupt_correction(trainer, case: Case) -> None:
-    """Ctrl-C at the second batch that the correction asks for."""
-    served = iter(trainer.train_loader.__class__.__iter__(trainer.train_loader))
+    """Ctrl-C at the correction's second batch, which is the first pass over the loader once qat.pt is there."""
 
     class Interrupted(type(trainer.train_loader)):
         def __iter__(self):
-            yield next(served)
-            interrupt(trainer, case)
-            yield from served
+            for i, batch in enumerate(super().__iter__()):
+                if i == 1 and (case.run / "weights" / "qat.pt").exists():
+                    interrupt(trainer, case)
+                yield batch
 
     trainer.train_loader.__class__ = Interrupted
 
@@ -393,7 +394,10 @@ FAULTS = [
     Fault("second run", "a second run in the folder of a complete one, exist_ok=True", earlier_run),
     Fault("two runs at once", "two runs in one folder at the same time, exist_ok=True", same_time),
     Fault("SIGINT in training", "in epoch 2", events={"on_train_batch_start": in_epoch(2, interrupt)}),
-    Fault("SIGINT in QC", "at QC's second batch", events={"on_train_end": interrupt_correction}, stock=False),
+    Fault(
+        "SIGINT in QC", "at QC's second batch", events={"on_train_end": interrupt_correction}, stock=False,
+        keeps=("last.pt", "best.pt", "qat.pt"),
+    ),
     Fault(
         "QC diverges", "qc_correction_lr=1e37: the loss is not finite", options={
             "correction_lr": 1e37, "correction_epochs": 2, "output_bits": None,
@@ -423,7 +427,7 @@ def page(results: dict[str, dict]) -> str:
         if stock and stock["lost"]:
             lost += f" (stock: {', '.join(stock['lost'])})"
         cells = [fault.name, fault.cause, stock["ended"] if stock else "has no such step", ours["ended"], ours["said"]]
-        lines.append("| " + " | ".join(re.sub(r"\s+", " ", c).replace("|", "\\|") for c in [*cells, lost]) + " |")
+        lines.append("| " + " | ".join(shorten(c.replace("|", "\\|"), 220) for c in [*cells, lost]) + " |")
     return "\n".join([*lines, ""])
 
 
@@ -453,7 +457,7 @@ def main() -> None:
                     found = case.outcome()
                 finally:
                     release(case.folder)
-                text = json.dumps(found).replace(f"{case.folder}/", "")  # no path of this machine in the record
+                text = json.dumps(found).replace(str(case.folder), "")  # no path of this machine in the record
                 results[fault.name][kind] = json.loads(text)
             print(f"{fault.name}, {kind}: {text}", flush=True)
         record.write_text(json.dumps(results, indent=1))
