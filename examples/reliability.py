@@ -6,7 +6,7 @@
 Each run is a process of its own on a data set of 24 images (`yolo-qc digits`), two epochs of YOLOv5n at 64 px. After
 the fault, every checkpoint that was whole before is opened again; what cannot be opened is lost. The full disk is a
 small tmpfs, which only root may mount; other users get a file size limit in its place. The exit status is 1 where the
-plugin lost something that stock kept, or ended in an error where stock did not, but for the faults that it refuses.
+plugin lost something that stock kept, or ended in an error that stock did not end in and that is not to be.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Fault:
         arguments: Of train().
         options: Of the plugin.
         keeps: Checkpoints that are whole before the fault, or that the run gives in spite of it.
-        refused: The plugin is to stop before training where stock goes on.
+        stops: The plugin is to stop where stock goes on: it refuses, or the fault hits a step of its own.
         stock: Whether stock Ultralytics has this fault too.
     """
 
@@ -71,7 +71,7 @@ class Fault:
     arguments: dict = field(default_factory=dict)
     options: dict = field(default_factory=dict)
     keeps: tuple[str, ...] = ("last.pt", "best.pt")
-    refused: bool = False
+    stops: bool = False
     stock: bool = True
 
 
@@ -361,10 +361,11 @@ FAULTS = [
     ),
     Fault(
         "disk full in QC", "a tmpfs is filled at on_train_end, before the plugin writes", small_disk,
-        {"on_train_end": fill_disk},
+        {"on_train_end": fill_disk}, stops=True,
     ),
     Fault("read-only project", "the project's folder forbids writing, from the start", lock_project, keeps=()),
-    Fault("read-only run in QC", "the run's folders forbid writing at on_train_end", events={"on_train_end": lock_run}),
+    Fault("read-only run in QC", "the run's folders forbid writing at on_train_end", events={"on_train_end": lock_run},
+          stops=True),
     Fault("missing labels", "labels/train deleted", no_labels, keeps=()),
     Fault("corrupt labels", "text and NaN in every second label file, one image cut", corrupt_labels),
     Fault("empty training set", "images/train emptied", no_images, keeps=()),
@@ -378,9 +379,9 @@ FAULTS = [
         options={"per_channel": True, "act_offset": False}, stock=False,
     ),
     Fault("infinite weight", "inf in one weight of the start checkpoint", start_model(spoil(float("inf"))), keeps=(),
-          refused=True),
+          stops=True),
     Fault("NaN weight", "NaN in one weight of the start checkpoint", start_model(spoil(float("nan"))), keeps=(),
-          refused=True),
+          stops=True),
     Fault("truncated start", "half of a checkpoint as model=", cut_start, keeps=()),
     Fault(
         "truncated best.pt", "best.pt cut to 1000 bytes at on_train_end", events={"on_train_end": cut_best},
@@ -435,7 +436,7 @@ def worse(fault: Fault, result: dict) -> bool:
     """Whether the plugin did worse than stock."""
     ours, stock = result["plugin"], result.get("stock") or {"lost": [], "ended": ""}
     failed = stock["ended"] == "completed" and ours["ended"] != "completed"
-    return bool(set(ours["lost"]) - set(stock["lost"])) or (failed and not fault.refused)
+    return bool(set(ours["lost"]) - set(stock["lost"])) or (failed and not fault.stops)
 
 
 def main() -> None:
