@@ -417,7 +417,7 @@ def page(results: dict[str, dict]) -> str:
         "`callbacks=qc`. Lost is what was whole before the fault, or what a completed run gives, and cannot be opened",
         "after it.",
         "",
-        "| fault | how it was caused | stock | with the plugin | what the plugin says is kept | lost |",
+        "| fault | how it was caused | stock | with the plugin | kept, as the plugin says | lost |",
         "|---|---|---|---|---|---|",
     ]
     for fault in FAULTS:
@@ -427,7 +427,8 @@ def page(results: dict[str, dict]) -> str:
         lost = ", ".join(ours["lost"]) or "nothing"
         if stock and stock["lost"]:
             lost += f" (stock: {', '.join(stock['lost'])})"
-        cells = [fault.name, fault.cause, stock["ended"] if stock else "has no such step", ours["ended"], ours["said"]]
+        ended = stock["ended"] if stock else "has no such step"
+        cells = [fault.name, fault.cause, ended, ours["ended"], ours["said"].partition(" are kept in ")[2]]
         lines.append("| " + " | ".join(shorten(c.replace("|", "\\|"), 220) for c in [*cells, lost]) + " |")
     return "\n".join([*lines, ""])
 
