@@ -6,7 +6,7 @@
 Each run is a process of its own on a data set of 24 images (`yolo-qc digits`), two epochs of YOLOv5n at 64 px. After
 the fault, every checkpoint that was whole before is opened again; what cannot be opened is lost. The full disk is a
 small tmpfs, which only root may mount; other users get a file size limit in its place. The exit status is 1 where the
-plugin lost something that stock kept, or ended in an error where stock did not, but for the faults that it refuses.
+plugin lost something that stock kept, or ended in an error that stock did not end in and that is not to be.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 
 os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp(prefix="yolo_config_")  # leave the user's settings alone
 
@@ -59,7 +60,7 @@ class Fault:
         arguments: Of train().
         options: Of the plugin.
         keeps: Checkpoints that are whole before the fault, or that the run gives in spite of it.
-        refused: The plugin is to stop before training where stock goes on.
+        stops: The plugin is to stop where stock goes on: it refuses, or the fault hits a step of its own.
         stock: Whether stock Ultralytics has this fault too.
     """
 
@@ -70,7 +71,7 @@ class Fault:
     arguments: dict = field(default_factory=dict)
     options: dict = field(default_factory=dict)
     keeps: tuple[str, ...] = ("last.pt", "best.pt")
-    refused: bool = False
+    stops: bool = False
     stock: bool = True
 
 
@@ -219,14 +220,14 @@ def interrupt(trainer, case: Case) -> None:
 
 
 def interrupt_correction(trainer, case: Case) -> None:
-    """Ctrl-C at the second batch that the correction asks for."""
-    served = iter(trainer.train_loader.__class__.__iter__(trainer.train_loader))
+    """Ctrl-C at the correction's second batch, which is the first pass over the loader once qat.pt is there."""
 
     class Interrupted(type(trainer.train_loader)):
         def __iter__(self):
-            yield next(served)
-            interrupt(trainer, case)
-            yield from served
+            for i, batch in enumerate(super().__iter__()):
+                if i == 1 and (case.run / "weights" / "qat.pt").exists():
+                    interrupt(trainer, case)
+                yield batch
 
     trainer.train_loader.__class__ = Interrupted
 
@@ -360,10 +361,11 @@ FAULTS = [
     ),
     Fault(
         "disk full in QC", "a tmpfs is filled at on_train_end, before the plugin writes", small_disk,
-        {"on_train_end": fill_disk},
+        {"on_train_end": fill_disk}, stops=True,
     ),
     Fault("read-only project", "the project's folder forbids writing, from the start", lock_project, keeps=()),
-    Fault("read-only run in QC", "the run's folders forbid writing at on_train_end", events={"on_train_end": lock_run}),
+    Fault("read-only run in QC", "the run's folders forbid writing at on_train_end", events={"on_train_end": lock_run},
+          stops=True),
     Fault("missing labels", "labels/train deleted", no_labels, keeps=()),
     Fault("corrupt labels", "text and NaN in every second label file, one image cut", corrupt_labels),
     Fault("empty training set", "images/train emptied", no_images, keeps=()),
@@ -377,9 +379,9 @@ FAULTS = [
         options={"per_channel": True, "act_offset": False}, stock=False,
     ),
     Fault("infinite weight", "inf in one weight of the start checkpoint", start_model(spoil(float("inf"))), keeps=(),
-          refused=True),
+          stops=True),
     Fault("NaN weight", "NaN in one weight of the start checkpoint", start_model(spoil(float("nan"))), keeps=(),
-          refused=True),
+          stops=True),
     Fault("truncated start", "half of a checkpoint as model=", cut_start, keeps=()),
     Fault(
         "truncated best.pt", "best.pt cut to 1000 bytes at on_train_end", events={"on_train_end": cut_best},
@@ -393,7 +395,10 @@ FAULTS = [
     Fault("second run", "a second run in the folder of a complete one, exist_ok=True", earlier_run),
     Fault("two runs at once", "two runs in one folder at the same time, exist_ok=True", same_time),
     Fault("SIGINT in training", "in epoch 2", events={"on_train_batch_start": in_epoch(2, interrupt)}),
-    Fault("SIGINT in QC", "at QC's second batch", events={"on_train_end": interrupt_correction}, stock=False),
+    Fault(
+        "SIGINT in QC", "at QC's second batch", events={"on_train_end": interrupt_correction}, stock=False,
+        keeps=("last.pt", "best.pt", "qat.pt"),
+    ),
     Fault(
         "QC diverges", "qc_correction_lr=1e37: the loss is not finite", options={
             "correction_lr": 1e37, "correction_epochs": 2, "output_bits": None,
@@ -412,7 +417,7 @@ def page(results: dict[str, dict]) -> str:
         "`callbacks=qc`. Lost is what was whole before the fault, or what a completed run gives, and cannot be opened",
         "after it.",
         "",
-        "| fault | how it was caused | stock | with the plugin | what the plugin says is kept | lost |",
+        "| fault | how it was caused | stock | with the plugin | kept, as the plugin says | lost |",
         "|---|---|---|---|---|---|",
     ]
     for fault in FAULTS:
@@ -422,8 +427,9 @@ def page(results: dict[str, dict]) -> str:
         lost = ", ".join(ours["lost"]) or "nothing"
         if stock and stock["lost"]:
             lost += f" (stock: {', '.join(stock['lost'])})"
-        cells = [fault.name, fault.cause, stock["ended"] if stock else "has no such step", ours["ended"], ours["said"]]
-        lines.append("| " + " | ".join(re.sub(r"\s+", " ", c).replace("|", "\\|") for c in [*cells, lost]) + " |")
+        ended = stock["ended"] if stock else "has no such step"
+        cells = [fault.name, fault.cause, ended, ours["ended"], ours["said"].partition(" are kept in ")[2]]
+        lines.append("| " + " | ".join(shorten(c.replace("|", "\\|"), 220) for c in [*cells, lost]) + " |")
     return "\n".join([*lines, ""])
 
 
@@ -431,7 +437,7 @@ def worse(fault: Fault, result: dict) -> bool:
     """Whether the plugin did worse than stock."""
     ours, stock = result["plugin"], result.get("stock") or {"lost": [], "ended": ""}
     failed = stock["ended"] == "completed" and ours["ended"] != "completed"
-    return bool(set(ours["lost"]) - set(stock["lost"])) or (failed and not fault.refused)
+    return bool(set(ours["lost"]) - set(stock["lost"])) or (failed and not fault.stops)
 
 
 def main() -> None:
@@ -453,7 +459,7 @@ def main() -> None:
                     found = case.outcome()
                 finally:
                     release(case.folder)
-                text = json.dumps(found).replace(f"{case.folder}/", "")  # no path of this machine in the record
+                text = json.dumps(found).replace(str(case.folder), "")  # no path of this machine in the record
                 results[fault.name][kind] = json.loads(text)
             print(f"{fault.name}, {kind}: {text}", flush=True)
         record.write_text(json.dumps(results, indent=1))

@@ -128,8 +128,9 @@ def saying_what_is_kept(folder: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         kept = [name for name in ("best.pt", "qat.pt", "last.pt") if is_zipfile(folder / name)]
+        reason = f": {error}".partition("\n")[0].removesuffix(": ")
         LOGGER.error(
-            f"{host.PREFIX}{type(error).__name__} after training had ended: {error}. "
+            f"{host.PREFIX}{type(error).__name__} after training had ended{reason}. "
             f"Its checkpoints are kept in {folder}: {', '.join(kept) or 'none'}."
         )
         raise
