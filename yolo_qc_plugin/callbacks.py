@@ -25,6 +25,7 @@ from .optimizer import ScaleSteps
 from .qdq import ONNX_KINDS, check_kind
 from .quantizer import ActQuantizer
 from .resume import Accumulation, read_state, restore, rewind, write_state
+from .weights import quantize_together
 
 
 class QCCallbacks:
@@ -129,6 +130,7 @@ class QCCallbacks:
             trainer.ema.ema.qc = model.qc
         self._take_over_ema(trainer)
         self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
+        quantize_together(model)
         self.accumulation = Accumulation()
         if trainer.qc_state:
             restore(trainer, trainer.qc_state)

@@ -10,6 +10,8 @@ Sources: LSQ (Esser et al., ICLR 2020, equations 1 to 3), LSQ+ (Bhalgat et al., 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,25 @@ def fake_quantize(
         Tensor of x's shape and dtype.
     """
     return _FakeQuantize.apply(x, scale, offset, quant_min, quant_max, grad_scale)
+
+
+def fake_quantize_all(
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    ranges: Sequence[tuple[int, int]],
+    grad_scales: Sequence[float],
+) -> tuple[Tensor, ...]:
+    """`fake_quantize` of many tensors without offset: the same values and gradients, by operations on lists.
+
+    A detector has some seventy weights, most so small that calling the operations takes longer than computing them.
+
+    Args:
+        weights: Any shapes.
+        scales: Of each, shape (1,) or (C,).
+        ranges: (quant_min, quant_max) of each.
+        grad_scales: LSQ's gradient scale of each.
+    """
+    return _FakeQuantizeAll.apply(ranges, grad_scales, *weights, *scales)
 
 
 def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int) -> Tensor:
@@ -149,6 +170,44 @@ def _gradients(grad, x, scale, offset, quant_min, quant_max, need_scale, need_of
         codes = v.round_().clamp_(quant_min, quant_max)  # v is not needed any more
         by_scale = _dot(g, codes, slices) - v_part
     return inside.to(x.dtype), by_scale, by_offset
+
+
+class _FakeQuantizeAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ranges, grad_scales, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)  # a weight that nothing used gets no gradient
+        ctx.ranges, ctx.grad_scales = ranges, grad_scales
+        weights, scales = tensors[: len(ranges)], tensors[len(ranges) :]
+        factors = [_per_slice(s, w) for s, w in zip(scales, weights)]
+        out = _codes_of_all(torch._foreach_div([widen(w) for w in weights], factors), ranges)
+        torch._foreach_mul_(out, factors)
+        return tuple(y.to(w.dtype) for y, w in zip(out, weights))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        n = len(ctx.ranges)
+        used = [i for i, g in enumerate(grads) if g is not None]
+        weights, scales = ([ctx.saved_tensors[k + i] for i in used] for k in (0, n))
+        ranges, slices = [ctx.ranges[i] for i in used], [s.numel() for s in scales]
+        v = torch._foreach_div([widen(w) for w in weights], [_per_slice(s, w) for s, w in zip(scales, weights)])
+        g = [grads[i].to(position.dtype) for i, position in zip(used, v)]
+        inside = [torch.ops.aten.hardtanh_backward(*pair, *bounds) for *pair, bounds in zip(g, v, ranges)]
+        parts = [_dot(*pair, k) for *pair, k in zip(inside, v, slices)]
+        codes = _codes_of_all(v, ranges)  # in the place of v
+        by_scale = torch._foreach_sub([_dot(*pair, k) for *pair, k in zip(g, codes, slices)], parts)
+        torch._foreach_mul_(by_scale, [ctx.grad_scales[i] for i in used])
+        found = [None] * (2 + 2 * n)
+        for i, by_weight, weight, s in zip(used, inside, weights, by_scale):
+            found[2 + i], found[2 + n + i] = by_weight.to(weight.dtype), s
+        return tuple(found)
+
+
+def _codes_of_all(v, ranges):
+    torch._foreach_round_(v)
+    torch._foreach_clamp_min_(v, [low for low, _ in ranges])
+    torch._foreach_clamp_max_(v, [high for _, high in ranges])
+    return v
 
 
 class _QuantizedSiLU(torch.autograd.Function):

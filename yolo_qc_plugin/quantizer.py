@@ -26,6 +26,8 @@ class Quantizer(nn.Module):
         enabled: False lets values pass unquantized (calibration, float comparison).
     """
 
+    _kept: tuple | None = None  # see keep
+
     def __init__(self, bits: int, channels: int = 1, signed: bool = True):
         super().__init__()
         self.bits = bits
@@ -33,6 +35,9 @@ class Quantizer(nn.Module):
         self.scale = nn.Parameter(torch.ones(channels))
         self.register_buffer("quant_range", torch.zeros(2, dtype=torch.int32))
         self.set_signed(signed)
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_kept": None}
 
     def set_signed(self, signed: bool) -> None:
         """Choose the signed or the unsigned range of this width."""
@@ -60,6 +65,27 @@ class Quantizer(nn.Module):
                 tensor = self._parameters.pop(name).detach().fill_(value)
                 self.register_buffer(name, tensor)
 
+    def keep(self, x: Tensor, result: Tensor, readers: int = 1) -> None:
+        """Keep the result of x for so many calls to come."""
+        if readers and not torch.is_inference(x):  # which has no version
+            self._kept = x, self._versions(x), result, readers
+
+    def forget(self) -> None:
+        """Let go of a kept result whose readers will not come, and of the graph behind it."""
+        self._kept = None
+
+    def _take_kept(self, x: Tensor) -> Tensor | None:
+        """The result kept of this very tensor, if nothing has changed since."""
+        if self._kept is None:
+            return None
+        of, versions, result, readers = self._kept
+        self._kept = (of, versions, result, readers - 1) if readers > 1 else None
+        return result if of is x and versions == self._versions(x) else None
+
+    def _versions(self, x: Tensor) -> tuple:
+        tensors = x, self.scale, getattr(self, "offset", None)
+        return torch.is_grad_enabled(), *(t._version for t in tensors if t is not None)
+
     def _start_scale(self, rows: Tensor, method: str) -> None:
         """Start the scale from rows (scales, n) by `method`, without offset."""
         lsq = method == "lsq"
@@ -83,8 +109,14 @@ class WeightQuantizer(Quantizer):
         """Fake-quantize a weight of shape (out, ...)."""
         if not self.enabled:
             return weight
-        grad_scale = (weight.numel() / self.scale.numel() * self.quant_max) ** -0.5
-        return fake_quantize(weight, self.scale, None, self.quant_min, self.quant_max, grad_scale)
+        if (result := self._take_kept(weight)) is None:
+            grad_scale = self.grad_scale(weight)
+            result = fake_quantize(weight, self.scale, None, self.quant_min, self.quant_max, grad_scale)
+        return result
+
+    def grad_scale(self, weight: Tensor) -> float:
+        """LSQ's gradient scale, 1 / sqrt(weights of a scale * quant_max)."""
+        return (weight.numel() / self.scale.numel() * self.quant_max) ** -0.5
 
     @torch.no_grad()
     def calibrate(self, weight: Tensor, method: str) -> None:
@@ -125,14 +157,10 @@ class ActQuantizer(Quantizer):
     """
 
     readers = 1
-    _kept: tuple | None = None  # see _keep
 
     def __init__(self, bits: int, offset: bool):
         super().__init__(bits, signed=not offset)
         self.offset = nn.Parameter(torch.zeros(1)) if offset else None
-
-    def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_kept": None}
 
     @property
     def zero_point(self) -> int:
@@ -154,29 +182,8 @@ class ActQuantizer(Quantizer):
         if (result := self._take_kept(x)) is None:
             grad_scale = (max(math.prod(x.shape[1:]), 1) * self.quant_max) ** -0.5
             result = fake_quantize(x, self.scale, self.grid_offset(), self.quant_min, self.quant_max, grad_scale)
-            self._keep(x, result)
+            self.keep(x, result, self.readers - 1)
         return result
-
-    def _keep(self, x: Tensor, result: Tensor) -> None:
-        """Keep a result until all other readers had it."""
-        if self.readers > 1 and not torch.is_inference(x):  # which has no version
-            self._kept = x, self._versions(x), result, self.readers - 1
-
-    def forget(self) -> None:
-        """Let go of a kept result whose other readers will not come, and of the graph behind it."""
-        self._kept = None
-
-    def _take_kept(self, x: Tensor) -> Tensor | None:
-        """The result kept of this very tensor, if nothing has changed since."""
-        if self._kept is None:
-            return None
-        of, versions, result, readers = self._kept
-        self._kept = (of, versions, result, readers - 1) if readers > 1 else None
-        return result if of is x and versions == self._versions(x) else None
-
-    def _versions(self, x: Tensor) -> tuple:
-        tensors = (x, self.scale) if self.offset is None else (x, self.scale, self.offset)
-        return torch.is_grad_enabled(), *(t._version for t in tensors)
 
     @torch.no_grad()
     def calibrate(self, values: Tensor, low: float, method: str) -> None:
