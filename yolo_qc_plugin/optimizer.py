@@ -87,6 +87,7 @@ class ScaleSteps:
 
     @taken.setter
     def taken(self, number: int) -> None:
+        """Go on counting from what a resumed run had."""
         self._taken = number
 
     def _before(self, optimizer, args, kwargs) -> None:

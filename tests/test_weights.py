@@ -1,0 +1,110 @@
+# yolo_qc_plugin, AGPL-3.0
+"""All weights quantized together: what one by one gives, and never a stale one."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from yolo_qc_plugin import kernels
+from yolo_qc_plugin.functional import fake_quantize, fake_quantize_all
+from yolo_qc_plugin.layers import QuantConv2d
+from yolo_qc_plugin.weights import quantize_together
+
+
+@pytest.fixture(autouse=True)
+def separate_operations(monkeypatch):
+    """Compiled sums are rounded in another order."""
+    monkeypatch.setattr(kernels, "enabled", False)
+
+
+def test_values_and_gradients_are_those_of_each_alone():
+    """Exactly, clipped weights and weights on the range's ends included; one that nothing uses gets no gradient."""
+    rand = torch.Generator().manual_seed(0)
+    shapes, scales = [(8, 3, 3, 3), (30, 6, 3, 3), (5, 4, 1, 1), (7, 1, 1, 1)], [0.3, 0.1, 0.2, 0.25]
+    starts = [torch.randn(s, generator=rand) for s in shapes]
+    starts[3] = torch.tensor([-2.0, 1.75, 0.0, 5.0, -5.0, 0.125, 0.375]).view(7, 1, 1, 1)  # in units of 0.25
+    factors = [torch.full((1 if i % 2 else len(w),), s) for i, (w, s) in enumerate(zip(starts, scales))]
+    ranges, grad_scales = [(-8, 7), (-4, 3), (-128, 127), (-8, 7)], [0.1, 0.2, 0.3, 0.4]
+    upstream = [torch.randn(s, generator=rand) for s in shapes]
+    found = []
+    for together in (True, False):
+        weights = [w.clone().requires_grad_() for w in starts]
+        s = [f.clone().requires_grad_() for f in factors]
+        if together:
+            out = fake_quantize_all(weights, s, ranges, grad_scales)
+        else:
+            out = [fake_quantize(w, f, None, *r, g) for w, f, r, g in zip(weights, s, ranges, grad_scales)]
+        torch.autograd.backward([out[0], out[1], out[3]], [upstream[0], upstream[1], upstream[3]])
+        assert weights[2].grad is None and s[2].grad is None
+        used = weights[:2] + weights[3:] + s[:2] + s[3:]
+        found.append([*(y.detach() for y in out), *(t.grad for t in used)])
+    assert len(found[0]) == 10 and all(map(torch.equal, *found))
+    assert 0 < (found[0][6] == 0).sum() < 7  # of the last weight, some are clipped
+
+
+def quantized_model():
+    torch.manual_seed(0)
+    convs = [QuantConv2d.from_float(nn.Conv2d(*c), 4, 4, per_channel, True) for c, per_channel in CONVS]
+    model = nn.Sequential(*convs)
+    for conv in convs:
+        conv.weight_quant.calibrate(conv.weight, "mse")
+        conv.act_quant.scale.data.fill_(0.2)
+    return model
+
+
+CONVS = [((3, 8, 3), False), ((8, 8, 1), True), ((8, 4, 3), False)]
+
+
+def gradients(model, x):
+    model.zero_grad()
+    loss = model(x).square().sum()
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def test_a_model_trains_as_before():
+    """Over steps that change weights and scales; a copy made between forward and backward works, too."""
+    plain = quantized_model()
+    together = copy.deepcopy(plain)
+    quantize_together(together)
+    x = torch.rand(2, 3, 12, 12)
+    for _ in range(3):
+        found, wanted = gradients(together, x), gradients(plain, x)
+        assert len(found) == len(wanted) > 10 and all(map(torch.equal, found, wanted))
+        for model in (plain, together):
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 1e-3 * p.grad.sign() * p.abs()
+    together(x)
+    assert all(map(torch.equal, gradients(copy.deepcopy(plain), x), gradients(copy.deepcopy(together), x)))
+
+
+def test_no_stale_weight_is_used():
+    """Not after a change within the forward pass, not for a second call, not without gradients, not when switched off."""
+    model = quantized_model()
+    quantize_together(model)
+    first, x = model[0], torch.rand(1, 3, 12, 12)
+    calls = []
+    first.weight_quant.register_forward_hook(lambda m, a, y: calls.append(y))
+    model(x)
+    assert calls[-1].grad_fn.name().startswith("_FakeQuantizeAll")
+    first(x)
+    assert not calls[-1].grad_fn.name().startswith("_FakeQuantizeAll")  # handed out once
+
+    @torch.no_grad()
+    def halve(module, args):
+        module.weight.mul_(0.5)
+
+    handle = first.register_forward_pre_hook(halve)
+    old = calls[-1]
+    model(x)
+    assert torch.equal(calls[-1], first.weight_quant(first.weight)) and not torch.equal(calls[-1], old)
+    handle.remove()
+    with torch.no_grad():
+        model(x)
+    assert calls[-1].grad_fn is None
+    first.weight_quant.enabled = False
+    model(x)
+    assert calls[-1] is first.weight
