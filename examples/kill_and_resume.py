@@ -62,17 +62,18 @@ class Watch:
     """Counts the events of the phases, and kills this process at a given one.
 
     Args:
+        phases: Those to count.
         moment: (phase, number of its entry, event within the entry), or None to count alone.
     """
 
-    def __init__(self, moment: tuple[str, int, int] | None = None):
+    def __init__(self, phases: list[str], moment: tuple[str, int, int] | None = None):
         self.moment = moment
-        self.counts: dict[str, list[int]] = {phase: [] for phase in PHASES}
+        self.counts: dict[str, list[int]] = {phase: [] for phase in phases}
         self.current = None  # phase that is under way; phases within it are part of it
 
     def install(self) -> None:
         """Wrap the functions of the phases."""
-        for phase, (owner, name) in PHASES.items():
+        for phase, (owner, name) in ((phase, PHASES[phase]) for phase in self.counts):
             setattr(owner, name, self._watched(phase, getattr(owner, name)))
         Path.write_bytes = write_in_parts
 
@@ -182,7 +183,7 @@ def try_run(name: str, phases: list[str], counts: dict, random_: random.Random, 
     kills = []
     for i, phase in enumerate([*phases, None]):
         moment = choose(random_, phase, counts, bool(i)) if phase else None
-        watch = Watch(moment)
+        watch = Watch([phase] if phase else [], moment)
         if not last.exists():
             status = in_child(lambda watch=watch: train(name, args, watch), log)
         elif load_checkpoint(last)[1]["optimizer"]:
@@ -245,7 +246,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
         args.data = args.data or compose(args.folder / "digits", train=24, val=8, imgsz=args.imgsz, seed=0)
-        if in_child(lambda: train("reference", args, Watch()), args.folder / "reference.txt"):
+        if in_child(lambda: train("reference", args, Watch(args.phases)), args.folder / "reference.txt"):
             raise SystemExit((args.folder / "reference.txt").read_text(errors="replace"))
         data = check_det_dataset(args.data)
         images = {split: len(list(Path(data[split]).iterdir())) for split in ("train", "val")}
