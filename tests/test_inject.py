@@ -263,8 +263,10 @@ def test_calibrate_chooses_unsigned_without_offset(small):
 def test_calibrate_names_a_layer_that_did_not_run(small):
     model = copy.deepcopy(small)
     model.unused = nn.Conv2d(3, 3, 1)
+    assert "unused" in fixed_convs(model)  # which is why a run leaves it in float
+    inject(model, QCConfig())
     with pytest.raises(RuntimeError, match="convolution unused did not run.*skip"):
-        put_in(model)
+        calibrate(model, [images()], model, "lsq")
 
 
 class Twice(nn.Module):
