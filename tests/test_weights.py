@@ -82,7 +82,7 @@ def test_a_model_trains_as_before():
 
 
 def test_no_stale_weight_is_used():
-    """Not after a change within the forward pass, not for a second call, not without gradients, not when switched off."""
+    """Not after a change within the pass, not for a second call, not without gradients, not when switched off."""
     model = quantized_model()
     quantize_together(model)
     first, x = model[0], torch.rand(1, 3, 12, 12)

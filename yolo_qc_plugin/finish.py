@@ -32,7 +32,7 @@ from .correction import (
 from .distributed import whole
 from .inject import calibrate_outputs, quantize_outputs
 from .report import build_report, console_table, figures_of, write_report
-from .resume import conclude
+from .resume import FILE, conclude
 from .snap import snap
 
 
@@ -132,6 +132,7 @@ def saying_what_is_kept(folder: Path) -> Iterator[None]:
         LOGGER.error(
             f"{host.PREFIX}{type(error).__name__} after training had ended{reason}. "
             f"Its checkpoints are kept in {folder}: {', '.join(kept) or 'none'}."
+            + (f" Resuming {folder / 'last.pt'} does again what failed." if (folder / FILE).exists() else "")
         )
         raise
 
