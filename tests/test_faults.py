@@ -23,9 +23,10 @@ from yolo_qc_plugin.layers import is_quantized, scale_parameters
 
 
 def kept(weights: Path) -> set[str]:
-    """Names of all files in a weights folder, each of which must open."""
-    names = {file.name for file in weights.iterdir()}
+    """Names of all files in a weights folder, each of which must open; resume.pt is there, for the run is not over."""
+    names = {file.name for file in weights.iterdir()} - {"resume.pt"}
     assert all(is_quantized(load_checkpoint(weights / name)[0]) for name in names)
+    assert torch.load(weights / "resume.pt", weights_only=True)["epoch"] == 0
     return names
 
 
@@ -63,6 +64,7 @@ def test_interrupt_in_the_correction(train, tmp_path, caplog):
         train({"calibration_batches": 1}, {"on_model_save": count})
     assert kept(tmp_path / "run" / "weights") == {"best.pt", "last.pt", "qat.pt"}
     assert "KeyboardInterrupt after training had ended" in caplog.text and "best.pt, qat.pt, last.pt." in caplog.text
+    assert "last.pt does again what failed" in caplog.text
 
 
 def test_only_whole_files_are_said_to_be_kept(tmp_path, caplog):

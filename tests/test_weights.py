@@ -2,6 +2,7 @@
 """All weights quantized together: what one by one gives, and never a stale one."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from yolo_qc_plugin import kernels
 from yolo_qc_plugin.functional import fake_quantize, fake_quantize_all
 from yolo_qc_plugin.layers import QuantConv2d
-from yolo_qc_plugin.weights import quantize_together
+from yolo_qc_plugin.weights import WeightsTogether
 
 
 @pytest.fixture(autouse=True)
@@ -57,54 +58,59 @@ def quantized_model():
 CONVS = [((3, 8, 3), False), ((8, 8, 1), True), ((8, 4, 3), False)]
 
 
-def gradients(model, x):
+def gradients(model, x, weights=None):
     model.zero_grad()
+    if weights:
+        weights.prepare()
     loss = model(x).square().sum()
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
 def test_a_model_trains_as_before():
-    """Over steps that change weights and scales; a copy made between forward and backward works, too."""
+    """Over steps that change weights and scales; a copy made in between takes nothing along."""
     plain = quantized_model()
     together = copy.deepcopy(plain)
-    quantize_together(together)
+    weights = WeightsTogether(together)
     x = torch.rand(2, 3, 12, 12)
     for _ in range(3):
-        found, wanted = gradients(together, x), gradients(plain, x)
+        found, wanted = gradients(together, x, weights), gradients(plain, x)
         assert len(found) == len(wanted) > 10 and all(map(torch.equal, found, wanted))
         for model in (plain, together):
             with torch.no_grad():
                 for p in model.parameters():
                     p -= 1e-3 * p.grad.sign() * p.abs()
-    together(x)
-    assert all(map(torch.equal, gradients(copy.deepcopy(plain), x), gradients(copy.deepcopy(together), x)))
+    weights.prepare()
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(together)))
+    assert all(map(torch.equal, gradients(plain, x), gradients(copied, x)))
 
 
 def test_no_stale_weight_is_used():
-    """Not after a change within the pass, not for a second call, not without gradients, not when switched off."""
+    """Not after a change of it, not for a second call, not without gradients, not when switched off."""
     model = quantized_model()
-    quantize_together(model)
-    first, x = model[0], torch.rand(1, 3, 12, 12)
+    weights, first, x = WeightsTogether(model), model[0], torch.rand(1, 3, 12, 12)
     calls = []
     first.weight_quant.register_forward_hook(lambda m, a, y: calls.append(y))
-    model(x)
-    assert calls[-1].grad_fn.name().startswith("_FakeQuantizeAll")
-    first(x)
-    assert not calls[-1].grad_fn.name().startswith("_FakeQuantizeAll")  # handed out once
 
-    @torch.no_grad()
-    def halve(module, args):
-        module.weight.mul_(0.5)
+    def run(prepare=True):
+        if prepare:
+            weights.prepare()
+        first(x)
+        return calls[-1]
 
-    handle = first.register_forward_pre_hook(halve)
-    old = calls[-1]
-    model(x)
-    assert torch.equal(calls[-1], first.weight_quant(first.weight)) and not torch.equal(calls[-1], old)
-    handle.remove()
+    def together(y):
+        return y.grad_fn.name().startswith("_FakeQuantizeAll")
+
+    old = run()
+    assert together(old) and not together(run(prepare=False))
+    weights.prepare()
     with torch.no_grad():
-        model(x)
-    assert calls[-1].grad_fn is None
+        first.weight.mul_(0.5)
+    changed = run(prepare=False)
+    assert not together(changed) and not torch.equal(changed, old)
+    weights.prepare()
+    with torch.no_grad():
+        assert run(prepare=False).grad_fn is None
+    weights.prepare()
     first.weight_quant.enabled = False
-    model(x)
-    assert calls[-1] is first.weight
+    assert run(prepare=False) is first.weight

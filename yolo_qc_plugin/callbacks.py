@@ -23,9 +23,9 @@ from .inject import calibrate, inject, remove, share_quantizers
 from .layers import is_quantized
 from .optimizer import ScaleSteps
 from .qdq import ONNX_KINDS, check_kind
-from .quantizer import ActQuantizer
+from .quantizer import Quantizer
 from .resume import Accumulation, read_state, restore, rewind, write_state
-from .weights import quantize_together
+from .weights import WeightsTogether
 
 
 class QCCallbacks:
@@ -39,6 +39,7 @@ class QCCallbacks:
         self.config = config
         self.steps = None  # ScaleSteps of the optimizer, which counts its real steps
         self.averaged = 0  # steps that the EMA has seen
+        self.weights = None  # WeightsTogether of the model
         self.accumulation = None  # which micro-batches wait for a step
 
     def __getstate__(self) -> dict:
@@ -63,6 +64,7 @@ class QCCallbacks:
             host.ON_MODEL_SETUP: self.on_model_setup,
             "on_pretrain_routine_end": self.on_pretrain_routine_end,
             "on_train_epoch_start": self.on_train_epoch_start,
+            "on_train_batch_start": self.on_train_batch_start,
             "on_train_batch_end": self.on_train_batch_end,
             "on_train_epoch_end": self.on_train_epoch_end,  # a timed stop skips the last batch's own callback
             "on_train_end": self.on_train_end,
@@ -130,7 +132,7 @@ class QCCallbacks:
             trainer.ema.ema.qc = model.qc
         self._take_over_ema(trainer)
         self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
-        quantize_together(model)
+        self.weights = WeightsTogether(model)
         self.accumulation = Accumulation()
         if trainer.qc_state:
             restore(trainer, trainer.qc_state)
@@ -143,7 +145,7 @@ class QCCallbacks:
         model = unwrap_model(trainer.model)
         if self.steps.optimizer is not trainer.optimizer:  # by older versions of the host
             self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
-        for quantizer in (m for m in model.modules() if isinstance(m, ActQuantizer)):
+        for quantizer in (m for m in model.modules() if isinstance(m, Quantizer)):
             quantizer.forget()  # what a forward pass that ended in an error has left
         resumed, trainer.qc_state = trainer.qc_state, None
         if resumed:
@@ -151,6 +153,10 @@ class QCCallbacks:
         self.accumulation.settle(trainer)
         if not resumed and RANK in {-1, 0}:
             write_state(trainer, model.qc.run, self.state_dict())
+
+    def on_train_batch_start(self, trainer: BaseTrainer) -> None:
+        """Quantize all weights at once."""
+        self.weights.prepare()
 
     def on_train_batch_end(self, trainer: BaseTrainer) -> None:
         """Count the micro-batch, and average if it ended in an optimizer step."""

@@ -85,7 +85,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as e:
-        e.filename = str(path)  # a write to a full disk names no file
+        if e.errno:
+            e.filename = str(path)  # a write to a full disk names no file
         raise
     finally:
         with suppress(OSError):  # of a folder that forbids writing; it would hide the first one

@@ -40,8 +40,8 @@ CALLED = {
     (torch_utils.ModelEMA, "update_attr"): ["model", "include", "exclude"],
 }
 ARGUMENTS = "task model resume device amp compile quantize distill_model format plots save_json".split()
-EVENTS = """on_pretrain_routine_start on_pretrain_routine_end on_train_epoch_start on_train_batch_end on_train_epoch_end
-            on_train_end on_export_start""".split()
+EVENTS = """on_pretrain_routine_start on_pretrain_routine_end on_train_epoch_start on_train_batch_start
+            on_train_batch_end on_train_epoch_end on_train_end on_export_start""".split()
 AT_START = "args resume device world_size save_dir wdir last best callbacks validator metrics".split()
 WHEN_READY = """model amp ema.ema ema.updates optimizer.param_groups train_loader.reset test_loader
                 validator.metrics""".split()

@@ -1,36 +1,32 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Quantize all weights of a model together, at the start of each forward pass of training."""
+"""Quantize all weights of a model together, before each forward pass of training."""
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from .functional import fake_quantize_all
 from .layers import quant_convs
 
 
-def quantize_together(model: nn.Module) -> None:
-    """From now on the model's quantized convolutions are given their weights' values, in place.
+class WeightsTogether:
+    """Computes all quantized weights and leaves each with its quantizer, which hands it out once.
 
-    For the model that is trained: a hook at its forward computes them, and each quantizer hands its own out once.
-    Passes without gradients, and what changes a weight or scale in between, compute them anew, as before.
+    What changes a weight or a scale before that, and passes without gradients, compute it anew, as without this.
 
     Args:
         model: Injected model.
     """
-    convs = [conv for _, conv in quant_convs(model)]
-    quants = [conv.weight_quant for conv in convs]
-    ranges = [(q.quant_min, q.quant_max) for q in quants]
-    grad_scales = [conv.weight_quant.grad_scale(conv.weight) for conv in convs]
 
-    def before(module: nn.Module, args: tuple) -> None:
-        for quant in quants:
-            quant.forget()
-        if torch.is_grad_enabled():
-            weights = [conv.weight for conv in convs]
-            results = fake_quantize_all(weights, [q.scale for q in quants], ranges, grad_scales)
-            for quant, weight, result in zip(quants, weights, results):
-                quant.keep(weight, result)
+    def __init__(self, model: nn.Module):
+        self.convs = [conv for _, conv in quant_convs(model)]
+        self.quants = [conv.weight_quant for conv in self.convs]
+        self.ranges = [(q.quant_min, q.quant_max) for q in self.quants]
+        self.grad_scales = [q.grad_scale(conv.weight) for q, conv in zip(self.quants, self.convs)]
 
-    model.register_forward_pre_hook(before)
+    def prepare(self) -> None:
+        """Compute them, with gradients; to be called before a forward pass."""
+        weights = [conv.weight for conv in self.convs]
+        results = fake_quantize_all(weights, [q.scale for q in self.quants], self.ranges, self.grad_scales)
+        for quant, weight, result in zip(self.quants, weights, results):
+            quant.keep(weight, result)
