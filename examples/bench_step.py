@@ -145,11 +145,14 @@ def measure(model: str, args: argparse.Namespace, data: Path, work: Path) -> dic
             print(f"{model}, {variant}: did not start, see {log.name}", flush=True)
     found = {v: [] for v in running}
     for turn in range(args.turns + 1):
-        for variant, process in running.items():
+        for variant, process in list(running.items()):
             process.stdin.write("go\n")
-            answer = json.loads(process.stdout.readline())
-            if turn:  # the first compiles
-                found[variant].append(answer)
+            answer = process.stdout.readline()
+            if not answer:
+                print(f"{model}, {variant}: ended early ({process.wait()}), left out", flush=True)
+                del running[variant], found[variant]
+            elif turn:  # the first compiles
+                found[variant].append(json.loads(answer))
         print(f"{model}: turn {turn} of {args.turns}", flush=True)
     for process in running.values():
         process.stdin.close()
@@ -205,16 +208,24 @@ def main() -> None:
     args = p.parse_args()
     if args.variant:
         return child(args)
+    from yolo_qc_plugin.digits import compose
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = compose(Path(folder) / "digits", train=4 * args.batch, val=8, imgsz=args.imgsz, seed=0)
+        results = {}
+        for model in args.models:
+            results[model] = measure(model, args, data, Path(folder))
+            write(results, args)
+
+
+def write(results: dict, args: argparse.Namespace) -> None:
+    """Write and print what there is so far."""
     import torch
     import ultralytics
     from bench_deploy import cpu_name
 
     from yolo_qc_plugin import __version__
-    from yolo_qc_plugin.digits import compose
 
-    with tempfile.TemporaryDirectory() as folder:
-        data = compose(Path(folder) / "digits", train=4 * args.batch, val=8, imgsz=args.imgsz, seed=0)
-        results = {model: measure(model, args, data, Path(folder)) for model in args.models}
     versions = {"yolo_qc_plugin": __version__, "ultralytics": ultralytics.__version__, "torch": torch.__version__}
     about = {k: getattr(args, k) for k in ("imgsz", "batch", "threads", "turn", "turns", "device")}
     about |= {"cpu": cpu_name(), "machine": platform.platform(), "versions": versions}
