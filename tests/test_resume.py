@@ -20,6 +20,7 @@ from ultralytics.nn.tasks import load_checkpoint
 
 from yolo_qc_plugin import add_qc_callbacks, finish, resume
 from yolo_qc_plugin.checkpoint import AtomicPath
+from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.ema import ConstantEMA
 from yolo_qc_plugin.layers import quant_convs
 
@@ -133,6 +134,20 @@ def test_a_state_that_does_not_belong_to_the_checkpoint_is_left_alone(interrupte
         assert found is None and expected in why
     file.write_bytes(whole[:1000])
     assert "cannot be read" in resume._find_state(last, checkpoint)[1]
+
+
+def test_a_run_of_other_scales_is_refused(go_on):
+    """As of a version that learned the image's scale: by name, not by what torch says of the optimizer."""
+
+    def change(weights):
+        (weights / "resume.pt").unlink()
+        checkpoint = torch.load(weights / "last.pt", weights_only=False)
+        groups = checkpoint["optimizer"]["param_groups"]
+        next(g for g in groups if g["param_group"] == "scale")["params"].append(10**6)
+        torch.save(checkpoint, weights / "last.pt")
+
+    with pytest.raises(QCError, match="last.pt was begun with another version of yolo-qc-plugin"):
+        go_on(change)
 
 
 def test_another_batch_size_keeps_all_but_the_order(interrupted, go_on, caplog):

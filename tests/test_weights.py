@@ -114,3 +114,12 @@ def test_no_stale_weight_is_used():
     weights.prepare()
     first.weight_quant.enabled = False
     assert run(prepare=False) is first.weight
+
+
+def test_frozen_layers_stay_out_of_backward():
+    model = quantized_model()
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    weights, x = WeightsTogether(model), torch.rand(1, 3, 12, 12)
+    weights.prepare()
+    assert not model[0](x).requires_grad and model(x).requires_grad

@@ -24,7 +24,7 @@ from .layers import is_quantized
 from .optimizer import ScaleSteps
 from .qdq import ONNX_KINDS, check_kind
 from .quantizer import Quantizer
-from .resume import Accumulation, read_state, restore, rewind, write_state
+from .resume import Accumulation, fits, read_state, restore, rewind, write_state
 from .weights import WeightsTogether
 
 
@@ -112,6 +112,11 @@ class QCCallbacks:
             trainer.qc_state = read_state(trainer, resumed)
             model.qc.float_metrics, model.qc.run = resumed["ema"].qc.float_metrics, resumed["ema"].qc.run
             model.load_state_dict(resumed["ema"].float().state_dict())
+            if not trainer.qc_state and not fits(resumed, model):
+                raise QCError(
+                    f"QC: {trainer.args.model} was begun with another version of yolo-qc-plugin, whose scales are not "
+                    "those of this one, and cannot be resumed; start from the float checkpoint."
+                )
         LOGGER.info(f"{host.PREFIX}{injection}; {shared} read an input that another one quantizes")
 
     def on_pretrain_routine_end(self, trainer: BaseTrainer) -> None:

@@ -80,6 +80,9 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
         The report, as written to qc/report.json.
     """
     best = trainer.best if trainer.best.exists() else trainer.last
+    if not best.exists():  # stopped early
+        LOGGER.warning(f"{host.PREFIX}save=False left no checkpoint to correct.")
+        return {}
     qat = trainer.wdir / "qat.pt"
     metrics = {"float_outputs": figures_of(trainer.validator.metrics.results_dict)}
     if config.output_bits is None:

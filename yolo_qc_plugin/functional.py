@@ -188,7 +188,8 @@ class _FakeQuantizeAll(torch.autograd.Function):
     def backward(ctx, *grads):
         n = len(ctx.ranges)
         used = [i for i, g in enumerate(grads) if g is not None]
-        weights, scales = ([ctx.saved_tensors[k + i] for i in used] for k in (0, n))
+        saved = ctx.saved_tensors
+        weights, scales = ([saved[k + i] for i in used] for k in (0, n))
         ranges, slices = [ctx.ranges[i] for i in used], [s.numel() for s in scales]
         v = torch._foreach_div([widen(w) for w in weights], [_per_slice(s, w) for s, w in zip(scales, weights)])
         g = [grads[i].to(position.dtype) for i, position in zip(used, v)]

@@ -24,7 +24,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from . import host
 from .checkpoint import AtomicPath, record_of, replacing, write_checkpoint
-from .layers import quant_convs
+from .layers import quant_convs, scale_parameters
 from .randomness import random_state, set_random_state
 
 FILE = "resume.pt"
@@ -128,6 +128,12 @@ def read_state(trainer: BaseTrainer, checkpoint: dict) -> dict | None:
     return state
 
 
+def fits(checkpoint: dict, model: torch.nn.Module) -> bool:
+    """Whether the optimizer state of a checkpoint, if there is one, is of the scales that the model has."""
+    groups = (checkpoint.get("optimizer") or {}).get("param_groups", [])
+    return all(len(g["params"]) == len(scale_parameters(model)) for g in groups if g.get("param_group") == "scale")
+
+
 def _find_state(last: Path, checkpoint: dict) -> tuple[dict | None, str]:
     """The state beside last.pt, or None and why."""
     file = last.with_name(FILE)
@@ -137,7 +143,7 @@ def _find_state(last: Path, checkpoint: dict) -> tuple[dict | None, str]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         return None, f"{file} cannot be read ({error})"
-    if state["format"] != FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
         return None, f"{file} is of another version of yolo-qc-plugin"
     if state["run"] != record_of(checkpoint["ema"]).run:
         return None, f"{file} is of another run"

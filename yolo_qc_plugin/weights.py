@@ -3,23 +3,24 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from .functional import fake_quantize_all
-from .layers import quant_convs
+from .layers import QuantConv2d, quant_convs
 
 
 class WeightsTogether:
-    """Computes all quantized weights and leaves each with its quantizer, which hands it out once.
+    """Computes all quantized weights that are trained and leaves each with its quantizer, which hands it out once.
 
     What changes a weight or a scale before that, and passes without gradients, compute it anew, as without this.
 
     Args:
-        model: Injected model.
+        model: Injected model, whose frozen layers are frozen already.
     """
 
     def __init__(self, model: nn.Module):
-        self.convs = [conv for _, conv in quant_convs(model)]
+        # not those of frozen layers: with the others' they would come with a graph, and backward would go through them
+        self.convs = [conv for _, conv in quant_convs(model) if any(p.requires_grad for p in _trained(conv))]
         self.quants = [conv.weight_quant for conv in self.convs]
         self.ranges = [(q.quant_min, q.quant_max) for q in self.quants]
         self.grad_scales = [q.grad_scale(conv.weight) for q, conv in zip(self.quants, self.convs)]
@@ -30,3 +31,7 @@ class WeightsTogether:
         results = fake_quantize_all(weights, [q.scale for q in self.quants], self.ranges, self.grad_scales)
         for quant, weight, result in zip(self.quants, weights, results):
             quant.keep(weight, result)
+
+
+def _trained(conv: QuantConv2d) -> tuple[Tensor, Tensor]:
+    return conv.weight, conv.weight_quant.scale
