@@ -110,5 +110,4 @@ def write_checkpoint(checkpoint: dict, path: Path) -> None:
     """
     buffer = io.BytesIO()  # torch.save to a file hides why it failed
     torch.save(checkpoint, buffer)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    AtomicPath(path).write_bytes(buffer.getbuffer())

@@ -254,23 +254,21 @@ def _observe(
 ) -> dict[str, SampleObserver]:
     """What reaches the watched modules; see `calibrate` for the modes the model runs in."""
     observers = {name: SampleObserver() for name in watched}
-    modes = {m: m.training for m in model.modules()}
-    norms = {m: m.track_running_stats for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    batch_norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    norms = {m: (m.training, m.track_running_stats) for m in batch_norms}
     hooks = [
         m.register_forward_pre_hook(lambda _, args, seen=observers[name]: seen.update(args[0]))
         for name, m in watched.items()
     ]
     try:
-        model.eval()
-        for m in norms:
-            m.training, m.track_running_stats = modes[m], norms[m] and not modes[m]
-        for batch in batches:
-            forward(batch)
+        with evaluating(model):
+            for m, (training, tracking) in norms.items():
+                m.training, m.track_running_stats = training, tracking and not training
+            for batch in batches:
+                forward(batch)
     finally:
         for hook in hooks:
             hook.remove()
-        for m, training in modes.items():
-            m.training = training
-        for m, tracking in norms.items():
+        for m, (_, tracking) in norms.items():
             m.track_running_stats = tracking
     return observers
