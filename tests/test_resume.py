@@ -213,6 +213,28 @@ def test_a_run_killed_in_its_last_acts_has_ended(train, tmp_path, monkeypatch):
         assert load_checkpoint(weights / "last.pt")[1]["optimizer"] is None
 
 
+def test_a_run_without_a_correction_killed_before_its_last_checkpoint_was_stripped_has_ended(
+    train, tmp_path, monkeypatch
+):
+    """Its best.pt is as the host wrote it, but its report is there and its state is not."""
+
+    strip = resume.host.strip
+
+    def kill(file, *args):
+        if file.name == "last.pt":
+            raise KeyboardInterrupt
+        return strip(file, *args)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(resume.host, "strip", kill)
+        train({"correction": "off", "output_bits": None})
+    weights = tmp_path / "run" / "weights"
+    assert {f.name for f in weights.iterdir()} == {"last.pt", "best.pt", "qat.pt"}
+    with pytest.raises(AssertionError, match="nothing to resume"):
+        YOLO(weights / "last.pt").train(resume=True)
+    assert load_checkpoint(weights / "last.pt")[1]["optimizer"] is None
+
+
 def test_a_run_killed_before_its_best_checkpoint_was_replaced_ends_again(train, tmp_path, monkeypatch):
     """One epoch, the only one: its state before it is what the correction is done again from."""
 

@@ -215,8 +215,11 @@ def conclude(last: AtomicPath) -> None:
 
 
 def _has_ended(last: Path, run: str) -> bool:
-    """Whether best.pt is what `finish` made of it, the last thing it does: then the run was killed in `conclude`."""
-    best = last.with_name("best.pt")
+    """Whether best.pt is what `finish` made of it, the last thing it does: then the run was killed in `conclude`.
+
+    Where it makes nothing of it (float outputs, no correction or none that was kept), a report and no resume.pt say so.
+    """
+    best, report = last.with_name("best.pt"), last.parent.with_name("qc") / "report.json"
     if last.name != "last.pt" or not best.exists():
         return False
     try:
@@ -224,7 +227,10 @@ def _has_ended(last: Path, run: str) -> bool:
     except UNREADABLE:
         return False
     record = record_of(model)
-    return record is not None and record.run == run and any(conv.correction for _, conv in quant_convs(model))
+    if record is None or record.run != run:
+        return False
+    finished = any(conv.correction for _, conv in quant_convs(model))
+    return finished or (report.exists() and not last.with_name(FILE).exists())
 
 
 def _arguments(trainer: BaseTrainer) -> dict:
