@@ -3,6 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Test files side by side: the tests of one share what they have trained.
+WORKERS ?= 2
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile
 SOURCES := $(shell find yolo_qc_plugin -type f -not -path '*/__pycache__/*')
 
 # What touches the host and torch most, for the matrix.
@@ -16,12 +19,12 @@ NEWEST := --upgrade 'ultralytics<8.5' torch torchvision
 venv: .venv/.installed
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 # The oldest supported Ultralytics, torch and Python, then the newest to be had: quick tests in each.
 test-matrix: .venv-matrix/oldest/.installed .venv-matrix/newest/.installed
-	.venv-matrix/oldest/bin/python -m pytest $(QUICK)
-	.venv-matrix/newest/bin/python -m pytest $(QUICK)
+	.venv-matrix/oldest/bin/python $(PYTEST) $(QUICK)
+	.venv-matrix/newest/bin/python $(PYTEST) $(QUICK)
 
 demo: venv
 	$(BIN)/python examples/demo.py
