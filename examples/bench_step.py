@@ -6,8 +6,8 @@
 Each variant trains in a process of its own, through `model.train()` on small digits images. A step is what lies between
 the host's on_train_batch_start and the end of on_train_batch_end, optimizer step and EMA included (nbs is the batch).
 The processes take turns of a few steps, one at a time, so that a slow minute of the machine hits all alike; the ratio
-is the median over turns of the ratio to float within a round. Memory is what the process grew by in training at its
-peak, on a GPU what torch allocated. Variants whose packages are missing are left out. Writes a JSON file and a Markdown
+is the median over turns of the ratio to float within a round. Memory is, at the peak of the steps, what the
+process grew by since `model.train()` began, on a GPU what torch allocated. Variants whose packages are missing are left out. Writes a JSON file and a Markdown
 page.
 """
 
@@ -17,7 +17,7 @@ import argparse
 import json
 import os
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -90,10 +90,13 @@ def child(args: argparse.Namespace) -> None:
     state = {"steps": None, "before": 0}
     cuda = args.device != "cpu"
 
-    def rss() -> float:
+    def memory(kind: str) -> float:
         if cuda:
             return torch.cuda.max_memory_allocated() / 1e6
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        return int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
+
+    def start(trainer) -> None:  # before the model, its quantizers and their calibration
+        state["before"] = 0 if cuda else memory("VmRSS")
 
     def wait() -> None:
         state["steps"] = []
@@ -102,7 +105,8 @@ def child(args: argparse.Namespace) -> None:
 
     def begin(trainer) -> None:
         if state["steps"] is None:
-            state["before"] = 0 if cuda else rss()
+            if not cuda:
+                Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is that of steps
             answers.write("ready\n")
             wait()
         if cuda:
@@ -114,9 +118,10 @@ def child(args: argparse.Namespace) -> None:
             torch.cuda.synchronize()
         state["steps"].append(1e3 * (time.perf_counter() - state["start"]))
         if len(state["steps"]) == args.turn + SETTLE:
-            answers.write(json.dumps({"ms": state["steps"][SETTLE:], "mb": rss() - state["before"]}) + "\n")
+            answers.write(json.dumps({"ms": state["steps"][SETTLE:], "mb": memory("VmHWM") - state["before"]}) + "\n")
             wait()
 
+    model.add_callback("on_pretrain_routine_start", start)
     model.add_callback("on_train_batch_start", begin)
     model.add_callback("on_train_start", lambda t: t.callbacks["on_train_batch_end"].append(end))  # after all others
     model.train(

@@ -21,6 +21,7 @@ from .ema import ConstantEMA
 from .finish import finish, saying_what_is_kept, take_all_images, validate
 from .inject import calibrate, inject, remove, share_quantizers
 from .layers import is_quantized
+from .offsets import OffsetsTogether
 from .optimizer import ScaleSteps
 from .qdq import ONNX_KINDS, check_kind
 from .quantizer import Quantizer
@@ -39,7 +40,7 @@ class QCCallbacks:
         self.config = config
         self.steps = None  # ScaleSteps of the optimizer, which counts its real steps
         self.averaged = 0  # steps that the EMA has seen
-        self.weights = None  # WeightsTogether of the model
+        self.weights = self.offsets = None  # WeightsTogether and OffsetsTogether of the model
         self.accumulation = None  # which micro-batches wait for a step
 
     def __getstate__(self) -> dict:
@@ -137,7 +138,7 @@ class QCCallbacks:
             trainer.ema.ema.qc = model.qc
         self._take_over_ema(trainer)
         self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
-        self.weights = WeightsTogether(model)
+        self.weights, self.offsets = WeightsTogether(model), OffsetsTogether(model)
         self.accumulation = Accumulation()
         if trainer.qc_state:
             restore(trainer, trainer.qc_state)
@@ -160,8 +161,9 @@ class QCCallbacks:
             write_state(trainer, model.qc.run, self.state_dict())
 
     def on_train_batch_start(self, trainer: BaseTrainer) -> None:
-        """Quantize all weights at once."""
+        """Quantize all weights at once, and bring all offsets to their grids."""
         self.weights.prepare()
+        self.offsets.prepare()
 
     def on_train_batch_end(self, trainer: BaseTrainer) -> None:
         """Count the micro-batch, and average if it ended in an optimizer step."""

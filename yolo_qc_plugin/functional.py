@@ -87,6 +87,17 @@ def fake_quantize_all(
     return _FakeQuantizeAll.apply(ranges, grad_scales, *weights, *scales)
 
 
+def snap_all(offsets: Sequence[Tensor], scales: Sequence[Tensor], most: Sequence[int]) -> tuple[Tensor, ...]:
+    """Each offset as a whole number of steps in [-most, 0], by operations on lists; gradient straight through.
+
+    Args:
+        offsets: Any shapes.
+        scales: Of each, positive, its shape.
+        most: Steps of each below 0 at most, >= 0.
+    """
+    return _SnapAll.apply(scales, most, *offsets)
+
+
 def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """SiLU of the fake-quantized `u` with its sigmoid rounded to whole 256ths, differentiable in `u` alone.
 
@@ -140,21 +151,14 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        arguments = grad, *ctx.saved_tensors, ctx.quant_min, ctx.quant_max
-        need_x, need_scale, need_offset = ctx.needs_input_grad[:3]
+        arguments = grad, *ctx.saved_tensors, ctx.quant_min, ctx.quant_max, ctx.grad_scale
+        needed = ctx.needs_input_grad[:3]
         found = kernels.backward(*arguments) if ctx.compiled else None
-        by_x, by_scale, by_offset = found or _gradients(*arguments, need_scale, need_offset)
-        return (
-            by_x if need_x else None,
-            by_scale * ctx.grad_scale if need_scale else None,
-            by_offset * ctx.grad_scale if need_offset else None,
-            None,
-            None,
-            None,
-        )
+        found = found or _gradients(*arguments, *needed[1:])
+        return *(g if need else None for g, need in zip(found, needed)), None, None, None
 
 
-def _gradients(grad, x, scale, offset, quant_min, quant_max, need_scale, need_offset):
+def _gradients(grad, x, scale, offset, quant_min, quant_max, grad_scale, need_scale, need_offset):
     """Gradients by x, scale and offset, in few passes of separate tensor operations."""
     wide = widen(x)
     g = grad.to(wide.dtype)
@@ -164,11 +168,12 @@ def _gradients(grad, x, scale, offset, quant_min, quant_max, need_scale, need_of
     by_scale = by_offset = None
     slices = scale.numel()
     if need_offset:
-        by_offset = (g.sum() - inside.sum() if slices == 1 else (g - inside).flatten(1).sum(1)).view(slices)
+        outside = g.sum() - inside.sum() if slices == 1 else (g - inside).flatten(1).sum(1)
+        by_offset = outside.view(slices) * grad_scale
     if need_scale:
         v_part = _dot(inside, v, slices)
         codes = v.round_().clamp_(quant_min, quant_max)  # v is not needed any more
-        by_scale = _dot(g, codes, slices) - v_part
+        by_scale = (_dot(g, codes, slices) - v_part) * grad_scale
     return inside.to(x.dtype), by_scale, by_offset
 
 
@@ -209,6 +214,23 @@ def _codes_of_all(v, ranges):
     torch._foreach_clamp_min_(v, [low for low, _ in ranges])
     torch._foreach_clamp_max_(v, [high for _, high in ranges])
     return v
+
+
+class _SnapAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scales, most, *offsets):
+        ctx.set_materialize_grads(False)
+        steps = torch._foreach_div(torch._foreach_neg(offsets), scales)
+        torch._foreach_round_(steps)
+        torch._foreach_clamp_min_(steps, 0.0)
+        torch._foreach_clamp_max_(steps, [float(n) for n in most])
+        torch._foreach_mul_(steps, scales)
+        torch._foreach_neg_(steps)
+        return tuple(steps)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, None, *grads
 
 
 class _QuantizedSiLU(torch.autograd.Function):

@@ -4,9 +4,9 @@
 Forward reads x and writes xhat; backward reads the gradient and x and writes a gradient, with the two sums by scale and
 offset taken on the way. Written as separate tensor operations, the same takes some twenty passes.
 
-All arguments are tensors of one or two dimensions with dynamic sizes, the range and an absent offset included, so that
-one compilation (of each dtype) serves every layer and batch. Where nothing can be compiled, or YOLO_QC_COMPILE=0 is in
-the environment, callers take their own way.
+All arguments are tensors of one or two dimensions with dynamic sizes, the grid (quant_min, quant_max, LSQ's gradient
+scale) and an absent offset included, so that one compilation (of each dtype) serves every layer and batch. Where nothing
+can be compiled, or YOLO_QC_COMPILE=0 is in the environment, callers take their own way.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ enabled = os.environ.get("YOLO_QC_COMPILE", "1") != "0"
 _log = logging.getLogger("ultralytics")  # the host's; this file works without it
 
 
-def _forward(x: Tensor, scale: Tensor, offset: Tensor, bounds: Tensor) -> Tensor:
+def _forward(x: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    code = torch.minimum(torch.maximum(((wide - offset) / scale).round(), bounds[0]), bounds[1])
+    code = torch.minimum(torch.maximum(((wide - offset) / scale).round(), grid[0]), grid[1])
     return (code * scale + offset).to(x.dtype)
 
 
-def _backward(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     g = grad.to(wide.dtype)
     v = (wide - offset) / scale
-    inside = (v > bounds[0]) & (v < bounds[1])
-    code = torch.minimum(torch.maximum(v.round(), bounds[0]), bounds[1])
-    by_scale = (g * torch.where(inside, code - v, code)).sum(-1, keepdim=True)
-    by_offset = torch.where(inside, 0.0, g).sum(-1, keepdim=True)
-    return torch.where(inside, g, 0.0).to(x.dtype), by_scale, by_offset
+    inside = (v > grid[0]) & (v < grid[1])
+    code = torch.minimum(torch.maximum(v.round(), grid[0]), grid[1])
+    by_scale = (g * torch.where(inside, code - v, code)).sum(-1, keepdim=True) * grid[2]
+    by_offset = torch.where(inside, 0.0, g).sum(-1, keepdim=True) * grid[2]
+    return torch.where(inside, g, 0.0).to(x.dtype), by_scale.view(-1), by_offset.view(-1)
 
 
-def _silu_forward(u: Tensor, scale: Tensor, offset: Tensor, bounds: Tensor) -> Tensor:
-    x = _forward(u, scale, offset, bounds)
+def _silu_forward(u: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> Tensor:
+    x = _forward(u, scale, offset, grid)
     return x * _sigmoid_code(x.sigmoid()) / 256
 
 
-def _silu_backward(grad: Tensor, u: Tensor, scale: Tensor, offset: Tensor, bounds: Tensor) -> Tensor:
+def _silu_backward(grad: Tensor, u: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> Tensor:
     v = (u - offset) / scale
-    x = torch.minimum(torch.maximum(v.round(), bounds[0]), bounds[1]) * scale + offset
+    x = torch.minimum(torch.maximum(v.round(), grid[0]), grid[1]) * scale + offset
     sigmoid = x.sigmoid()
     slope = torch.where((sigmoid > 0) & (256 * sigmoid < 255), x * sigmoid * (1 - sigmoid), 0.0)
     by_x = grad * (_sigmoid_code(sigmoid) / 256 + slope)
-    return torch.where((v > bounds[0]) & (v < bounds[1]), by_x, 0.0)
+    return torch.where((v > grid[0]) & (v < grid[1]), by_x, 0.0)
 
 
 def _sigmoid_code(sigmoid: Tensor) -> Tensor:
@@ -88,16 +88,15 @@ def forward(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, qua
 
 
 def backward(
-    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int, grad_scale: float
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Gradients by x, scale and offset, shape (scales,) each of the latter, without LSQ's gradient scale; or None."""
+    """Gradients by x, scale and offset, shape (scales,) each of the latter; or None."""
     x = _dense(x, scale)
-    grad = _like(grad, x)
-    found = _run(_backward, (grad, x), scale, offset, quant_min, quant_max)
+    found = _run(_backward, (_like(grad, x), x), scale, offset, quant_min, quant_max, grad_scale)
     if found is None:
         return None
     by_x, by_scale, by_offset = found
-    return by_x.as_strided(x.shape, x.stride()), by_scale.view(-1), by_offset.view(-1)
+    return by_x.as_strided(x.shape, x.stride()), by_scale, by_offset
 
 
 def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int) -> Tensor:
@@ -117,23 +116,34 @@ def _each(f: Callable, tensors: tuple[Tensor, ...], scale: Tensor, offset: Tenso
     """f of each element, in the memory order of the tensors; not compiled where it cannot be."""
     out = _run(f, tensors, scale, offset, low, high)
     if out is None:
-        bounds = _constant((float(low), float(high)), torch.float32, scale.device)
-        return f(*tensors, scale.detach(), offset.detach(), bounds)
+        grid = _constant((low, high, 1.0), torch.float32, scale.device)
+        return f(*tensors, scale.detach(), offset.detach(), grid)
     return out.as_strided(tensors[0].shape, tensors[0].stride())
 
 
-def _run(f: Callable, tensors: tuple[Tensor, ...], scale: Tensor, offset: Tensor | None, low: int, high: int):
+def _run(
+    f: Callable,
+    tensors: tuple[Tensor, ...],
+    scale: Tensor,
+    offset: Tensor | None,
+    low: int,
+    high: int,
+    grad_scale: float = 1.0,
+):
     global enabled
     if not enabled:  # given up since
         return None
-    column = (-1, 1) if scale.numel() > 1 else (1,)
     if offset is None:
         offset = _constant((0.0,), scale.dtype, scale.device)
-    bounds = _constant((float(low), float(high)), torch.float32, scale.device)
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    grid = _constant((low, high, grad_scale), wide, scale.device)
+    scale, offset = scale.detach(), offset.detach()
     try:
         with torch.no_grad():
-            flat = (_flat(t, scale) for t in tensors)
-            return _compiled(f)(*flat, scale.detach().view(column), offset.detach().view(column), bounds)
+            flat = [_flat(t, scale) for t in tensors]
+            if scale.numel() > 1:
+                scale, offset = scale.view(-1, 1), offset.view(-1, 1)
+            return _compiled(f)(*flat, scale, offset, grid)
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # whatever a missing or broken compiler makes of it

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .functional import fake_quantize, to_codes, widen
+from .functional import fake_quantize, snap_all, to_codes, widen
 from .observers import lsq_scale, mse_scale, mse_scale_offset
 
 
@@ -27,6 +27,7 @@ class Quantizer(nn.Module):
     """
 
     _kept: tuple | None = None  # see keep
+    _grid_offset: tuple | None = None  # see keep_grid_offset
 
     def __init__(self, bits: int, channels: int = 1, signed: bool = True):
         super().__init__()
@@ -37,7 +38,7 @@ class Quantizer(nn.Module):
         self.set_signed(signed)
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_kept": None}
+        return {**super().__getstate__(), "_kept": None, "_grid_offset": None}
 
     def set_signed(self, signed: bool) -> None:
         """Choose the signed or the unsigned range of this width."""
@@ -72,7 +73,7 @@ class Quantizer(nn.Module):
 
     def forget(self) -> None:
         """Let go of a kept result whose readers will not come, and of the graph behind it."""
-        self._kept = None
+        self._kept = self._grid_offset = None
 
     def _take_kept(self, x: Tensor) -> Tensor | None:
         """The result kept of this very tensor, if nothing has changed since."""
@@ -82,8 +83,8 @@ class Quantizer(nn.Module):
         self._kept = (of, versions, result, readers - 1) if readers > 1 else None
         return result if of is x and versions == self._versions(x) else None
 
-    def _versions(self, x: Tensor) -> tuple:
-        tensors = x, self.scale, getattr(self, "offset", None)
+    def _versions(self, *inputs: Tensor) -> tuple:
+        tensors = *inputs, self.scale, getattr(self, "offset", None)
         return torch.is_grad_enabled(), *(t._version for t in tensors if t is not None)
 
     def _start_scale(self, rows: Tensor, method: str) -> None:
@@ -171,9 +172,13 @@ class ActQuantizer(Quantizer):
         """The offset that forward uses: a whole number of steps in [-quant_max, 0]; gradient straight through."""
         if self.offset is None:
             return None
-        with torch.no_grad():
-            snapped = -self.scale * (-self.offset / self.scale).round().clamp(self.quant_min, self.quant_max)
-        return snapped + (self.offset - self.offset.detach())  # exactly the snapped value
+        if self._grid_offset and self._grid_offset[0] == self._versions():
+            return self._grid_offset[1]
+        return snap_all([self.offset], [self.scale], [self.quant_max])[0]
+
+    def keep_grid_offset(self, value: Tensor) -> None:
+        """Keep what `grid_offset` would give, until scale or offset changes."""
+        self._grid_offset = self._versions(), value
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize activations of shape (batch, ...); for several readers of one tensor in turn, once."""
