@@ -31,6 +31,20 @@ def to_codes(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, qu
     return _grid_position(x, scale, offset).round_().clamp_(quant_min, quant_max)
 
 
+def to_codes_all(
+    weights: Sequence[Tensor], scales: Sequence[Tensor], ranges: Sequence[tuple[int, int]]
+) -> list[Tensor]:
+    """`to_codes` of many tensors without offset, by operations on lists.
+
+    Args:
+        weights: Any shapes.
+        scales: Of each, shape (1,) or (C,).
+        ranges: (quant_min, quant_max) of each.
+    """
+    factors = [_per_slice(s, w) for s, w in zip(scales, weights)]
+    return _codes_of_all(torch._foreach_div([widen(w) for w in weights], factors), ranges)
+
+
 def from_codes(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     """The values that `codes` stand for: scale * codes + offset."""
     return codes * scale if offset is None else codes * scale + offset
@@ -179,9 +193,8 @@ class _FakeQuantizeAll(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # a weight that nothing used gets no gradient
         ctx.ranges, ctx.grad_scales = ranges, grad_scales
         weights, scales = tensors[: len(ranges)], tensors[len(ranges) :]
-        factors = [_per_slice(s, w) for s, w in zip(scales, weights)]
-        out = _codes_of_all(torch._foreach_div([widen(w) for w in weights], factors), ranges)
-        torch._foreach_mul_(out, factors)
+        out = to_codes_all(weights, scales, ranges)
+        torch._foreach_mul_(out, [_per_slice(s, w) for s, w in zip(scales, weights)])
         return tuple(y.to(w.dtype) for y, w in zip(out, weights))
 
     @staticmethod

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from .functional import fake_quantize_all
 from .layers import QuantConv2d, quant_convs
@@ -20,7 +20,7 @@ class WeightsTogether:
 
     def __init__(self, model: nn.Module):
         # not those of frozen layers: with the others' they would come with a graph, and backward would go through them
-        self.convs = [conv for _, conv in quant_convs(model) if any(p.requires_grad for p in _trained(conv))]
+        self.convs = list(trained_convs(model).values())
         self.quants = [conv.weight_quant for conv in self.convs]
         self.ranges = [(q.quant_min, q.quant_max) for q in self.quants]
         self.grad_scales = [q.grad_scale(conv.weight) for q, conv in zip(self.quants, self.convs)]
@@ -33,5 +33,6 @@ class WeightsTogether:
             quant.keep(weight, result)
 
 
-def _trained(conv: QuantConv2d) -> tuple[Tensor, Tensor]:
-    return conv.weight, conv.weight_quant.scale
+def trained_convs(model: nn.Module) -> dict[str, QuantConv2d]:
+    """Name -> quantized convolution whose weight or weight scale is trained, in model order."""
+    return {n: c for n, c in quant_convs(model) if c.weight.requires_grad or c.weight_quant.scale.requires_grad}
