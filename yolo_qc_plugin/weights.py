@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from .functional import fake_quantize_all
@@ -16,22 +18,30 @@ class WeightsTogether:
 
     Args:
         model: Injected model, whose frozen layers are frozen already.
+        free: See `fake_quantize_all`; in the order of `trained_convs`.
+
+    Attributes:
+        quantized: The quantized weights of the last `prepare`, without gradients.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, free: Sequence[Tensor] | None = None):
         # not those of frozen layers: with the others' they would come with a graph, and backward would go through them
-        self.convs = [conv for _, conv in quant_convs(model) if any(p.requires_grad for p in _trained(conv))]
+        self.convs = list(trained_convs(model).values())
         self.quants = [conv.weight_quant for conv in self.convs]
         self.ranges = [(q.quant_min, q.quant_max) for q in self.quants]
         self.grad_scales = [q.grad_scale(conv.weight) for q, conv in zip(self.quants, self.convs)]
+        self.free = free
+        self.quantized: list[Tensor] = []
 
     def prepare(self) -> None:
         """Compute them, with gradients; to be called before a forward pass."""
         weights = [conv.weight for conv in self.convs]
-        results = fake_quantize_all(weights, [q.scale for q in self.quants], self.ranges, self.grad_scales)
+        results = fake_quantize_all(weights, [q.scale for q in self.quants], self.ranges, self.grad_scales, self.free)
+        self.quantized = [result.detach() for result in results]
         for quant, weight, result in zip(self.quants, weights, results):
             quant.keep(weight, result)
 
 
-def _trained(conv: QuantConv2d) -> tuple[Tensor, Tensor]:
-    return conv.weight, conv.weight_quant.scale
+def trained_convs(model: nn.Module) -> dict[str, QuantConv2d]:
+    """Name -> quantized convolution whose weight or weight scale is trained, in model order."""
+    return {n: c for n, c in quant_convs(model) if c.weight.requires_grad or c.weight_quant.scale.requires_grad}

@@ -1,0 +1,109 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Oscillation of quantized weights (Nagel et al., ICML 2022): which codes flip back and forth, and how often.
+
+change      = sign(code - code one step ago)
+oscillation = change is opposite to the weight's last change that was not 0
+frequency  <- (1 - momentum) * frequency + momentum * oscillation         after each optimizer step
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .functional import to_codes_all
+from .weights import trained_convs
+
+MOMENTUM = 0.01  # of the frequency, as the authors' TrackOscillation has it
+OSCILLATING = 0.005  # frequency above which Nagel et al. count a weight as oscillating
+WARM_START = 0.25  # share of a run before the authors' methods against oscillation set in
+
+
+def annealed(start: float, end: float, progress: float) -> float:
+    """The authors' schedule: `start` for a quarter of the run, then half a cosine to `end`.
+
+    Args:
+        start: First value.
+        end: Last value.
+        progress: Share of the run that is done; 1 where it is above.
+    """
+    done = (min(progress, 1.0) - WARM_START) / (1 - WARM_START)
+    return end + (start - end) * (0.5 + 0.5 * math.cos(math.pi * max(done, 0.0)))
+
+
+class Oscillation:
+    """Follows the codes of all trained quantized weights of a model.
+
+    All weights are followed in flat buffers, in model order: one pass over each, and nothing waits for the device.
+
+    Args:
+        model: Injected and calibrated model, whose frozen layers are frozen already.
+        momentum: Of the frequency, in (0, 1].
+
+    Attributes:
+        names: Names of the convolutions; what is per layer below is in this order.
+        codes: Codes at the last step, int8, flat.
+        direction: Sign of each code's last change that was not 0, int8, flat; 0 before the first one.
+        frequency: Frequency of oscillations in [0, 1], FP32, flat.
+        change: Sign of each code's change in the last step, int8, flat.
+    """
+
+    def __init__(self, model: nn.Module, momentum: float = MOMENTUM):
+        convs = trained_convs(model)
+        self.names, self.momentum = list(convs), momentum
+        self._weights = [conv.weight for conv in convs.values()]
+        self._quants = [conv.weight_quant for conv in convs.values()]
+        self._ranges = [(q.quant_min, q.quant_max) for q in self._quants]
+        self._sizes = [w.numel() for w in self._weights]
+        total, device = sum(self._sizes), next(model.parameters()).device
+        self._numbers = torch.tensor(self._sizes, dtype=torch.float32, device=device)
+        self.codes = torch.empty(total, dtype=torch.int8, device=device)
+        self._read(self.codes)
+        self._spare = torch.empty_like(self.codes)  # the next step's
+        self.direction = torch.zeros_like(self.codes)
+        self.frequency = torch.zeros(total, device=device)
+        self.change = torch.zeros_like(self.codes)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take in the codes of now; call it once per optimizer step."""
+        before, now = self.codes, self._spare
+        self._read(now)
+        # not the sign of a difference: 8-bit codes may be 255 apart
+        self.change = (now > before).view(torch.int8) - (now < before).view(torch.int8)
+        opposite = (self.change * self.direction).clamp_max_(0)  # -1 where it is an oscillation, else 0
+        self.frequency.mul_(1 - self.momentum).sub_(opposite, alpha=self.momentum)
+        self.direction.mul_(1 - self.change.abs()).add_(self.change)  # faster than a masked copy
+        self.codes, self._spare = now, before
+
+    def by_layer(self, flat: Tensor) -> list[Tensor]:
+        """Views of a flat buffer, one per layer, in the shapes of the weights."""
+        return [part.view(w.shape) for part, w in zip(flat.split(self._sizes), self._weights)]
+
+    def flipped_shares(self) -> Tensor:
+        """Share of each layer's codes that changed in the last step: (layers,), FP32, on the model's device."""
+        return self._shares(self.change)
+
+    def oscillating_shares(self, threshold: float = OSCILLATING) -> Tensor:
+        """Share of each layer's weights whose frequency is above a threshold: (layers,), FP32, on the device."""
+        return self._shares(self.frequency > threshold)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next steps depend on."""
+        return {"codes": self.codes, "direction": self.direction, "frequency": self.frequency}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up what `state_dict` gave for this model."""
+        for name, value in self.state_dict().items():
+            value.copy_(state[name])
+
+    def _read(self, codes: Tensor) -> None:
+        with torch.no_grad():
+            found = to_codes_all(self._weights, [q.scale for q in self._quants], self._ranges)
+            torch._foreach_copy_(self.by_layer(codes), found)
+
+    def _shares(self, marked: Tensor) -> Tensor:
+        counts = torch.stack([part.count_nonzero() for part in marked.split(self._sizes)])
+        return counts / self._numbers
