@@ -6,9 +6,9 @@
 Each variant trains in a process of its own, through `model.train()` on small digits images. A step is what lies between
 the host's on_train_batch_start and the end of on_train_batch_end, optimizer step and EMA included (nbs is the batch).
 The processes take turns of a few steps, one at a time, so that a slow minute of the machine hits all alike; the ratio
-is the median over turns of the ratio to float within a round. Memory is, at the peak of the steps, what the
-process grew by since `model.train()` began, on a GPU what torch allocated. Variants whose packages are missing are left out. Writes a JSON file and a Markdown
-page.
+is the median over turns of the ratio to float within a round. Memory is what the process had grown by, at the peak of
+its steps, since `model.train()` began; on a GPU what torch allocated. Variants whose packages are missing are left out.
+Writes a JSON file and a Markdown page.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Forward reads x and writes xhat; backward reads the gradient and x and writes a 
 offset taken on the way. Written as separate tensor operations, the same takes some twenty passes.
 
 All arguments are tensors of one or two dimensions with dynamic sizes, the grid (quant_min, quant_max, LSQ's gradient
-scale) and an absent offset included, so that one compilation (of each dtype) serves every layer and batch. Where nothing
-can be compiled, or YOLO_QC_COMPILE=0 is in the environment, callers take their own way.
+scale) and an absent offset included, so that one compilation (of each dtype) serves every layer and batch. Where
+nothing can be compiled, or YOLO_QC_COMPILE=0 is in the environment, callers take their own way.
 """
 
 from __future__ import annotations
