@@ -19,7 +19,7 @@ from yolo_qc_plugin.config import QCConfig
 PACKAGE = Path(yolo_qc_plugin.__file__).parent
 
 # A file may import, at module level, files above it only.
-ORDER = """config kernels functional observers quantizer layers weights trace deploy snap inject optimizer ema
+ORDER = """config models kernels functional observers quantizer layers weights trace deploy snap inject optimizer ema
            distributed correction qdq compat checkpoint host report randomness resume finish callbacks evaluate check
            digits hook cli""".split()
 WITHOUT_HOST = ORDER[: ORDER.index("qdq") + 1]

@@ -71,8 +71,8 @@ def compose(
     """Write the data set in Ultralytics' layout and return what `data=` takes.
 
     The same arguments give the same bytes, and the first n images of a split depend on `imgsz`, `seed` and `level`
-    alone, not on how many are made. The folder appears only when it is complete: an interrupted call leaves none. A second call
-    with the same arguments returns at once.
+    alone, not on how many are made. The folder appears only when it is complete: an interrupted call leaves none. A
+    second call with the same arguments returns at once.
 
     Args:
         out: Folder to make; it must be absent or empty, or hold the same set already.
@@ -84,10 +84,9 @@ def compose(
         level: How hard the set is, a name of LEVELS.
 
     Returns:
-        `out/digits.yaml`, beside `images/{train,val}/*.jpg` and `labels/{train,val}/*.txt`; classes 0 to 9, twice over
-        where the level tells dark from light. Masks are
-        convex outlines of the ink, oriented boxes the smallest around it. For "classify" `out` itself, with
-        `{train,val}/{class}/*.jpg`, one digit each, cut out of that image.
+        `out/digits.yaml`, beside `images/{train,val}/*.jpg` and `labels/{train,val}/*.txt`; classes 0 to 9, or these in
+        dark and in light, as the level has it. Masks are convex outlines of the ink, oriented boxes the smallest around
+        it. For "classify" `out` itself, with `{train,val}/{class}/*.jpg`, one digit each, cut out of that image.
 
     Raises:
         ValueError: An option is out of range, or `out` holds anything else than this very set.
