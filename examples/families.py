@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 TRAINED = {
-    "detect": "yolov5n yolov6n yolov8n yolov9t yolov10n yolo11n yolo12n yolo26n",
+    "detect": "yolov5n yolov6n yolov7-tiny yolov8n yolov9t yolov10n yolo11n yolo12n yolo26n",
     "segment": "yolov8n-seg yolov9c-seg yolo11n-seg yolo12n-seg yolo26n-seg",
     "pose": "yolov8n-pose yolo11n-pose yolo12n-pose yolo26n-pose",
     "obb": "yolov8n-obb yolo11n-obb yolo12n-obb yolo26n-obb",
@@ -61,10 +61,13 @@ def start(name: str, data: Path, task: str, file: Path) -> None:
     import torch
     from ultralytics import YOLO
 
+    from yolo_qc_plugin.models import MODELS, model_yaml
+
     torch.manual_seed(0)
-    yolo = YOLO(f"{name}.yaml")
+    yaml = model_yaml(name) if name in MODELS else f"{name}.yaml"
+    yolo = YOLO(yaml)
     keypoints = {"data_kpt_shape": (4, 2)} if task == "pose" else {}
-    model = yolo.task_map[task]["model"](f"{name}.yaml", nc=10, verbose=False, **keypoints)
+    model = yolo.task_map[task]["model"](yaml, nc=10, verbose=False, **keypoints)
     model.args, model.task = yolo.model.args, task
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     momentum = norms[0].momentum

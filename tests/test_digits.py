@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,6 +14,7 @@ from ultralytics.data.utils import check_cls_dataset, check_det_dataset
 from yolo_qc_plugin import digits
 
 IMGSZ = 96
+PLAIN = digits.LEVELS["plain"]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def test_boxes_are_tight_around_the_ink():
     for seed in range(12):
         rng = np.random.default_rng(seed)
         canvas = np.full((160, 160, 3), 128, np.uint8)
-        boxes = np.array(digits._paste_digits(rng, canvas, scans["train"], classes["train"])[0])[:, 1:]
+        boxes = np.array(digits._paste_digits(rng, canvas, scans["train"], classes["train"], PLAIN)[0])[:, 1:]
         changed = (canvas != 128).any(axis=2)
         inside = np.zeros_like(changed)
         for x, y, w, h in boxes:
@@ -183,6 +185,33 @@ def test_labels_of_other_tasks_fit_the_boxes(folder: Path, tmp_path: Path):
     assert info["kpt_shape"] == [4, 2] and info["flip_idx"] == [0, 3, 2, 1]
 
 
+def test_the_hard_level(folder: Path, tmp_path: Path):
+    """More and smaller digits of twice the classes, light where the image is lighter, and ink that no label covers."""
+    hard = digits.compose(tmp_path / "hard", 24, 8, IMGSZ, level="hard").parent
+    names = check_det_dataset(hard / "digits.yaml")["names"]
+    assert len(names) == 20 and (names[3], names[13]) == ("3 dark", "3 light")
+    rows = {level: np.concatenate([read_rows(f) for f in path.glob("labels/*/*.txt")])
+            for level, path in (("plain", folder), ("hard", hard))}  # fmt: skip
+    assert len(rows["hard"]) > 1.4 * len(rows["plain"])
+    assert rows["hard"][:, 4].min() < 0.8 * rows["plain"][:, 4].min()
+    assert rows["plain"][:, 0].max() == 9 and {r // 10 for r in rows["hard"][:, 0]} == {0, 1}
+    with pytest.raises(ValueError, match="level=hard.*choose another folder"):
+        digits.compose(hard, 24, 8, IMGSZ)
+
+    scans, classes = digits._load_scans(0)
+    single = replace(digits.LEVELS["hard"], objects=(1, 1))
+    seen = set()
+    for seed in range(8):
+        rng, canvas = np.random.default_rng(seed), np.full((160, 160, 3), 128, np.uint8)
+        ((c, x, y, w, h),), _ = digits._paste_digits(rng, canvas, scans["train"], classes["train"], single)
+        assert (canvas[y : y + h, x : x + w].mean() > 128) == (c >= 10)
+        seen.add(c >= 10)
+        before = canvas.copy()
+        digits._paste_clutter(rng, canvas, scans["train"], single)
+        assert (canvas != before).any()
+    assert seen == {False, True}
+
+
 def test_classes_are_folders(tmp_path: Path):
     data = digits.compose(tmp_path / "set", 24, 8, IMGSZ, task="classify")
     info = check_cls_dataset(data)
@@ -204,6 +233,7 @@ def test_classes_are_folders(tmp_path: Path):
         ({"imgsz": 100}, "imgsz=100.*multiple of 32"),
         ({"seed": -1}, "seed=-1"),
         ({"task": "depth"}, "task='depth'.*classify"),
+        ({"level": "easy"}, "level='easy'.*plain, hard"),
     ],
 )
 def test_bad_options_are_refused(tmp_path: Path, options: dict, message: str):

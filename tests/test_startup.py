@@ -115,6 +115,7 @@ def test_wheel_ships_the_hook_at_its_root(wheel):
     assert {n for n in names if "/" not in n} == ROOT_FILES
     assert {line.split(",")[0] for line in record.splitlines()} == names  # so that `pip uninstall` takes all away
     assert {f"yolo_qc_plugin/startup/{n}" for n in ROOT_FILES} <= names  # what `yolo-qc hook install` copies
+    assert "yolo_qc_plugin/cfg/yolov7-tiny.yaml" in names
 
 
 def test_hook_leaves_other_processes_alone(site):
@@ -133,6 +134,9 @@ def test_hook_wraps_the_entry_point_of_yolo(site):
     assert on["entrypoint"] == "yolo_qc_plugin.cli"
     assert on["finders"] == 0, "the finder has to go once its work is done"
     assert on["loaders"] == ["SourceFileLoader"] * 2, "the module has to look like any other"
+    named = site.report("yolo", YOLO, "train", "model=yolov7-tiny.yaml")
+    ours = {f"yolo_qc_plugin{name}" for name in ("", ".cli", ".config", ".models")}
+    assert named["entrypoint"] == "yolo_qc_plugin.cli" and set(named["modules"]) == {"_yolo_qc_startup", *ours}
     off = site.report("yolo", YOLO, "train", "callbacks=qc", YOLO_QC_HOOK="0")
     assert off["entrypoint"] == "ultralytics.cfg"
     assert off["modules"] == ["_yolo_qc_startup"]
@@ -251,6 +255,10 @@ def test_hook_can_be_removed_and_installed(site):
         ("train --callbacks = qc", True),
         ("train qc_bits=4", True),
         ("train --qc_bits=4", True),
+        ("train model=yolov7-tiny.yaml", True),
+        ("train --model = yolov7-tiny.yaml", True),
+        ("train model=yolov7-tiny.pt project=yolov7-tiny", False),
+        ("train model=mine/yolov7-tiny.yaml", False),
         ("", False),
         ("train model=qc_model.pt project=callbacks=", False),
         ("train callbacks_dir=runs", False),
@@ -301,6 +309,13 @@ def test_missing_or_empty_argv_is_no_error(monkeypatch):
     monkeypatch.delattr(sys, "argv")
     load_startup().main()
     exec(PTH_LINE, {})
+
+
+def test_start_up_files_know_the_models():
+    from yolo_qc_plugin.models import MODELS
+
+    assert load_startup().MODELS == tuple(f"{name}.yaml" for name in MODELS)
+    assert all(f'"{name}.yaml"' in PTH_LINE for name in MODELS)
 
 
 def test_start_file_names_main():

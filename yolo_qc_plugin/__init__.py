@@ -17,6 +17,7 @@ _EXPORTS = {
     "QuantConv2d": "layers",
     "remove": "inject",
     "compose": "digits",
+    "model_yaml": "models",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -8,10 +8,11 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 
 from .config import QCConfig, QCError
+from .models import with_our_models
 
 CALLBACKS = ("qc",)
 OPTION = "qc_"
@@ -64,7 +65,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[QCConfig | dict | None, l
 
 
 def wrap_entrypoint(module) -> None:
-    """Make `ultralytics.cfg.entrypoint` understand callbacks=qc and qc_ options.
+    """Make `ultralytics.cfg.entrypoint` understand callbacks=qc, qc_ options and the names of our models.
 
     Args:
         module: The module ultralytics.cfg, just loaded; its `entrypoint` is replaced.
@@ -80,13 +81,12 @@ def wrap_entrypoint(module) -> None:
     def entrypoint(debug: str = "") -> None:
         program, *arguments = debug.split(" ") if debug else module.ARGV
         try:
-            config, rest = split_arguments(module.merge_equals_args(arguments))
-            if config is None:
-                return original(debug)
-            if debug:
-                return _with_callbacks(config, lambda: original(" ".join([program, *rest])))
-            module.ARGV[:] = [program, *rest]  # sys.argv itself: what runs later sees a command line of the host's
-            return _with_callbacks(config, original)
+            config, rest = split_arguments(with_our_models(module.merge_equals_args(arguments)))
+            command = [program, *rest]
+            if not debug:
+                module.ARGV[:] = command  # sys.argv itself: what runs later sees a command line of the host's
+            run = partial(original, " ".join(command) if debug else "")
+            return run() if config is None else _with_callbacks(config, run)
         except QCError as e:
             raise SystemExit(str(e)) from None
 
@@ -142,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     digits.add_argument("--imgsz", type=int, default=160, help="image side in pixels, a multiple of 32 (160)")
     digits.add_argument("--seed", type=int, default=0)
     digits.add_argument("--task", default="detect", help="detect, segment, pose, obb or classify (detect)")
+    digits.add_argument("--level", default="plain", help="plain or hard: 20 classes, clutter, smaller, fainter (plain)")
 
     hook = commands.add_parser("hook", help="the start-up hook of `yolo`: needed by hand for editable installs only")
     hook.add_argument("action", choices=("install", "remove", "status"))
@@ -215,7 +216,7 @@ def _eval(args: argparse.Namespace) -> None:
 def _digits(args: argparse.Namespace) -> None:
     from .digits import compose
 
-    print(compose(args.out, args.train, args.val, args.imgsz, args.seed, args.task))
+    print(compose(args.out, args.train, args.val, args.imgsz, args.seed, args.task, args.level))
 
 
 def _hook(args: argparse.Namespace) -> None:

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 from ultralytics.utils import ASSETS, TQDM
 
-# What decides how hard the set is. Whoever changes one of these raises VERSION, for the same arguments then give other
-# pixels.
+# What decides the pixels. Whoever changes one of these, or a level below, raises VERSION, for the same arguments then
+# give other pixels.
 VERSION = 1
-OBJECTS = (1, 8)  # digits per image, uniform
-SIZE = (1 / 12, 1 / 2.5)  # a digit's height over the image side, log-uniform
-ROTATION = 15.0  # degrees either way
-CONTRAST = (80.0, 180.0)  # ink against the mean of what it covers, in grey levels
 TINT = 30.0  # standard deviation of the ink's colour per channel, in grey levels
 OPACITY = (0.8, 1.0)
-NOISE = (0.0, 6.0)  # standard deviation of the sensor noise, in grey levels
 MAX_COVER = 0.4  # of a digit's box, by all digits pasted later
 TRIES = 20  # placements tried before a digit is given up
 CROP = (120, 280)  # side of a background crop, in pixels of the photograph
@@ -40,12 +36,43 @@ KEYPOINTS = 4  # of a digit: the ends of its ink at the top, right, bottom and l
 INK = (0.3, 0.55)
 
 
-def compose(out: str | Path, train: int, val: int, imgsz: int, seed: int = 0, task: str = "detect") -> Path:
+@dataclass(frozen=True)
+class Level:
+    """How hard a set is; of two numbers, draws are uniform between them unless said otherwise.
+
+    Attributes:
+        objects: Digits per image.
+        size: A digit's height over the image side, log-uniform.
+        rotation: Degrees either way.
+        contrast: Ink against the mean of what it covers, in grey levels.
+        noise: Standard deviation of the sensor noise, in grey levels.
+        clutter: Scrambled digits per image, pasted before the digits and not labelled.
+        polarity: Classes tell dark ink from light ink: 20 instead of 10.
+    """
+
+    objects: tuple[int, int] = (1, 8)
+    size: tuple[float, float] = (1 / 12, 1 / 2.5)
+    rotation: float = 15.0
+    contrast: tuple[float, float] = (80.0, 180.0)
+    noise: tuple[float, float] = (0.0, 6.0)
+    clutter: tuple[int, int] = (0, 0)
+    polarity: bool = False
+
+
+LEVELS = {
+    "plain": Level(),
+    "hard": Level((4, 12), (1 / 16, 1 / 3), 25.0, (40.0, 160.0), (0.0, 12.0), clutter=(4, 12), polarity=True),
+}
+
+
+def compose(
+    out: str | Path, train: int, val: int, imgsz: int, seed: int = 0, task: str = "detect", level: str = "plain"
+) -> Path:
     """Write the data set in Ultralytics' layout and return what `data=` takes.
 
-    The same arguments give the same bytes, and the first n images of a split depend on `imgsz` and `seed` alone, not
-    on how many are made. The folder appears only when it is complete: an interrupted call leaves none. A second call
-    with the same arguments returns at once.
+    The same arguments give the same bytes, and the first n images of a split depend on `imgsz`, `seed` and `level`
+    alone, not on how many are made. The folder appears only when it is complete: an interrupted call leaves none. A
+    second call with the same arguments returns at once.
 
     Args:
         out: Folder to make; it must be absent or empty, or hold the same set already.
@@ -54,24 +81,27 @@ def compose(out: str | Path, train: int, val: int, imgsz: int, seed: int = 0, ta
         imgsz: Side of the square images in pixels, a multiple of 32, >= 64.
         seed: Seed of every random draw, >= 0.
         task: What the labels are for, one of TASKS. All tasks but "classify" have the same images.
+        level: How hard the set is, a name of LEVELS.
 
     Returns:
-        `out/digits.yaml`, beside `images/{train,val}/*.jpg` and `labels/{train,val}/*.txt`; classes 0 to 9. Masks are
-        convex outlines of the ink, oriented boxes the smallest around it. For "classify" `out` itself, with
-        `{train,val}/{class}/*.jpg`, one digit each, cut out of that image.
+        `out/digits.yaml`, beside `images/{train,val}/*.jpg` and `labels/{train,val}/*.txt`; classes 0 to 9, or these in
+        dark and in light, as the level has it. Masks are convex outlines of the ink, oriented boxes the smallest around
+        it. For "classify" `out` itself, with `{train,val}/{class}/*.jpg`, one digit each, cut out of that image.
 
     Raises:
         ValueError: An option is out of range, or `out` holds anything else than this very set.
         ImportError: scikit-learn is not installed.
     """
     _check_options(train=train, val=val, imgsz=imgsz, seed=seed)
-    if task not in TASKS:
-        raise ValueError(f"task={task!r} is not accepted: it must be one of {', '.join(TASKS)}")
+    for name, value, accepted in (("task", task, TASKS), ("level", level, LEVELS)):
+        if value not in accepted:
+            raise ValueError(f"{name}={value!r} is not accepted: it must be one of {', '.join(accepted)}")
     out = Path(out).resolve()
     yaml = out / "digits.yaml"
     data = out if task == "classify" else yaml
     counts = {"train": train, "val": val}
-    text = _yaml_text(out, counts, imgsz, seed, task)
+    names = _class_names(LEVELS[level])
+    text = _yaml_text(out, counts, imgsz, seed, task, level)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         _check_same(out, text, counts, task)
         return data
@@ -80,18 +110,21 @@ def compose(out: str | Path, train: int, val: int, imgsz: int, seed: int = 0, ta
     partial = out.with_name(f".{out.name}.{os.getpid()}")  # beside `out`, so that the last step is one rename
     try:
         for index, split in enumerate(SPLITS):
-            for folder in _folders(partial, split, task):
+            for folder in _folders(partial, split, task, names):
                 folder.mkdir(parents=True)
             photographs = _load_photographs(split)
             for i in TQDM(range(counts[split]), desc=f"digits {split}"):
                 rng = np.random.default_rng([seed, index, i])
                 canvas = _crop_background(rng, photographs, imgsz)
-                rows, outlines = _paste_digits(rng, canvas, scans[split], classes[split])
-                canvas = _add_noise(rng, canvas)
+                if LEVELS[level].clutter[1]:
+                    _paste_clutter(rng, canvas, scans[split], LEVELS[level])
+                rows, outlines = _paste_digits(rng, canvas, scans[split], classes[split], LEVELS[level])
+                canvas = _add_noise(rng, canvas, LEVELS[level])
                 if task == "classify":  # the last digit, which no other covers
-                    image, canvas = partial / split / str(rows[-1][0]) / f"{i:05d}.jpg", _cut_out(canvas, *rows[-1][1:])
+                    image = partial / split / names[rows[-1][0]] / f"{i:05d}.jpg"
+                    canvas = _cut_out(canvas, *rows[-1][1:])
                 else:
-                    image, label = (d / f"{i:05d}" for d in _folders(partial, split, task))
+                    image, label = (d / f"{i:05d}" for d in _folders(partial, split, task, names))
                     image = image.with_suffix(".jpg")
                     label.with_suffix(".txt").write_text(_label_text(rows, outlines, imgsz, task), encoding="utf-8")
                 jpeg = cv2.imencode(".jpg", canvas, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
@@ -115,17 +148,23 @@ def _check_options(**options: int) -> None:
         raise ValueError(f"imgsz={options['imgsz']} is not accepted: it must be a multiple of 32")
 
 
-def _folders(root: Path, split: str, task: str) -> list[Path]:
+def _class_names(level: Level) -> list[str]:
+    """Names of the classes; with polarity, class c is digit c % 10."""
+    digits = [str(digit) for digit in range(10)]
+    return [f"{digit} {ink}" for ink in ("dark", "light") for digit in digits] if level.polarity else digits
+
+
+def _folders(root: Path, split: str, task: str, names: list[str]) -> list[Path]:
     """Where a split's files go: images and labels, or one folder for each class."""
     if task == "classify":
-        return [root / split / str(digit) for digit in range(10)]
+        return [root / split / name for name in names]
     return [root / "images" / split, root / "labels" / split]
 
 
-def _yaml_text(out: Path, counts: dict[str, int], imgsz: int, seed: int, task: str) -> str:
+def _yaml_text(out: Path, counts: dict[str, int], imgsz: int, seed: int, task: str, level: str) -> str:
     """The data YAML; its first line says what made the folder."""
-    names = "".join(f"  {digit}: '{digit}'\n" for digit in range(10))
-    other = "" if task == "detect" else f" task={task}"
+    names = "".join(f"  {c}: '{name}'\n" for c, name in enumerate(_class_names(LEVELS[level])))
+    other = ("" if task == "detect" else f" task={task}") + ("" if level == "plain" else f" level={level}")
     flipped = [0, *range(KEYPOINTS - 1, 0, -1)]  # mirrored, left is right
     keypoints = f"kpt_shape: [{KEYPOINTS}, 2]\nflip_idx: {flipped}\n" if task == "pose" else ""
     return (
@@ -147,7 +186,7 @@ def _check_same(out: Path, text: str, counts: dict[str, int], task: str) -> None
     if found != text:
         raise ValueError(f"out='{out}' was moved or its digits.yaml edited: choose another folder")
     for split, count in counts.items():
-        for folder in [out / split] if task == "classify" else _folders(out, split, task):
+        for folder in [out / split] if task == "classify" else _folders(out, split, task, []):
             if not {f"{i:05d}" for i in range(count)} <= {f.stem for f in folder.rglob("*.*")}:
                 where = folder.relative_to(out).as_posix()
                 raise ValueError(f"out='{out}' lacks files in {where}: delete it or choose another folder")
@@ -190,8 +229,19 @@ def _crop_background(rng: np.random.Generator, photographs: list[np.ndarray], im
     return cv2.resize(crop, (imgsz, imgsz), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
+def _paste_clutter(rng: np.random.Generator, canvas: np.ndarray, scans: np.ndarray, level: Level) -> None:
+    """Paste scrambled digits into `canvas`, in place: a scan's quadrants changed crosswise, strokes of no digit."""
+    imgsz = canvas.shape[0]
+    for _ in range(rng.integers(level.clutter[0], level.clutter[1] + 1)):
+        alpha = _draw_random(rng, np.roll(scans[rng.integers(len(scans))], (4, 4), (0, 1)), imgsz, level)
+        h, w = alpha.shape
+        x, y = int(rng.integers(imgsz - w + 1)), int(rng.integers(imgsz - h + 1))
+        under = canvas[y : y + h, x : x + w]
+        _blend(under, alpha, _pick_ink(rng, under, level.contrast))
+
+
 def _paste_digits(
-    rng: np.random.Generator, canvas: np.ndarray, scans: np.ndarray, classes: np.ndarray
+    rng: np.random.Generator, canvas: np.ndarray, scans: np.ndarray, classes: np.ndarray, level: Level
 ) -> tuple[list[tuple[int, int, int, int, int]], list[np.ndarray]]:
     """Paste digits into `canvas`, in place.
 
@@ -202,21 +252,29 @@ def _paste_digits(
     rows: list[tuple[int, int, int, int, int]] = []
     outlines: list[np.ndarray] = []
     covered: list[int] = []  # pixels of each row's box that later boxes cover, an upper bound where those overlap
-    for _ in range(rng.integers(OBJECTS[0], OBJECTS[1] + 1)):
+    for _ in range(rng.integers(level.objects[0], level.objects[1] + 1)):
         k = rng.integers(len(scans))
-        size = imgsz * np.exp(rng.uniform(*np.log(SIZE)))
-        alpha = _draw_glyph(scans[k], size, rng.uniform(-ROTATION, ROTATION)) * rng.uniform(*OPACITY)
+        alpha = _draw_random(rng, scans[k], imgsz, level)
         h, w = alpha.shape
         for _ in range(TRIES):
             x, y = int(rng.integers(imgsz - w + 1)), int(rng.integers(imgsz - h + 1))
             overlap = [_intersection((x, y, w, h), row[1:]) for row in rows]
             if all(c + o <= MAX_COVER * row[3] * row[4] for c, o, row in zip(covered, overlap, rows)):
-                _blend(canvas[y : y + h, x : x + w], alpha, _pick_ink(rng, canvas[y : y + h, x : x + w]))
+                under = canvas[y : y + h, x : x + w]
+                ink = _pick_ink(rng, under, level.contrast)
+                light = level.polarity and ink.mean() > under.mean()
+                _blend(under, alpha, ink)
                 covered = [c + o for c, o in zip(covered, overlap)] + [0]
-                rows.append((int(classes[k]), x, y, w, h))
+                rows.append((int(classes[k]) + 10 * light, x, y, w, h))
                 outlines.append(_outline(alpha) + (x, y))
                 break
     return rows, outlines
+
+
+def _draw_random(rng: np.random.Generator, scan: np.ndarray, imgsz: int, level: Level) -> np.ndarray:
+    """A scan (8, 8) in a random size, turn and strength, as opacity (h, w)."""
+    size = imgsz * np.exp(rng.uniform(*np.log(level.size)))
+    return _draw_glyph(scan, size, rng.uniform(-level.rotation, level.rotation)) * rng.uniform(*OPACITY)
 
 
 def _draw_glyph(scan: np.ndarray, size: float, degrees: float) -> np.ndarray:
@@ -252,9 +310,9 @@ def _intersection(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) ->
     return max(w, 0) * max(h, 0)
 
 
-def _pick_ink(rng: np.random.Generator, under: np.ndarray) -> np.ndarray:
-    """A colour (3,) lighter or darker than the pixels `under` (h, w, 3) it will cover."""
-    step = rng.uniform(*CONTRAST) * rng.choice([-1.0, 1.0])
+def _pick_ink(rng: np.random.Generator, under: np.ndarray, contrast: tuple[float, float]) -> np.ndarray:
+    """A colour (3,) lighter or darker, by so many grey levels, than the pixels `under` (h, w, 3) it will cover."""
+    step = rng.uniform(*contrast) * rng.choice([-1.0, 1.0])
     mean = under.mean(axis=(0, 1))
     if not 0 <= mean.mean() + step <= 255:  # no room on this side
         step = -step
@@ -267,9 +325,9 @@ def _blend(under: np.ndarray, alpha: np.ndarray, ink: np.ndarray) -> None:
     under[:] = np.round(under * (1 - alpha) + ink * alpha)
 
 
-def _add_noise(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+def _add_noise(rng: np.random.Generator, canvas: np.ndarray, level: Level) -> np.ndarray:
     """The image with sensor noise, (H, W, 3) uint8."""
-    noise = rng.normal(0.0, rng.uniform(*NOISE), canvas.shape)
+    noise = rng.normal(0.0, rng.uniform(*level.noise), canvas.shape)
     return np.clip(np.round(canvas + noise), 0, 255).astype(np.uint8)
 
 

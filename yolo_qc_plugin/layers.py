@@ -127,20 +127,20 @@ class QuantActivation(KeepWide, nn.Module):
     """An activation function whose input, a convolution's output after batch norm, is quantized.
 
     Integer convolutions of today's runtimes give 8-bit results; this is that rounding, so that the model measured is
-    the model deployed. The step is a power of two: what SiLU makes of the codes, and sums of that, are then short
-    binary fractions, which every runtime's floats hold exactly.
+    the model deployed. The step is a power of two: what SiLU or LeakyReLU makes of the codes, and sums of that, are
+    then short binary fractions, which every runtime's floats hold exactly.
 
     Attributes:
         quant: ActQuantizer with offset.
         act: The activation function itself.
-        function: What is computed: QuantSiLU in the place of SiLU, else `act`.
+        function: What is computed: `in_256ths(act)`.
     """
 
     def __init__(self, act: nn.Module, bits: int):
         super().__init__()
         self.quant = ActQuantizer(bits, offset=True)
         self.act = act
-        self.function = QuantSiLU() if isinstance(act, nn.SiLU) else act
+        self.function = in_256ths(act)
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize and activate x of any shape."""
@@ -160,6 +160,18 @@ class QuantActivation(KeepWide, nn.Module):
         scale, offset = binary_range(values, low, high, self.quant.quant_max, self.function)
         self.quant.scale.fill_(scale)
         self.quant.offset.fill_(offset)
+
+
+def in_256ths(act: nn.Module) -> nn.Module:
+    """An activation function whose factors are whole 256ths: SiLU's sigmoid, LeakyReLU's slope; any other as it is.
+
+    A slope moves by 1/512 at most, which is half a step of an 8-bit grid where the input is 255 steps below 0.
+    """
+    if isinstance(act, nn.SiLU):
+        return QuantSiLU()
+    if isinstance(act, nn.LeakyReLU):
+        return nn.LeakyReLU(round(256 * act.negative_slope) / 256)
+    return act
 
 
 def _shared_state(module: nn.Module) -> dict:

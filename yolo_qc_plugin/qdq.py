@@ -9,7 +9,7 @@ Every convolution reads Q -> DQ of its input and DQ of its integer weight, with 
 
 Activation codes of a grid narrower than its container are shifted to the container's top (4 bits in UINT8: 240 to 255),
 so that saturation cuts off above, as the grid does. Below, a Max before Q does it, left out where the input cannot be
-that low: SiLU is never below -0.281.
+that low: SiLU is never below -0.281, LeakyReLU never below its slope times the lowest code's value.
 """
 
 from __future__ import annotations
@@ -216,16 +216,24 @@ class _Graph:
         return self.lows[name]
 
     def _find_low(self, node) -> float:
+        from onnx import helper
+
         if node is None:
             return -math.inf
         op, inputs = node.op_type, list(node.input)
+        a = {p.name: helper.get_attribute_value(p) for p in node.attribute}
+        if op == QUANTIZE:
+            return (a["quant_min"] - a["zero_point"]) * a["scale"]
+        if op == "LeakyRelu" and a["alpha"] >= 0:
+            low = self._low(inputs[0])
+            return a["alpha"] * low if low < 0 else low
         if op == "Mul" and any(s in self.sources and self._is_sigmoid_of(s, inputs) for s in inputs):
             return SILU_MIN
         if op in {"Sigmoid", "Relu", "Softmax"}:
             return 0.0
         if op in {"MaxPool", "Split", "Slice", "Reshape", "Transpose", "Identity"}:
             return self._low(inputs[0])
-        if op == "Resize" and any(a.name == "mode" and a.s == b"nearest" for a in node.attribute):
+        if op == "Resize" and a.get("mode") == b"nearest":
             return self._low(inputs[0])
         if op == "Concat":
             return min(map(self._low, inputs))

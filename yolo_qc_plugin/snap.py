@@ -7,13 +7,14 @@ So no value shall come that near:
 
 1. A convolution's output is m * (sum + b) steps of its 8-bit grid, of integer products' sum. b becomes whole, and m a
    power of two over an odd number q. Then it is at least 1 / 2q of a step off every threshold n + 1/2.
-2. That grid's step is a power of two (`QuantActivation`). So SiLU's product of it and of whole 256ths is a multiple of
-   a power of two, and FP32 holds it exactly, and concatenations and sums of residuals too.
+2. That grid's step is a power of two (`QuantActivation`). So the product of it and of whole 256ths, SiLU's sigmoid or
+   LeakyReLU's slope, is a multiple of a power of two, and FP32 holds it exactly, and concatenations and sums of
+   residuals too.
 3. An input's scale becomes an odd multiple of a yet smaller power of two, so that thresholds (n + 1/2) * scale lie half
    a multiple off all those values.
 
-Weights and their codes stay as they are. Not covered: what attention computes, and activation functions that multiply
-by other numbers than powers of two (LeakyReLU). Their values can be anywhere; a few codes in a million may move.
+Weights and their codes stay as they are. Not covered: what attention computes, and activation functions other than
+SiLU, LeakyReLU and ReLU. Their values can be anywhere; a few codes in a million may move.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Start-up hook: the stock `yolo` program accepts `callbacks=qc` and `qc_*`, restricted loading accepts our layers.
+"""Start-up hook: the stock `yolo` accepts `callbacks=qc`, `qc_*` and our models, restricted loading our layers.
 
 Python calls main() while it starts, because `yolo_qc_plugin.pth` (`.start` from Python 3.15 on) lies next to this file.
 Two things are ever done, each right after Ultralytics has loaded the module concerned, and only where asked for:
 
-- the program is `yolo` and an argument asks for the plugin: it gets to replace `ultralytics.cfg.entrypoint`;
+- the program is `yolo` and an argument asks for the plugin, or names a model of ours: it gets to replace
+  `ultralytics.cfg.entrypoint`;
 - ULTRALYTICS_SAFE_LOAD is set: the plugin adds its layers to the classes that such a load may build.
 
 Otherwise nothing happens. YOLO_QC_HOOK=0 in the environment switches the hook off.
@@ -14,6 +15,7 @@ import os
 import sys
 
 PROGRAMS = ("yolo", "ultralytics")  # console scripts of Ultralytics
+MODELS = ("yolov7-tiny.yaml",)  # model YAMLs of ours; the .pth file names them too
 ENTRY = "ultralytics.cfg"  # module that holds their entry point
 LOADER = "ultralytics.nn.tasks"  # module that loads checkpoints
 
@@ -76,7 +78,9 @@ def main():
     program, *arguments = getattr(sys, "argv", None) or [""]  # an embedded interpreter may have no argv
     name = os.path.basename(program).removesuffix(".exe").removesuffix("-script.py")
     # "=" is added because the host also accepts `callbacks = qc`, which arrives as three arguments.
-    asked = any((a.lstrip("-") + "=").startswith(("callbacks=", "qc_")) for a in arguments)
+    asked = any(
+        (a.lstrip("-") + "=").startswith(("callbacks=", "qc_")) or a.rpartition("=")[2] in MODELS for a in arguments
+    )
     hooks = [ImportHook(ENTRY, wrap)] * (asked and name in PROGRAMS)
     hooks += [ImportHook(LOADER, allow)] * ("ULTRALYTICS_SAFE_LOAD" in os.environ)
     # In a virtual environment Python runs start-up files twice.
