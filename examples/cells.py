@@ -42,10 +42,12 @@ class Cell:
     Args:
         name: Of its files.
         options: Of the plugin; None trains in float.
+        source: Name of the cell whose run is corrected with these options, instead of training.
     """
 
     name: str
     options: dict | None
+    source: str | None = None
 
 
 def parser(description: str, kinds: tuple[str, ...]) -> argparse.ArgumentParser:
@@ -102,8 +104,11 @@ def run(cells: list[Cell], folder: Path, args: argparse.Namespace) -> bool:
     wanted = [(c, seed) for seed in args.seeds for c in cells if not args.only or c.name in args.only]
     requests = [request(c, seed, folder, args) for c, seed in wanted]
     missing = [r for r in requests if not is_done(r)]
+    done = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        return all(list(pool.map(lambda r: start(r, args.threads), missing)))
+        for wave in [r for r in missing if not r["source"]], [r for r in missing if r["source"]]:
+            done += pool.map(lambda r: start(r, args.threads), wave)
+    return all(done)
 
 
 def request(cell: Cell, seed: int, folder: Path, args: argparse.Namespace) -> dict:
@@ -111,11 +116,12 @@ def request(cell: Cell, seed: int, folder: Path, args: argparse.Namespace) -> di
     name = f"{cell.name}-seed{seed}"
     size = {"device": args.device, "epochs": args.epochs, "imgsz": args.imgsz}
     return {
-        "options": cell.options and {**cell.options, **pairs(args.qc)},
+        "options": cell.options and {**cell.options, **({} if cell.source else pairs(args.qc))},
         "recipe": {**RECIPE, **size, **pairs(args.train), "seed": seed},
         "data": str(Path(args.data).resolve()) if Path(args.data).exists() else args.data,
         "weights": str(Path(args.weights).resolve()) if Path(args.weights).exists() else args.weights,
         "run": str((args.runs / name).resolve()),
+        "source": cell.source and str((args.runs / f"{cell.source}-seed{seed}" / "weights" / "qat.pt").resolve()),
         "target": str((folder / f"{name}.json").resolve()),
     }
 
@@ -168,15 +174,34 @@ def start(request: dict, threads: int) -> bool:
 
 
 def work(request: dict) -> None:
-    """Train a cell in this process and write its JSON file."""
+    """Run a cell in this process and write its JSON file."""
     import torch
     import ultralytics
-    from ultralytics import YOLO
 
-    from yolo_qc_plugin import __version__, add_qc_callbacks
+    from yolo_qc_plugin import __version__
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    began, folder = time.time(), Path(request["run"])
+    began = time.time()
+    found = correct(request) if request["source"] else train(request)
+    result = {
+        **identity(request),
+        "recipe": request["recipe"],
+        **found,
+        "seconds": round(time.time() - began, 1),
+        "versions": {"yolo_qc_plugin": __version__, "ultralytics": ultralytics.__version__, "torch": torch.__version__},
+    }
+    temporary = Path(request["target"]).with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1))
+    temporary.replace(request["target"])
+
+
+def train(request: dict) -> dict:
+    """Train a cell, or go on training it; returns what its JSON file is to hold of the run."""
+    from ultralytics import YOLO
+
+    from yolo_qc_plugin import add_qc_callbacks
+
+    folder = Path(request["run"])
     last = folder / "weights" / "last.pt"
     resume = last.exists() and last.with_name("resume.pt").exists()
     if resume:
@@ -189,24 +214,30 @@ def work(request: dict) -> None:
         place = {"project": str(folder.parent), "name": folder.name, "exist_ok": True}
         metrics = model.train(data=request["data"], **place, **request["recipe"])
     trainer = model.trainer
-    result = {
-        **identity(request),
-        "recipe": request["recipe"],
+    found = {
         "model": Path(model.model.yaml["yaml_file"]).stem,
         "images": {"train": len(trainer.train_loader.dataset), "val": len(trainer.test_loader.dataset)},
         "steps": trainer.ema.updates,
-        "seconds": round(time.time() - began, 1),
         "resumed": resume,
-        "versions": {"yolo_qc_plugin": __version__, "ultralytics": ultralytics.__version__, "torch": torch.__version__},
     }
     if request["options"] is None:
-        result["metrics"] = {"trained": {"map50_95": float(metrics.box.map), "map50": float(metrics.box.map50)}}
-    else:
-        report = json.loads((folder / "qc" / "report.json").read_text())
-        result |= {"config": report["config"], "metrics": report["metrics"], "kept": report["kept"]}
-    temporary = Path(request["target"]).with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1))
-    temporary.replace(request["target"])
+        trained = {"map50_95": float(metrics.box.map), "map50": float(metrics.box.map50)}
+        return {**found, "metrics": {"trained": trained}}
+    report = json.loads((folder / "qc" / "report.json").read_text())
+    return {**found, **{key: report[key] for key in ("config", "metrics", "kept")}}
+
+
+def correct(request: dict) -> dict:
+    """Correct the finished run of another cell; returns what the JSON file is to hold of it."""
+    from yolo_qc_plugin import correct
+
+    source, folder = Path(request["source"]), Path(request["run"])
+    if not source.exists():
+        raise SystemExit(f"{source} is missing: the run that this cell corrects; move its JSON file away to repeat it")
+    place = {"project": str(folder.parent), "name": folder.name, "exist_ok": True}
+    machine = {k: v for k, v in request["recipe"].items() if k in MACHINE}
+    report = correct(source, request["data"], **request["options"], **place, **machine)
+    return {key: report[key] for key in ("config", "metrics", "kept")}
 
 
 def results(folder: Path, name: str) -> dict[int, dict]:
