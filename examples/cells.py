@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from ast import literal_eval
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,10 +247,10 @@ def results(folder: Path, name: str) -> dict[int, dict]:
     return dict(sorted((r["recipe"]["seed"], r) for r in (json.loads(f.read_text()) for f in files)))
 
 
-def mean_and_spread(by_seed: dict[int, float]) -> str:
-    """Mean and standard deviation over seeds, to a tenth."""
-    mean = f"{statistics.mean(by_seed.values()):.1f}"
-    return f"{mean} ± {statistics.stdev(by_seed.values()):.1f}" if len(by_seed) > 1 else mean
+def mean_and_spread(values: Collection[float]) -> str:
+    """Mean and standard deviation, to a tenth."""
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def conditions(files: list[dict]) -> list[str]:

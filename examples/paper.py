@@ -4,6 +4,8 @@
     python examples/paper.py table1 --data bccd.yaml --weights float.pt --seeds 0 1 2 --epochs 8 --imgsz 320
     python examples/paper.py table2 ...
     python examples/paper.py table3 ...
+    python examples/paper.py figures --data bccd.yaml --weights float.pt --epochs 8 --imgsz 320
+    python examples/paper.py cost --model yolov5n.yaml --device 0 --imgsz 640 --epochs 300 --train batch=64
 
 The float checkpoint is trained on for as many epochs with the same recipe (the float row), so that QAT gets no credit
 for longer training. Each quantized run gives two rows, before and after QC. Tables share the runs they have in common,
@@ -13,11 +15,13 @@ the recipe and the plugin's options of every cell; `--assemble` makes the page f
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 from pathlib import Path
 
-from cells import Cell, conditions, mean_and_spread, parser, results, run
+import cost
+from cells import RECIPE, Cell, conditions, mean_and_spread, pairs, parser, results, run
 
 # mAP on COCO, Tables 1 to 3 of the supplement of Gupta and Asthana (WACV 2024)
 PAPER = {
@@ -73,6 +77,8 @@ def cells(kind: str, widths: list[int]) -> list[Cell]:
         return [method("EMA", 4), *(correction(*setup) for setup in PAPER_CORRECTIONS)]
     if kind == "table3":
         return [decay(value) for value in PAPER_DECAYS]
+    if kind == "figures":
+        return [method("LSQ", 4), method("EMA", 4)]
     return [Cell("float", None), *(method(name, bits) for bits in widths for name in METHODS)]
 
 
@@ -119,7 +125,7 @@ def table1(folder: Path, widths: list[int]) -> list[str]:
             title, _, bits = name.partition("-")
             share = f"{100 * statistics.mean(values.values()) / float_mean:.1f}%" if float_mean else ""
             map50 = points(runs, row, "map50")
-            cols = mean_and_spread(values), share, mean_and_spread(map50)
+            cols = mean_and_spread(values.values()), share, mean_and_spread(map50.values())
             title = "float trained on" if name == "float" else title
             lines.append(
                 f"| {title} | {qc} | {bits.removesuffix('bit') or 32} | {len(values)} | {' | '.join(cols)} | {theirs} |"
@@ -135,9 +141,9 @@ def orderings(found: dict[str, dict[int, dict]], widths: list[int]) -> list[str]
     lines = ["The paper's orderings (first above second), differences of mAP50-95 in points, seed by seed:", ""]
     lines += ["| first | second | by seed | mean | standard error | reading |", "|---|---|---|---|---|---|"]
     for bits in widths:
-        pairs = [((name, "qc"), (name, "qat")) for name in METHODS]
-        pairs += [((a, row), (b, row)) for row in ("qat", "qc") for a, b in (("EMA", "LSQ"), ("EMA", "dampening"))]
-        for first, second in pairs:
+        compared = [((name, "qc"), (name, "qat")) for name in METHODS]
+        compared += [((a, row), (b, row)) for row in ("qat", "qc") for a, b in (("EMA", "LSQ"), ("EMA", "dampening"))]
+        for first, second in compared:
             a, b = (points(found[f"{name}-{bits}bit"], row) for name, row in (first, second))
             by_seed = [a[seed] - b[seed] for seed in a if seed in b]
             if by_seed:
@@ -182,7 +188,7 @@ def table2(folder: Path, widths: list[int]) -> list[str]:
     runs = results(folder, method("EMA", 4).name)
     if not runs:
         return []
-    before = points(runs, "qat")
+    before, theirs = points(runs, "qat"), PAPER["yolov5n"]["EMA-4bit"][0]
     lines = header("Table 2", "table2", list(runs.values()))
     lines += [
         "Each run of the 4-bit EMA model is corrected six times, with the same batches (`yolo_qc_plugin.correct`). The "
@@ -190,14 +196,14 @@ def table2(folder: Path, widths: list[int]) -> list[str]:
         "",
         "| QC | scale | shift | seeds | mAP50-95 | paper, yolov5n | gain by seed | mean | standard error | reading |",
         "|---|---|---|---|---|---|---|---|---|---|",
-        f"| none | ✗ | ✗ | {len(before)} | {mean_and_spread(before)} | {PAPER['yolov5n']['EMA-4bit'][0]} | | | | |",
+        f"| none | ✗ | ✗ | {len(before)} | {mean_and_spread(before.values())} | {theirs} | | | | |",
     ]
     for setup, theirs in PAPER_CORRECTIONS.items():
         after = points(results(folder, correction(*setup).name), "qc")
         if after:
             gains = difference([after[seed] - before[seed] for seed in after if seed in before])
             marks = " | ".join("✓" if on else "✗" for on in setup[1:])
-            shown = f"{len(after)} | {mean_and_spread(after)} | {theirs}"
+            shown = f"{len(after)} | {mean_and_spread(after.values())} | {theirs}"
             lines.append(f"| per {setup[0]} | {marks} | {shown} | {gains} |")
     return lines
 
@@ -220,7 +226,7 @@ def table3(folder: Path, widths: list[int]) -> list[str]:
     for value, runs in found.items():
         qat, qc = (points(runs, row) for row in ("qat", "qc"))
         if qat:
-            shown = mean_and_spread(qat), mean_and_spread(qc) if qc else ""
+            shown = mean_and_spread(qat.values()), mean_and_spread(qc.values()) if qc else ""
             lines.append(f"| {value} | {len(qat)} | {' | '.join(shown)} | {PAPER_DECAYS[value]} |")
     return lines
 
@@ -235,13 +241,27 @@ def model_of(weights: str) -> str:
     return Path(YOLO(weights).model.yaml["yaml_file"]).stem
 
 
+def figures(args: argparse.Namespace, folder: Path) -> bool:
+    """Figures 1 and 2, from the telemetry of the first seed's runs; returns whether they could be drawn."""
+    from yolo_qc_plugin.cli import main as yolo_qc
+
+    runs = [str(args.runs / f"{cell.name}-seed{args.seeds[0]}") for cell in cells("figures", [])]
+    return yolo_qc(["plot", *runs, f"out={folder / 'figures'}"]) == 0
+
+
 def main() -> None:
     """Parse the command line and run."""
-    p = parser(__doc__, tuple(TABLES))
+    p = parser(__doc__, (*TABLES, "figures", "cost"))
     p.add_argument("--bits", type=int, nargs="+", default=[4, 3], help="widths of Table 1")
     p.add_argument("--name", help="folder of the results; by default DATA-MODEL")
+    p.add_argument("--model", default="yolov5n.yaml", help="cost: what to measure")
+    p.add_argument("--seconds", type=float, default=60, help="cost: of each measurement")
     p.set_defaults(runs=Path("runs/paper"))
     args = p.parse_args()
+    if args.kind == "cost":
+        size = {"device": args.device, "epochs": args.epochs, "imgsz": args.imgsz}
+        found = cost.measure(args.model, {**RECIPE, **size, **pairs(args.train)}, args.seconds, args.runs)
+        return print(cost.write(found, args.out))
     if not args.name:
         if not (args.data and args.weights):
             p.error("give --name, or --data and --weights, after which the results are named")
@@ -249,7 +269,9 @@ def main() -> None:
     args.runs /= args.name
     folder = args.out / args.name
     done = args.assemble or run(cells(args.kind, args.bits), folder / "cells", args)
-    if page := TABLES[args.kind](folder / "cells", args.bits):
+    if args.kind == "figures":
+        done = done and figures(args, folder)
+    elif page := TABLES[args.kind](folder / "cells", args.bits):
         text = "\n".join(page).rstrip() + "\n"
         (folder / f"{args.kind}.md").write_text(text, encoding="utf-8")
         print(text)
