@@ -45,7 +45,7 @@ PHASES = {
     "validation": (BaseTrainer, "validate"),
     "stripping": (host, "strip"),
     "report": (finish, "build_report"),
-    "qat.pt": (finish, "_write_like"),
+    "qat.pt": (finish, "write_like"),
     "last writes": (finish, "conclude"),
     "start of an epoch": (BaseTrainer, "_model_train"),
 }

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "QCConfig": "config",
     "add_qc_callbacks": "callbacks",
+    "correct": "standalone",
     "QuantConv2d": "layers",
     "remove": "inject",
     "compose": "digits",

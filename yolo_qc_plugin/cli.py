@@ -116,9 +116,17 @@ def _with_callbacks(options: QCConfig | dict, command) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program `yolo-qc`: eval, check, digits, hook."""
+    """The program `yolo-qc`: correct, eval, check, digits, hook."""
     parser = argparse.ArgumentParser(prog="yolo-qc", description="Tools beside `yolo train ... callbacks=qc`.")
     commands = parser.add_subparsers(dest="command", required=True)
+
+    correct = commands.add_parser(
+        "correct",
+        help="correct a finished run again",
+        usage="yolo-qc correct model=RUN/weights/qat.pt [data= correction=channel|tensor correction_scale= "
+        "correction_shift=\n       correction_epochs= correction_lr= device= batch= seed= project= name=]",
+    )
+    correct.add_argument("pairs", nargs="+", metavar="key=value")
 
     evaluate = commands.add_parser(
         "eval",
@@ -148,8 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hook.add_argument("action", choices=("install", "remove", "status"))
 
     args = parser.parse_args(arguments)
+    run = {"correct": _correct, "eval": _eval, "check": _check, "digits": _digits, "hook": _hook}[args.command]
     try:
-        passed = {"eval": _eval, "check": _check, "digits": _digits, "hook": _hook}[args.command](args)
+        passed = run(args)
     except (ValueError, OSError, ImportError, RuntimeError) as e:
         print(f"yolo-qc {args.command}: {e}", file=sys.stderr)
         return 1
@@ -174,6 +183,17 @@ def _write_json(result: dict, target: str | None) -> None:
     if target:
         Path(target).write_text(json.dumps(result, indent=1), encoding="utf-8")
         print(f"written to {target}")
+
+
+def _correct(args: argparse.Namespace) -> None:
+    kinds = {f.name: str for f in fields(QCConfig) if f.name.startswith("correction")}
+    kinds |= dict(model=str, data=str, device=str, batch=int, seed=int, project=str, name=str)
+    options = _options(args.pairs, kinds)
+    if "model" not in options:
+        raise ValueError("give model=RUN/weights/qat.pt")
+    from .standalone import correct
+
+    correct(**options)
 
 
 def _check(args: argparse.Namespace) -> bool:

@@ -101,9 +101,26 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
             set_outputs(trainer, model, config)
             LOGGER.info(f"{host.PREFIX}measuring the model with {config.output_bits}-bit outputs")
             metrics["qat"] = validate(trainer, deepcopy(model))
-        _write_like(best, model, trainer.validator.metrics.results_dict, qat)
-    before = deepcopy(trainer.validator.metrics)
+        write_like(best, model, trainer.validator.metrics.results_dict, qat)
+    report = correct_and_keep(trainer, config, metrics, qat, best)
+    conclude(trainer.last)
+    return report
 
+
+def correct_and_keep(trainer: BaseTrainer, config: QCConfig, metrics: dict, qat: Path, best: Path) -> dict:
+    """Correct the checkpoint `qat`, whose figures have just been measured, write the better to `best`, and report.
+
+    Args:
+        trainer: Set up; its loaders, loss, precision and validator are used.
+        config: The options.
+        metrics: Figures so far, "qat" among them; those of "qc" are added.
+        qat: Checkpoint with quantized outputs, not corrected.
+        best: Checkpoint to write.
+
+    Returns:
+        The report, as written to qc/report.json.
+    """
+    before = deepcopy(trainer.validator.metrics)
     metrics["qc"], kept = None, "qat"
     if config.correction != "off":
         corrected = correct(trainer, config, qat)
@@ -118,7 +135,7 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
 
     with replacing(best) as temporary:  # after all else: as long as best.pt is the host's, all this can be done again
         if kept == "qc":
-            _write_like(qat, corrected, trainer.validator.metrics.results_dict, temporary)
+            write_like(qat, corrected, trainer.validator.metrics.results_dict, temporary)
             model = corrected.float().to(trainer.device)  # as one loads it
         else:
             shutil.copyfile(qat, temporary)
@@ -126,7 +143,6 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
         images = (trainer.validator.preprocess(batch)["img"].float() for batch in trainer.test_loader)
         report = build_report(model, config, metrics, kept=kept, images=images)
         path = write_report(report, trainer.save_dir / "qc")
-    conclude(trainer.last)
     LOGGER.info(f"\n{console_table(report)}\n{host.PREFIX}best.pt holds the {kept.upper()} model, record in {path}")
     return report
 
@@ -147,7 +163,7 @@ def saying_what_is_kept(folder: Path) -> Iterator[None]:
         raise
 
 
-def _write_like(source: Path, model: nn.Module, results: dict, target: Path) -> None:
+def write_like(source: Path, model: nn.Module, results: dict, target: Path) -> None:
     """Write `model` (to the CPU and to half precision in place) with all else of a checkpoint, and its own figures."""
     checkpoint, _ = torch_safe_load(source)
     checkpoint["train_metrics"] = {**checkpoint["train_metrics"], **results}
