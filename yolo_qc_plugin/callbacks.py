@@ -22,9 +22,11 @@ from .finish import finish, saying_what_is_kept, take_all_images, validate
 from .inject import calibrate, inject, remove, share_quantizers
 from .layers import is_quantized
 from .optimizer import ScaleSteps
+from .oscillation import Oscillation
 from .qdq import ONNX_KINDS, check_kind
 from .quantizer import Quantizer
 from .resume import Accumulation, fits, read_state, restore, rewind, write_state
+from .telemetry import EVERY, FILE, Telemetry
 from .weights import WeightsTogether
 
 
@@ -41,6 +43,8 @@ class QCCallbacks:
         self.averaged = 0  # steps that the EMA has seen
         self.weights = None  # WeightsTogether of the model
         self.accumulation = None  # which micro-batches wait for a step
+        self.oscillation: Oscillation | None = None
+        self.telemetry: Telemetry | None = None  # of rank 0
 
     def __getstate__(self) -> dict:
         """A process of a multi-GPU run gets the options."""
@@ -131,7 +135,8 @@ class QCCallbacks:
             if RANK in {-1, 0}:
                 self._calibrate(trainer, model)
             broadcast_quantizers(model)
-            for stale in (trainer.wdir / "qat.pt", trainer.save_dir / "qc" / "report.json"):  # of an earlier run here
+            folder = trainer.save_dir / "qc"
+            for stale in (trainer.wdir / "qat.pt", folder / "report.json", folder / FILE):  # of an earlier run here
                 stale.unlink(missing_ok=True)
             trainer.ema.ema.load_state_dict(model.state_dict())
             trainer.ema.ema.qc = model.qc
@@ -139,6 +144,9 @@ class QCCallbacks:
         self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
         self.weights = WeightsTogether(model)
         self.accumulation = Accumulation()
+        if self.config.telemetry and RANK in {-1, 0}:
+            self.oscillation = self.oscillation or Oscillation(model)
+            self.telemetry = Telemetry(model, self.oscillation, trainer.save_dir / "qc")
         if trainer.qc_state:
             restore(trainer, trainer.qc_state)
             self.load_state_dict(trainer.qc_state["named"])
@@ -152,6 +160,8 @@ class QCCallbacks:
             self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
         for quantizer in (m for m in model.modules() if isinstance(m, Quantizer)):
             quantizer.forget()  # what a forward pass that ended in an error has left
+        if self.telemetry:
+            self.telemetry.follow(model, trainer.ema.ema)
         resumed, trainer.qc_state = trainer.qc_state, None
         if resumed:
             rewind(trainer, resumed, self.accumulation)
@@ -166,28 +176,45 @@ class QCCallbacks:
     def on_train_batch_end(self, trainer: BaseTrainer) -> None:
         """Count the micro-batch, and average if it ended in an optimizer step."""
         self.accumulation.count(trainer)
-        self.on_train_epoch_end(trainer)
+        self._average(trainer)
 
     def on_train_epoch_end(self, trainer: BaseTrainer) -> None:
-        """Average once per real optimizer step: micro-batches that only accumulate gradients take none."""
-        if self.steps.taken > self.averaged:
-            trainer.ema.step(unwrap_model(trainer.model))
-            self.averaged = self.steps.taken
+        """Average where the last batch's callback was skipped, and pass on what was recorded."""
+        self._average(trainer)
+        if self.telemetry:
+            self.telemetry.to_tensorboard(trainer.epoch + 1)
+            self.telemetry.write(EVERY)
 
     def on_train_end(self, trainer: BaseTrainer) -> None:
         """Correct, keep the better, report; of several processes, rank 0 alone is here."""
+        if self.telemetry:
+            self.telemetry.write()
         with alone(), saying_what_is_kept(trainer.wdir):
             take_all_images(trainer)
             finish(trainer, self.config)
 
     def state_dict(self) -> dict:
         """What resume.pt keeps of the callbacks, by name: tensors and plain values. Later parts add theirs here."""
-        return {"steps": self.steps.taken, "pending": self.accumulation.pending}
+        state = {"steps": self.steps.taken, "pending": self.accumulation.pending}
+        parts = {"oscillation": self.oscillation, "telemetry": self.telemetry}
+        return state | {name: part.state_dict() for name, part in parts.items() if part}
 
     def load_state_dict(self, state: dict) -> None:
         """Take up what `state_dict` gave."""
         self.steps.taken = self.averaged = state["steps"]
         self.accumulation.pending = state["pending"]
+        for name, part in {"oscillation": self.oscillation, "telemetry": self.telemetry}.items():
+            if part and name in state:
+                part.load_state_dict(state[name])
+
+    def _average(self, trainer: BaseTrainer) -> None:
+        """Once per real optimizer step: micro-batches that only accumulate gradients take none."""
+        if self.steps.taken > self.averaged:
+            trainer.ema.step(unwrap_model(trainer.model))
+            self.averaged = self.steps.taken
+            if self.telemetry:
+                self.oscillation.step()
+                self.telemetry.record(trainer.ema.updates)
 
     def _take_options(self, saved: QCConfig) -> None:
         """Continue with the checkpoint's options; say so where others were given."""
