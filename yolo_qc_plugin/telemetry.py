@@ -188,7 +188,8 @@ class Telemetry:
             writer.add_scalar(f"qc/{name}", np.average(shares, weights=self._sizes), epoch)
             for layer, share in zip(self.layers, shares):
                 writer.add_scalar(f"qc_{name}/{layer}", share, epoch)
-        for back in range(len(new), 0, -(-len(new) // POINTS)):
+        every = -(-len(new) // POINTS)
+        for back in range(len(new), 0, -every):
             for layer, values in zip(self.layers, self.values[-back]):
                 for name, value in zip(TRACES, values):
                     if not np.isnan(value):
