@@ -245,7 +245,7 @@ def test_smoothness_is_numpys():
     around = [wide[i] - wide[i - 50 : i + 51].mean() for i in range(50, 450)]
     assert found["fluctuation"] == pytest.approx(np.mean(np.square(around)) / wide.mean() ** 2)
     assert found["variance"] == pytest.approx(np.var(wide / wide.mean()))
-    assert found["steps"] == pytest.approx(np.mean((wide[1:] - wide[:-1]) ** 2) / wide.mean() ** 2)
+    assert found["steps"] == pytest.approx(np.var(wide[1:] - wide[:-1]) / wide.mean() ** 2)
     assert smoothness(wide[:1])["fluctuation"] == smoothness(np.ones(7))["steps"] == 0
 
 
@@ -275,6 +275,7 @@ def test_plot_draws_all_pictures_and_says_how_smooth(trained, tmp_path, capsys):
     (["missing"], "telemetry.parquet; it is written by a run of callbacks=qc with qc_telemetry=True"),
     (["out=x"], "give the folder of a run"),
     (["broken"], "cannot be read"),
+    (["broken", "steps=5000"], "give 1 to 4000"),
 ])  # fmt: skip
 def test_plot_refuses_in_one_line(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     check.add_argument("pairs", nargs="+", metavar="key=value")
 
-    plot = commands.add_parser("plot", help="pictures of runs", usage="yolo-qc plot RUN [RUN...] [out=DIR]")
+    plot = commands.add_parser("plot", help="pictures of runs", usage="yolo-qc plot RUN [RUN...] [out=DIR steps=4000]")
     plot.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run; out=DIR: other than RUN/qc/plots")
 
     digits = commands.add_parser("digits", help="compose a data set from pixels that installed packages ship")
@@ -216,8 +216,8 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    runs = [r for r in args.runs if not r.startswith("out=")]
-    options = _options([r for r in args.runs if r.startswith("out=")], dict(out=str))
+    runs = [r for r in args.runs if not r.startswith(("out=", "steps="))]
+    options = _options([r for r in args.runs if r not in runs], dict(out=str, steps=int))
     if not runs:
         raise ValueError("give the folder of a run")
     from .plot import plot

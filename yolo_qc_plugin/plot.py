@@ -62,15 +62,15 @@ class Run:
     values: np.ndarray
 
     @classmethod
-    def load(cls, folder: Path) -> Run:
-        """Read the folder of a run, its last steps only.
+    def load(cls, folder: Path, last: int) -> Run:
+        """Read the folder of a run, of its last steps so many.
 
         Raises:
             QCError: If it has no telemetry.
         """
         layers, steps, values = read(folder / "qc" / FILE)
-        last = steps > steps[-1] - WINDOW
-        return cls(folder.resolve().name, folder, layers, steps[last], values[last])
+        shown = steps > steps[-1] - last
+        return cls(folder.resolve().name, folder, layers, steps[shown], values[shown])
 
     def traces(self, column: str) -> np.ndarray:
         """One column, shape (n, layers)."""
@@ -82,20 +82,23 @@ class Run:
         return not np.array_equal(self.traces("weight_scale"), self.traces("weight_scale_ema"))
 
 
-def plot(runs: Sequence[str | Path], out: str | Path | None = None) -> tuple[str, list[Path]]:
+def plot(runs: Sequence[str | Path], out: str | Path | None = None, steps: int = WINDOW) -> tuple[str, list[Path]]:
     """Draw all pictures of one or several runs.
 
     Args:
         runs: Folders of runs.
         out: Folder to write to; qc/plots in the first run's if None.
+        steps: How many of the last steps to draw and to count, 1 to 4,000.
 
     Returns:
         What to print, and the files written.
 
     Raises:
-        QCError: If a run has no telemetry, or a file of the user's has the name of a picture.
+        QCError: If a run has no telemetry, `steps` is out of range, or a file of the user's has the name of a picture.
     """
-    runs = [Run.load(Path(folder)) for folder in runs]
+    if not 1 <= steps <= WINDOW:
+        raise QCError(f"QC: steps={steps} is not accepted; give 1 to {WINDOW}, the steps kept at full rate.")
+    runs = [Run.load(Path(folder), steps) for folder in runs]
     out = Path(out or runs[0].folder / "qc" / "plots")
     before = next((r for r in runs if not r.averaged), runs[0])
     after = next((r for r in runs if r.averaged), None)
@@ -134,7 +137,7 @@ def smoothness(trace: np.ndarray) -> dict[str, float]:
     Returns:
         "mean"; "variance" of the whole trace, its trend included; "fluctuation", the variance around the centred moving
         mean over 101 steps (over half of them where there are fewer than 202), of the steps that have one; "steps",
-        the mean square of the change from step to step.
+        the variance of the change from step to step.
     """
     trace = trace.astype(np.float64)
     width = min(SMOOTH, len(trace) // 4 * 2 + 1)
@@ -145,7 +148,7 @@ def smoothness(trace: np.ndarray) -> dict[str, float]:
         "mean": mean,
         "variance": trace.var() / mean**2,
         "fluctuation": ((middle - moving) ** 2).mean() / mean**2,
-        "steps": (np.diff(trace) ** 2).mean() / mean**2 if len(trace) > 1 else 0.0,
+        "steps": np.diff(trace).var() / mean**2 if len(trace) > 1 else 0.0,
     }
 
 
@@ -178,14 +181,14 @@ def format_smoothness(record: dict) -> str:
         line = f"{row['scale']:<14}{row['layer']:<32}"
         for key in ("fluctuation", "steps"):
             without, averaged = row["without"][key], row["with"][key]
-            line += f"{without**0.5:>11.3%}{averaged**0.5:>11.3%}{_ratio(without, averaged):>11.1f}"
+            line += f"{without**0.5:>11.4%}{averaged**0.5:>11.4%}{_ratio(without, averaged):>11.1f}"
         lines.append(line)
     for column in ("weight_scale", "act_scale"):
         line = f"{column:<14}{'all layers, median':<32}"
         for key in ("fluctuation", "steps"):
             pairs = [(r["without"][key], r["with"][key]) for r in record["scales"] if r["scale"] == column]
             without, averaged = np.median(np.sqrt(pairs), axis=0)
-            line += f"{without:>11.3%}{averaged:>11.3%}{np.median([_ratio(*pair) for pair in pairs]):>11.1f}"
+            line += f"{without:>11.4%}{averaged:>11.4%}{np.median([_ratio(*pair) for pair in pairs]):>11.1f}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -210,12 +213,12 @@ def _draw_scales(before: Run, after: Run | None, column: str, label: str):
     for j, (run, name, title) in enumerate(sides):
         for i, layer in enumerate(layers):
             axes[i, j].plot(run.steps, run.traces(name)[:, run.layers.index(layer)], color=COLORS[1 - j])
-            axes[i, j].set_title(f"{layer}, {title}", loc="left")
+            axes[i, j].set_title(layer, loc="left")
             axes[i, j].margins(x=0)
             axes[i, j].ticklabel_format(axis="y", style="plain", useOffset=False)
+        axes[0, j].set_title(title, loc="right", fontweight="bold")
         axes[-1, j].set_xlabel("optimizer step")
     figure.supylabel(label, fontsize=8)
-    figure.align_ylabels()
     return figure
 
 
@@ -231,7 +234,7 @@ def _draw_oscillation(runs: list[Run]):
     axes[0].set_ylabel("oscillating weights (%)")
     axes[1].set_ylabel("codes flipped per step (%)")
     axes[1].set_xticks(range(len(layers)), layers, rotation=90, fontsize=5)
-    axes[1].margins(x=0.005)
+    axes[1].set_xlim(-1, len(layers))
     if len(runs) > 1:
         axes[0].legend()
     return figure
@@ -252,14 +255,15 @@ def _draw_codes(runs: list[Run]) -> dict:
             codes = conv.weight_codes().flatten().int() - conv.weight_quant.quant_min
             share = np.bincount(codes.numpy(), minlength=2**conv.weight_quant.bits) / codes.numel()
             widths.setdefault(conv.weight_quant.bits, []).append((name, 100 * share))
-        heights = [len(rows) for rows in widths.values()]
-        figure = _figure(4.6, 0.8 + 0.085 * sum(heights) + 0.5 * len(heights))
-        axes = figure.subplots(len(heights), height_ratios=[h + 1 for h in heights], squeeze=False)[:, 0]
-        for ax, (bits, rows) in zip(axes, sorted(widths.items())):
+        widths = dict(sorted(widths.items()))
+        heights = [0.085 * (len(rows) + 1) for rows in widths.values()]
+        figure = _figure(4.8, sum(heights) + 0.6 * len(heights))
+        axes = figure.subplots(len(heights), height_ratios=heights, squeeze=False)[:, 0]
+        for ax, (bits, rows) in zip(axes, widths.items()):
             half = 2 ** (bits - 1)
             image = ax.imshow(
                 [share for _, share in rows],
-                norm=PowerNorm(0.5, vmin=0),
+                norm=PowerNorm(0.4, vmin=0, vmax=100),
                 cmap="Blues",
                 aspect="auto",
                 interpolation="nearest",
@@ -267,8 +271,9 @@ def _draw_codes(runs: list[Run]) -> dict:
             )
             ax.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=5)
             ax.set_title(f"{bits}-bit weights", loc="left")
-            figure.colorbar(image, ax=ax, label="share (%)", fraction=0.05, pad=0.02)
         axes[-1].set_xlabel("code")
+        label = "share of the layer's weights (%)"
+        figure.colorbar(image, ax=axes, label=label, ticks=[0, 1, 5, 10, 20, 50, 100], shrink=0.6, aspect=40)
         figures["codes" if len(runs) == 1 else f"codes_{number}_{run.name}"] = figure
     return figures
 
