@@ -29,6 +29,7 @@ from .oscillation import Oscillation, annealed
 from .qdq import ONNX_KINDS, check_kind
 from .quantizer import Quantizer
 from .resume import Accumulation, fits, read_state, restore, rewind, write_state
+from .telemetry import EVERY, FILE, Telemetry
 from .weights import WeightsTogether
 
 
@@ -47,6 +48,7 @@ class QCCallbacks:
         self.accumulation = None  # which micro-batches wait for a step
         self.oscillation: Oscillation | None = None  # a Freezing where weights are to be frozen
         self.dampening: Dampening | None = None
+        self.telemetry: Telemetry | None = None  # of rank 0
         self.batches = 0  # begun in this epoch
         self.progress = 0.0  # share of the run that was done when the present step's first micro-batch began
 
@@ -139,7 +141,8 @@ class QCCallbacks:
             if RANK in {-1, 0}:
                 self._calibrate(trainer, model)
             broadcast_quantizers(model)
-            for stale in (trainer.wdir / "qat.pt", trainer.save_dir / "qc" / "report.json"):  # of an earlier run here
+            folder = trainer.save_dir / "qc"
+            for stale in (trainer.wdir / "qat.pt", folder / "report.json", folder / FILE):  # of an earlier run here
                 stale.unlink(missing_ok=True)
             trainer.ema.ema.load_state_dict(model.state_dict())
             trainer.ema.ema.qc = model.qc
@@ -153,6 +156,9 @@ class QCCallbacks:
         if self.config.dampening_weight:
             self.dampening = Dampening(model, self.weights, host.loss_is_summed(trainer.args.task))
         self.accumulation = Accumulation()
+        if self.config.telemetry and RANK in {-1, 0}:
+            self.oscillation = self.oscillation or Oscillation(model)
+            self.telemetry = Telemetry(model, self.oscillation, trainer.save_dir / "qc")
         if trainer.qc_state:
             restore(trainer, trainer.qc_state)
             self.load_state_dict(trainer.qc_state["named"])
@@ -166,6 +172,8 @@ class QCCallbacks:
             self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
         for quantizer in (m for m in model.modules() if isinstance(m, Quantizer)):
             quantizer.forget()  # what a forward pass that ended in an error has left
+        if self.telemetry:
+            self.telemetry.follow(model, trainer.ema.ema)
         resumed, trainer.qc_state = trainer.qc_state, None
         if resumed:
             rewind(trainer, resumed, self.accumulation)
@@ -188,35 +196,54 @@ class QCCallbacks:
     def on_train_batch_end(self, trainer: BaseTrainer) -> None:
         """Count the micro-batch, and average if it ended in an optimizer step."""
         self.accumulation.count(trainer)
-        self.on_train_epoch_end(trainer)
+        self._average(trainer)
 
     def on_train_epoch_end(self, trainer: BaseTrainer) -> None:
-        """Freeze and average once per real optimizer step: micro-batches that only accumulate gradients take none."""
-        if self.steps.taken > self.averaged:
-            if isinstance(self.oscillation, Freezing):
-                self.oscillation.step(freeze_threshold(self.config.freeze_threshold, self.progress))
-            trainer.ema.step(unwrap_model(trainer.model))
-            self._put_back_frozen(trainer)
-            self.averaged = self.steps.taken
+        """Average where the last batch's callback was skipped, and pass on what was recorded."""
+        self._average(trainer)
+        if self.telemetry:
+            self.telemetry.to_tensorboard(trainer.epoch + 1)
+            self.telemetry.write(EVERY)
 
     def on_train_end(self, trainer: BaseTrainer) -> None:
         """Correct, keep the better, report; of several processes, rank 0 alone is here."""
+        if self.telemetry:
+            self.telemetry.write()
         with alone(), saying_what_is_kept(trainer.wdir):
             take_all_images(trainer)
             finish(trainer, self.config)
 
     def state_dict(self) -> dict:
         """What resume.pt keeps of the callbacks, by name: tensors and plain values. Later parts add theirs here."""
-        state = {"steps": self.steps.taken, "pending": self.accumulation.pending, "progress": self.progress}
-        return state | ({"oscillation": self.oscillation.state_dict()} if self.oscillation else {})
+        parts = {"oscillation": self.oscillation, "telemetry": self.telemetry}
+        return {
+            "steps": self.steps.taken,
+            "pending": self.accumulation.pending,
+            "progress": self.progress,
+            **{name: part.state_dict() for name, part in parts.items() if part},
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Take up what `state_dict` gave."""
         self.steps.taken = self.averaged = state["steps"]
         self.accumulation.pending = state["pending"]
-        self.progress = state.get("progress", 0.0)
-        if self.oscillation and "oscillation" in state:
-            self.oscillation.load_state_dict(state["oscillation"])
+        self.progress = state["progress"]
+        for name, part in {"oscillation": self.oscillation, "telemetry": self.telemetry}.items():
+            if part and name in state:
+                part.load_state_dict(state[name])
+
+    def _average(self, trainer: BaseTrainer) -> None:
+        """Freeze, average and record once per real optimizer step: accumulating gradients alone takes none."""
+        if self.steps.taken > self.averaged:
+            if isinstance(self.oscillation, Freezing):
+                self.oscillation.step(freeze_threshold(self.config.freeze_threshold, self.progress))
+            elif self.oscillation:
+                self.oscillation.step()
+            trainer.ema.step(unwrap_model(trainer.model))
+            self._put_back_frozen(trainer)
+            self.averaged = self.steps.taken
+            if self.telemetry:
+                self.telemetry.record(trainer.ema.updates)
 
     def _take_options(self, saved: QCConfig) -> None:
         """Continue with the checkpoint's options; say so where others were given."""

@@ -116,7 +116,7 @@ def _with_callbacks(options: QCConfig | dict, command) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program `yolo-qc`: correct, eval, check, digits, hook."""
+    """The program `yolo-qc`: correct, eval, check, plot, digits, hook."""
     parser = argparse.ArgumentParser(prog="yolo-qc", description="Tools beside `yolo train ... callbacks=qc`.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -143,6 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     check.add_argument("pairs", nargs="+", metavar="key=value")
 
+    plot = commands.add_parser("plot", help="pictures of runs", usage="yolo-qc plot RUN [RUN...] [out=DIR steps=4000]")
+    plot.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run; out=DIR: other than RUN/qc/plots")
+
     digits = commands.add_parser("digits", help="compose a data set from pixels that installed packages ship")
     digits.add_argument("--out", required=True, type=Path, help="new folder")
     digits.add_argument("--train", type=int, default=300, help="training images (300)")
@@ -156,9 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hook.add_argument("action", choices=("install", "remove", "status"))
 
     args = parser.parse_args(arguments)
-    run = {"correct": _correct, "eval": _eval, "check": _check, "digits": _digits, "hook": _hook}[args.command]
+    programs = {"correct": _correct, "eval": _eval, "check": _check, "plot": _plot, "digits": _digits, "hook": _hook}
     try:
-        passed = run(args)
+        passed = programs[args.command](args)
     except (ValueError, OSError, ImportError, RuntimeError) as e:
         print(f"yolo-qc {args.command}: {e}", file=sys.stderr)
         return 1
@@ -231,6 +234,17 @@ def _eval(args: argparse.Namespace) -> None:
     else:
         raise ValueError("give model= and data=, or annotations= and detections=")
     _write_json(result, target)
+
+
+def _plot(args: argparse.Namespace) -> None:
+    runs = [r for r in args.runs if not r.startswith(("out=", "steps="))]
+    options = _options([r for r in args.runs if r not in runs], dict(out=str, steps=int))
+    if not runs:
+        raise ValueError("give the folder of a run")
+    from .plot import plot
+
+    table, files = plot(runs, **options)
+    print("\n".join([table, *(f"written to {file}" for file in files)]))
 
 
 def _digits(args: argparse.Namespace) -> None:

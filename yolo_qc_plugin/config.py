@@ -46,6 +46,7 @@ class QCConfig:
         correction_epochs: Epochs of QC over the training loader, at least 1.
         correction_lr: Learning rate of QC (Adam), above 0.
         calibration_batches: Training batches that start the activation scales, at least 1.
+        telemetry: Record scales, code flips and oscillation at each optimizer step, in qc/telemetry.parquet.
         skip: Names or patterns (fnmatch) of convolutions to leave in float, e.g. ("model.9.*",).
         layer_bits: Name or pattern -> width of weights and activations there, e.g. {"model.24.*": 6}.
 
@@ -72,6 +73,7 @@ class QCConfig:
     correction_epochs: int = 1
     correction_lr: float = 1e-3
     calibration_batches: int = 8
+    telemetry: bool = True
     skip: tuple[str, ...] = ()
     layer_bits: Mapping[str, int] = field(default_factory=dict)
 
@@ -92,7 +94,7 @@ class QCConfig:
                 _check_bits(name, getattr(self, name))
         for pattern, bits in self.layer_bits.items():
             _check_bits(f"layer_bits[{pattern!r}]", bits)
-        for name in ("per_channel", "act_offset", "bn_reestimate", "correction_scale", "correction_shift"):
+        for name in ("per_channel", "act_offset", "bn_reestimate", "correction_scale", "correction_shift", "telemetry"):
             if not isinstance(getattr(self, name), bool):
                 _refuse(name, getattr(self, name), "True or False")
         for name, choices in (("scale_init", SCALE_INITS), ("correction", CORRECTIONS)):
