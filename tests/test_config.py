@@ -38,6 +38,7 @@ REFUSED = {
     "dampening_weight": ("at least 0", [-0.1, NAN, INF, -INF, True, "0.1", None]),
     "freeze_threshold": ("(0, 1)", [0, -0.1, 1, 1.0, NAN, INF, True, "0.01"]),
     "bn_reestimate": FLAG,
+    "telemetry": FLAG,
     "skip": ("non-empty strings", ["", ("",), ("a", 3), (None,), b"model", 5, None]),
     "layer_bits": ("", [None, 5, "a:6", [("a", 6)], {"": 4}, {3: 4}, {"a": 1}, {"a": 9}, {"a": 4.0}, {"a": True}]),
 }
