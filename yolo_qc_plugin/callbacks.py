@@ -44,7 +44,8 @@ class QCCallbacks:
         self.averaged = 0  # steps that the EMA has seen
         self.weights = None  # WeightsTogether of the model
         self.accumulation = None  # which micro-batches wait for a step
-        self.oscillation: Oscillation | None = None  # a Freezing where weights are to be frozen
+        self.oscillation: Oscillation | None = None
+        self.freezing: Freezing | None = None  # is then `oscillation`, too
         self.dampening: Dampening | None = None
         self.batches = 0  # begun in this epoch
         self.progress = 0.0  # share of the run that was done when the present step's first micro-batch began
@@ -144,11 +145,9 @@ class QCCallbacks:
             trainer.ema.ema.qc = model.qc
         self._take_over_ema(trainer)
         self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
-        free = None
         if self.config.freeze_threshold:
-            self.oscillation = Freezing(model, self.config.body_bits[0])
-            free = self.oscillation.by_layer(self.oscillation.free)
-        self.weights = WeightsTogether(model, free)
+            self.oscillation = self.freezing = Freezing(model, self.config.body_bits[0])
+        self.weights = WeightsTogether(model, self.freezing and self.freezing.by_layer(self.freezing.free))
         if self.config.dampening_weight:
             self.dampening = Dampening(model, self.weights, host.loss_is_summed(trainer.args.task))
         self.accumulation = Accumulation()
@@ -184,18 +183,13 @@ class QCCallbacks:
             self.dampening.prepare(annealed(0.0, self.config.dampening_weight, self.progress))
 
     def on_train_batch_end(self, trainer: BaseTrainer) -> None:
-        """Count the micro-batch, and average if it ended in an optimizer step."""
+        """Count the micro-batch, and freeze and average if it ended in an optimizer step."""
         self.accumulation.count(trainer)
-        self.on_train_epoch_end(trainer)
+        self._average(trainer)
 
     def on_train_epoch_end(self, trainer: BaseTrainer) -> None:
-        """Freeze and average once per real optimizer step: micro-batches that only accumulate gradients take none."""
-        if self.steps.taken > self.averaged:
-            if isinstance(self.oscillation, Freezing):
-                self.oscillation.step(freeze_threshold(self.config.freeze_threshold, self.progress))
-            trainer.ema.step(unwrap_model(trainer.model))
-            self._put_back_frozen(trainer)
-            self.averaged = self.steps.taken
+        """Average where the last batch's callback was skipped."""
+        self._average(trainer)
 
     def on_train_end(self, trainer: BaseTrainer) -> None:
         """Correct, keep the better, report; of several processes, rank 0 alone is here."""
@@ -234,10 +228,21 @@ class QCCallbacks:
         )
         trainer.train_loader.reset()  # the first epoch sees every image once, calibration or not
 
+    def _average(self, trainer: BaseTrainer) -> None:
+        """Once per real optimizer step: micro-batches that only accumulate gradients take none."""
+        if self.steps.taken > self.averaged:
+            if self.freezing:
+                self.freezing.threshold = freeze_threshold(self.config.freeze_threshold, self.progress)
+            if self.oscillation:
+                self.oscillation.step()
+            trainer.ema.step(unwrap_model(trainer.model))
+            self._put_back_frozen(trainer)
+            self.averaged = self.steps.taken
+
     def _put_back_frozen(self, trainer: BaseTrainer) -> None:
-        if isinstance(self.oscillation, Freezing):
+        if self.freezing:
             for model in (unwrap_model(trainer.model), trainer.ema.ema):
-                self.oscillation.put_back(model)
+                self.freezing.put_back(model)
 
     def _take_over_ema(self, trainer: BaseTrainer) -> None:
         if not isinstance(trainer.ema, ConstantEMA):
