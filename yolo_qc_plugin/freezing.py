@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Iterative weight freezing (Nagel et al., ICML 2022, algorithm 1): a weight that oscillates too often keeps one code.
+"""Iterative weight freezing (Nagel et al., ICML 2022): a weight that oscillates too often keeps one code.
 
 freeze where frequency > threshold, which falls during the run; code <- round(EMA of codes); w = scale * code ever after
 """
