@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, callbacks_of
 from ultralytics import YOLO
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -49,7 +49,8 @@ class Run:
     def keep(self, trainer) -> None:
         model = {k: v.detach().clone() for k, v in unwrap_model(trainer.model).named_parameters()}
         average = {k: v.clone() for k, v in trainer.ema.ema.state_dict().items()}
-        self.kept.append((model, average, trainer.ema.updates))
+        oscillation = {k: v.clone() for k, v in callbacks_of(trainer).oscillation.state_dict().items()}
+        self.kept.append((model, average, trainer.ema.updates, oscillation))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,8 @@ def runs(digits, tmp_path_factory):
         for dtype in (None, torch.bfloat16, torch.float16):
             run = found[dtype] = Run(dtype, overflow=2 if dtype == torch.float16 else None)
             yolo = YOLO("yolov5n.yaml")
-            add_qc_callbacks(yolo, bits=4, correction="channel" if dtype else "off", output_bits=None)
+            correction = "channel" if dtype else "off"
+            add_qc_callbacks(yolo, bits=4, freeze_threshold=0.01, correction=correction, output_bits=None)
             for event in (e for e in dir(run) if e.startswith("on_")):
                 yolo.add_callback(event, getattr(run, event))
             yolo.train(**ARGUMENTS, data=str(digits), project=str(tmp_path_factory.mktemp("run")))
@@ -79,6 +81,8 @@ def test_a_step_that_overflows_changes_nothing(runs):
     for step, updates in ((1, 1), (2, 2)):
         assert not same(run.kept[step][0], run.kept[step - 1][0]) and run.kept[step][2] == updates
         assert not same(run.kept[step][1], run.kept[step - 1][1])
+        assert not same(run.kept[step][3], run.kept[step - 1][3])  # codes, their changes and frozen weights
+    assert same(run.kept[3][3], run.kept[2][3])
     assert same(run.kept[3][0], run.kept[2][0]) and same(run.kept[3][1], run.kept[2][1]) and run.kept[3][2] == 2
 
 
@@ -90,6 +94,6 @@ def test_trains_as_in_single_precision(runs, dtype):
     assert run.dtypes == {(dtype, dtype)} and single.dtypes == {(torch.float32, torch.float32)}
     assert run.losses[0] == pytest.approx(single.losses[0], rel=0.03)
     assert run.losses == pytest.approx(single.losses, rel=0.5)
-    for model, average, _ in run.kept:
+    for model, average, *_ in run.kept:
         assert {p.dtype for p in model.values()} == {torch.float32}
         assert all(v.isfinite().all() for v in (*model.values(), *average.values()))

@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Oscillation dampening (Nagel et al., ICML 2022, equation 5): a loss that draws latent weights to their grid points.
+"""Oscillation dampening (Nagel et al., ICML 2022): a loss that draws latent weights to their grid points.
 
 loss = weight * sum over all layers of || what - clip(w, scale * quant_min, scale * quant_max) ||^2
 

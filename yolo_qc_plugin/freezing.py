@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Iterative weight freezing (Nagel et al., ICML 2022, algorithm 1): a weight that oscillates too often keeps one code.
+"""Iterative weight freezing (Nagel et al., ICML 2022): a weight that oscillates too often keeps one code.
 
 freeze where frequency > threshold, which falls during the run; code <- round(EMA of codes); w = scale * code ever after
 """
@@ -35,6 +35,7 @@ class Freezing(Oscillation):
         bits: Widest weights that are frozen; the first and last layers' 8 bits are left alone, as by the authors.
 
     Attributes:
+        threshold: Frequency above which `step` freezes a weight; None freezes none.
         free: 0 where a weight is frozen, else 1, int8, flat.
         held: Codes of frozen weights, 0 elsewhere, int8, flat.
         mean: EMA of the codes, FP32, flat.
@@ -42,6 +43,7 @@ class Freezing(Oscillation):
 
     def __init__(self, model: nn.Module, bits: int):
         super().__init__(model)
+        self.threshold: float | None = None
         self.free = torch.ones_like(self.codes)
         self.held = torch.zeros_like(self.codes)
         self.mean = self.codes.float()
@@ -50,15 +52,11 @@ class Freezing(Oscillation):
             part.fill_(quant.bits <= bits)
 
     @torch.no_grad()
-    def step(self, threshold: float | None = None) -> None:
-        """Take in the codes of now and freeze; call it once per optimizer step, and `put_back` after it.
-
-        Args:
-            threshold: Frequency above which a weight is frozen; None freezes none.
-        """
+    def step(self) -> None:
+        """Take in the codes of now and freeze; call it once per optimizer step, and `put_back` after it."""
         super().step()
-        if threshold is not None:
-            new = (self.frequency > threshold).view(torch.int8) * self.free * self._may
+        if self.threshold is not None:
+            new = (self.frequency > self.threshold).view(torch.int8) * self.free * self._may
             self.held.add_(self.mean.round().to(torch.int8) * new)
             self.free.sub_(new)
         self.mean.lerp_(self.codes.float(), MOMENTUM)
@@ -68,8 +66,7 @@ class Freezing(Oscillation):
         """Set frozen latent weights to scale * code, with the scales of `model`: the one in training or its average."""
         for name, free, held in zip(self.names, self.by_layer(self.free), self.by_layer(self.held)):
             conv = model.get_submodule(name)
-            grid_point = held * conv.weight_quant.per_weight(held)
-            torch.where(free.view(torch.bool), conv.weight, grid_point, out=conv.weight)
+            conv.weight.mul_(free).add_(held * conv.weight_quant.per_weight(held))  # faster than a masked copy
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the next steps depend on."""

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from .functional import to_codes_all
 from .weights import trained_convs
 
-MOMENTUM = 0.01  # of the frequency, as the authors' TrackOscillation has it
+MOMENTUM = 0.01  # of the frequency, as the authors' TrackOscillation has it; their command line's default is 0.001
 OSCILLATING = 0.005  # frequency above which Nagel et al. count a weight as oscillating
-WARM_START = 0.25  # share of a run before the authors' methods against oscillation set in
+WARM_START = 0.25  # share of a run before dampening and freezing set in: the authors' default anneal_start
 
 
 def annealed(start: float, end: float, progress: float) -> float:

@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Batch norm re-estimation after QAT (Nagel et al., ICML 2022, section 4.1).
+"""Batch norm re-estimation after QAT (Nagel et al., ICML 2022).
 
 Oscillating weights shift the outputs of a convolution from step to step, so that the running statistics of training are
 not those of the finished weights. They are measured again: the average over batches of each batch's mean and variance.
