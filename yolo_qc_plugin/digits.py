@@ -47,7 +47,8 @@ class Level:
         contrast: Ink against the mean of what it covers, in grey levels.
         noise: Standard deviation of the sensor noise, in grey levels.
         clutter: Scrambled digits per image, pasted before the digits and not labelled.
-        polarity: Classes tell dark ink from light ink: 20 instead of 10.
+        hue: How far ink is redder than blue, or bluer than red, in grey levels; above 0, classes tell which: 20 instead
+            of 10.
     """
 
     objects: tuple[int, int] = (1, 8)
@@ -56,12 +57,12 @@ class Level:
     contrast: tuple[float, float] = (80.0, 180.0)
     noise: tuple[float, float] = (0.0, 6.0)
     clutter: tuple[int, int] = (0, 0)
-    polarity: bool = False
+    hue: float = 0.0
 
 
 LEVELS = {
     "plain": Level(),
-    "hard": Level((4, 12), (1 / 16, 1 / 3), 25.0, (40.0, 160.0), (0.0, 12.0), clutter=(4, 12), polarity=True),
+    "hard": Level((4, 10), (1 / 14, 1 / 3), 25.0, (50.0, 160.0), (0.0, 10.0), clutter=(4, 10), hue=100.0),
 }
 
 
@@ -149,9 +150,9 @@ def _check_options(**options: int) -> None:
 
 
 def _class_names(level: Level) -> list[str]:
-    """Names of the classes; with polarity, class c is digit c % 10."""
+    """Names of the classes; with hues, class c is digit c % 10."""
     digits = [str(digit) for digit in range(10)]
-    return [f"{digit} {ink}" for ink in ("dark", "light") for digit in digits] if level.polarity else digits
+    return [f"{digit} {hue}" for hue in ("blue", "red") for digit in digits] if level.hue else digits
 
 
 def _folders(root: Path, split: str, task: str, names: list[str]) -> list[Path]:
@@ -237,7 +238,7 @@ def _paste_clutter(rng: np.random.Generator, canvas: np.ndarray, scans: np.ndarr
         h, w = alpha.shape
         x, y = int(rng.integers(imgsz - w + 1)), int(rng.integers(imgsz - h + 1))
         under = canvas[y : y + h, x : x + w]
-        _blend(under, alpha, _pick_ink(rng, under, level.contrast))
+        _blend(under, alpha, _pick_ink(rng, under, level))
 
 
 def _paste_digits(
@@ -261,11 +262,11 @@ def _paste_digits(
             overlap = [_intersection((x, y, w, h), row[1:]) for row in rows]
             if all(c + o <= MAX_COVER * row[3] * row[4] for c, o, row in zip(covered, overlap, rows)):
                 under = canvas[y : y + h, x : x + w]
-                ink = _pick_ink(rng, under, level.contrast)
-                light = level.polarity and ink.mean() > under.mean()
+                ink = _pick_ink(rng, under, level)
+                red = level.hue and ink[2] > ink[0]
                 _blend(under, alpha, ink)
                 covered = [c + o for c, o in zip(covered, overlap)] + [0]
-                rows.append((int(classes[k]) + 10 * light, x, y, w, h))
+                rows.append((int(classes[k]) + 10 * bool(red), x, y, w, h))
                 outlines.append(_outline(alpha) + (x, y))
                 break
     return rows, outlines
@@ -310,13 +311,18 @@ def _intersection(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) ->
     return max(w, 0) * max(h, 0)
 
 
-def _pick_ink(rng: np.random.Generator, under: np.ndarray, contrast: tuple[float, float]) -> np.ndarray:
-    """A colour (3,) lighter or darker, by so many grey levels, than the pixels `under` (h, w, 3) it will cover."""
-    step = rng.uniform(*contrast) * rng.choice([-1.0, 1.0])
+def _pick_ink(rng: np.random.Generator, under: np.ndarray, level: Level) -> np.ndarray:
+    """A colour (3,) lighter or darker than the pixels `under` (h, w, 3) it will cover."""
+    step = rng.uniform(*level.contrast) * rng.choice([-1.0, 1.0])
     mean = under.mean(axis=(0, 1))
     if not 0 <= mean.mean() + step <= 255:  # no room on this side
         step = -step
-    return np.clip(mean + step + rng.normal(0.0, TINT, 3), 0, 255)
+    ink = np.clip(mean + step + rng.normal(0.0, TINT, 3), 0, 255)
+    if level.hue:
+        half = level.hue / 2
+        middle = np.clip(ink[[0, 2]].mean(), half, 255 - half)  # room for both
+        ink[[0, 2]] = middle + half * rng.choice([(-1.0, 1.0), (1.0, -1.0)])
+    return ink
 
 
 def _blend(under: np.ndarray, alpha: np.ndarray, ink: np.ndarray) -> None:
