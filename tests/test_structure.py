@@ -21,7 +21,7 @@ PACKAGE = Path(yolo_qc_plugin.__file__).parent
 # A file may import, at module level, files above it only.
 ORDER = """config models kernels functional observers quantizer layers weights trace deploy snap inject optimizer ema
            distributed correction qdq compat checkpoint host report randomness resume finish callbacks evaluate check
-           digits hook cli""".split()
+           scenes digits hook cli""".split()
 WITHOUT_HOST = ORDER[: ORDER.index("qdq") + 1]
 LATE = {("checkpoint", "callbacks")}  # imported in a function, though below
 FREE = {"cli", "__init__"}  # import what they need when they need it
