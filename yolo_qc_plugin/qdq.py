@@ -225,9 +225,8 @@ class _Graph:
         a = {p.name: helper.get_attribute_value(p) for p in node.attribute}
         if op == QUANTIZE:
             return (a["quant_min"] - a["zero_point"]) * a["scale"]
-        if op == "LeakyRelu" and a["alpha"] >= 0:
-            low = self._low(inputs[0])
-            return a["alpha"] * low if low < 0 else low
+        if op == "LeakyRelu" and a["alpha"] > 0:
+            return a["alpha"] * min(self._low(inputs[0]), 0.0)
         if op == "Mul" and any(s in self.sources and self._is_sigmoid_of(s, inputs) for s in inputs):
             return SILU_MIN
         if op in {"Sigmoid", "Relu", "Softmax"}:
