@@ -17,7 +17,7 @@ from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils.torch_utils import get_flops
 
-from yolo_qc_plugin import model_yaml, remove
+from yolo_qc_plugin import add_qc_callbacks, model_yaml, remove
 from yolo_qc_plugin.cli import wrap_entrypoint
 from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.digits import compose
@@ -116,6 +116,10 @@ def test_a_run_from_the_command_line(tmp_path, monkeypatch):
     judged = [r for r in checked["runtimes"] if "skipped" not in r]
     assert checked["passed"] and len(judged) >= 2
     assert all(r["changed_end_to_end"] == 0 and r["output"] < 1e-2 for r in judged)
+    four = YOLO(best)
+    add_qc_callbacks(four, onnx="int4")
+    four = YOLO(four.export(format="onnx", imgsz=64, device="cpu"))  # a MaxPool before 4-bit codes does not load
+    assert len(four.predict(data.parent / "images" / "val", imgsz=64, verbose=False)) == 8
 
 
 def test_no_value_behind_leaky_relu_comes_near_a_threshold():

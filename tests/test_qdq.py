@@ -353,6 +353,20 @@ def test_no_code_lies_outside_the_grid(tmp_path, bits, act, bounds):
         assert found == (0 if bits == 4 and kind == "int4" else 1 + bounds)
 
 
+@pytest.mark.parametrize("reach,bounds", [(0.9, 1), (1.1, 0)])
+def test_leaky_relu_is_bounded_only_where_it_can_leave_the_grid(tmp_path, reach, bounds):
+    """A grid that ends a little before, or behind, what LeakyReLU makes of the lowest code of its input."""
+    stack, x = stack_of([{**ONE, "act": "leaky"}] * 2, dict(bits=4), 8, "off", 0)
+    act, quant = stack[0].act, stack[1].conv.act_quant
+    with torch.no_grad():
+        quant.scale.copy_(reach * act.quant.zero_point * act.quant.scale * act.function.negative_slope / 1.5)
+        quant.offset.copy_(-quant.scale)  # rounds to its lowest code down to 1.5 steps below 0
+    graph = Graph(onnx.load(write_onnx(stack, x, "int8", tmp_path / "stack.onnx")))
+    codes = run(graph.model, 100 * x, optimised=False, tensors=graph.tensors())[graph.inputs["1.conv"][0]]
+    assert codes.min() == 240 and codes.max() == 255
+    assert sum(n.op_type == "Max" for n in graph.model.graph.node) == 1 + bounds  # one of them at the stack's input
+
+
 @pytest.mark.parametrize("odd", ["shared", "same"])
 def test_convolutions_unlike_the_hosts(tmp_path, odd):
     torch.manual_seed(0)

@@ -125,9 +125,10 @@ class _Graph:
         x = node.input[0]
         a = {p.name: helper.get_attribute_value(p) for p in node.attribute}
         scale, low, high = a["scale"], a["quant_min"], a["quant_max"]
-        # convolutions with INT8 weights between 4-bit codes are fused by ONNX Runtime into nodes that it then refuses
-        beside = [*self.readers.get(node.output[0], []), self.sources.get(node.input[0])]
-        wide = any(n is not None and n.op_type == CONVOLVE and self._layer(n).bits > 4 for n in beside)
+        # convolutions with INT8 weights between 4-bit codes are fused by ONNX Runtime into nodes that it then refuses,
+        # and so is a MaxPool before 4-bit codes
+        beside = [*self.readers.get(node.output[0], []), *filter(None, [self.sources.get(node.input[0])])]
+        wide = any(n.op_type == CONVOLVE and self._layer(n).bits > 4 or n.op_type == "MaxPool" for n in beside)
         narrow = self.kind == "int4" and high - low < 16 and not wide
         key = (x, scale, low, high, a["zero_point"], narrow)
         if key in self.quantized:
@@ -224,9 +225,8 @@ class _Graph:
         a = {p.name: helper.get_attribute_value(p) for p in node.attribute}
         if op == QUANTIZE:
             return (a["quant_min"] - a["zero_point"]) * a["scale"]
-        if op == "LeakyRelu" and a["alpha"] >= 0:
-            low = self._low(inputs[0])
-            return a["alpha"] * low if low < 0 else low
+        if op == "LeakyRelu" and a["alpha"] > 0:
+            return a["alpha"] * min(self._low(inputs[0]), 0.0)
         if op == "Mul" and any(s in self.sources and self._is_sigmoid_of(s, inputs) for s in inputs):
             return SILU_MIN
         if op in {"Sigmoid", "Relu", "Softmax"}:
