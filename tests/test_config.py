@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from yolo_qc_plugin.config import QCConfig, QCError
+from yolo_qc_plugin.config import PRESETS, QCConfig, QCError
 
 NAN, INF = float("nan"), float("inf")
 NAMES = [f.name for f in fields(QCConfig)]
@@ -146,7 +146,7 @@ def test_unknown_option_suggests_and_lists(name, near):
         QCConfig.from_options({name: 4, "bits": 4})
     message, _, listed = str(e.value).partition("Accepted: ")
     assert repr(name) in message and f"Did you mean {near}" in message
-    assert listed.rstrip(".").split(", ") == NAMES
+    assert listed.rstrip(".").split(", ") == ["preset", *NAMES]
 
 
 def test_unknown_option_that_resembles_nothing_gets_no_suggestion():
@@ -239,3 +239,26 @@ def test_any_value_gives_a_config_or_a_qc_error(name, value):
         assert name in str(e)
     else:
         assert QCConfig.from_options(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_fills_what_is_not_given(preset):
+    values = PRESETS[preset]
+    assert QCConfig.from_options({"preset": preset, "bits": "3"}) == QCConfig(bits=3, **values)
+    for name, value in values.items():
+        other = {"correction": "tensor", "scale_init": "mse", "correction_shift": False}.get(name, QCConfig().edge_bits)
+        other = not value if isinstance(value, bool) else 0.5 if isinstance(value, float) else other
+        given = QCConfig.from_options({"preset": preset, name: str(other)})
+        assert getattr(given, name) == other and replace(given, **{name: value}) == QCConfig(**values)
+
+
+def test_the_papers_preset_is_not_the_defaults():
+    config = QCConfig.from_options({"preset": "paper"})
+    assert (config.act_offset, config.output_bits, config.bits) == (False, None, 4) and config != QCConfig()
+    assert QCConfig.from_options({"preset": "best"}) == QCConfig.from_options({})
+
+
+@pytest.mark.parametrize("preset", ["", "Paper", "paper,best", None, ["paper"], 1])
+def test_an_unknown_preset_is_refused(preset):
+    with pytest.raises(QCError, match="preset=.*'paper' or 'best'"):
+        QCConfig.from_options({"preset": preset})

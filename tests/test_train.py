@@ -251,7 +251,6 @@ def test_float_runs_are_not_changed(digits, tmp_path):
     [
         ({"quantize": 8}, "quantize=8"),
         ({"compile": True}, "compile=True"),
-        ({"distill_model": "yolov5s.yaml"}, "distill_model"),
     ],
 )
 def test_refused_before_training(train, arguments, message):

@@ -13,7 +13,7 @@ from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from . import compat, host
-from .checkpoint import AtomicPath, QuantRecord
+from .checkpoint import AtomicPath, QuantRecord, record_of
 from .config import QCConfig, QCError
 from .dampening import Dampening
 from .deploy import deployed_convs
@@ -91,8 +91,8 @@ class QCCallbacks:
                 f"QC: quantize={args.quantize!r} is Ultralytics' own quantization and cannot be combined with "
                 "callbacks=qc; leave it out (widths are qc_bits, qc_weight_bits and qc_act_bits)."
             )
-        if args.distill_model is not None:
-            raise QCError(f"QC: distill_model={args.distill_model!r} does not work with quantizers yet; leave it out.")
+        if str(args.distill_model).endswith(".pt") and is_quantized(load_checkpoint(args.distill_model)[0]):
+            raise QCError(f"QC: distill_model={args.distill_model} is quantized; give a float checkpoint.")
         if args.compile:
             raise QCError(f"QC: compile={args.compile!r} does not work with quantizers yet; accepted: compile=False.")
         if not args.resume and str(args.model).endswith(".pt") and is_quantized(load_checkpoint(args.model)[0]):
@@ -103,12 +103,12 @@ class QCCallbacks:
 
     def on_model_setup(self, trainer: BaseTrainer) -> None:
         """Inject the quantizers; on resume, with the options and the state that the checkpoint holds."""
-        model = trainer.model
+        model = host.student(trainer.model)
         host.check_model(model)
         host.check_weights(model)
         resumed = trainer.qc_checkpoint
         if resumed:
-            self._take_options(resumed["ema"].qc.options)
+            self._take_options(record_of(resumed["ema"]).options)
         elif trainer.resume:
             raise QCError(
                 f"QC: {trainer.args.model} is no unfinished run of callbacks=qc and cannot be resumed as one; start "
@@ -121,8 +121,9 @@ class QCCallbacks:
         trainer.last, trainer.best = trainer.wdir / trainer.last.name, trainer.wdir / trainer.best.name
         if resumed:
             trainer.qc_state = read_state(trainer, resumed)
-            model.qc.float_metrics, model.qc.run = resumed["ema"].qc.float_metrics, resumed["ema"].qc.run
-            model.load_state_dict(resumed["ema"].float().state_dict())
+            averaged = host.student(resumed["ema"])
+            model.qc.float_metrics, model.qc.run = averaged.qc.float_metrics, averaged.qc.run
+            model.load_state_dict(averaged.float().state_dict())
             if not trainer.qc_state and not fits(resumed, model):
                 raise QCError(
                     f"QC: {trainer.args.model} was begun with another version of yolo-qc-plugin, whose scales are not "
@@ -136,17 +137,19 @@ class QCCallbacks:
         model = unwrap_model(trainer.model)
         if not trainer.qc_checkpoint:
             LOGGER.info(f"{host.PREFIX}measuring the float model that training starts from")
-            float_model = deepcopy(model)
+            float_model = host.student(deepcopy(model))
             remove(float_model)
-            model.qc.float_metrics = validate(trainer, float_model)
+            record = record_of(model)
+            record.float_metrics = validate(trainer, float_model)
             if RANK in {-1, 0}:
                 self._calibrate(trainer, model)
             broadcast_quantizers(model)
             folder = trainer.save_dir / "qc"
             for stale in (trainer.wdir / "qat.pt", folder / "report.json", folder / FILE):  # of an earlier run here
                 stale.unlink(missing_ok=True)
-            trainer.ema.ema.load_state_dict(model.state_dict())
-            trainer.ema.ema.qc = model.qc
+            averaged = host.student(trainer.ema.ema)
+            averaged.load_state_dict(host.student(model).state_dict())
+            averaged.qc = record
         self._take_over_ema(trainer)
         self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
         if self.config.freeze_threshold:
@@ -181,7 +184,7 @@ class QCCallbacks:
         self.batches = 0
         self._put_back_frozen(trainer)  # the host may have gone back to older weights
         if not resumed and RANK in {-1, 0}:
-            write_state(trainer, model.qc.run, self.state_dict())
+            write_state(trainer, record_of(model).run, self.state_dict())
 
     def on_train_batch_start(self, trainer: BaseTrainer) -> None:
         """Quantize all weights at once, bring all offsets to their grids, and have oscillation dampened."""
@@ -317,7 +320,8 @@ def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConf
         model: An `ultralytics.YOLO` object with a float model (of a task in `host.MODELS`), or a trainer that has not
             started.
         config: The options; or give them by name:
-        **options: Fields of `QCConfig`, e.g. bits=4; or onnx="int8" or "int4".
+        **options: Fields of `QCConfig`, e.g. bits=4, with preset="paper" or "best" for those not given; or onnx="int8"
+            or "int4".
 
     Returns:
         The config in force; None for an export.

@@ -46,7 +46,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[QCConfig | dict | None, l
     if unknown := [n for n in names if n not in CALLBACKS]:
         raise QCError(
             f"QC: callbacks={','.join(unknown)!r} is not known. Accepted: {', '.join(CALLBACKS)}, with the options "
-            f"{', '.join(OPTION + f.name for f in fields(QCConfig))}."
+            f"{', '.join(OPTION + name for name in ('preset', *(f.name for f in fields(QCConfig))))}."
         )
     if options and not names:
         raise QCError(f"QC: {', '.join(OPTION + k for k in options)} needs callbacks=qc.")

@@ -9,6 +9,7 @@ from ultralytics import __version__ as ULTRALYTICS_VERSION
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn import tasks
+from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.modules import Conv, ConvTranspose, Detect
 from ultralytics.utils import DEFAULT_CFG_DICT, TQDM, torch_utils
 from ultralytics.utils.callbacks.base import default_callbacks
@@ -29,6 +30,7 @@ CALLED = {
     (tasks.BaseModel, "info"): ["verbose", "imgsz"],
     (tasks, "load_checkpoint"): ["weight", "device"],
     (tasks, "torch_safe_load"): ["weight"],
+    (DistillationModel, "__init__"): ["teacher_model", "student_model"],
     (Conv, "forward_fuse"): ["x"],
     (ConvTranspose, "forward_fuse"): ["x"],
     (Detect, "fuse"): [],

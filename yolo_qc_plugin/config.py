@@ -10,6 +10,22 @@ from difflib import get_close_matches
 MIN_BITS, MAX_BITS = 2, 8
 CORRECTIONS = ("channel", "tensor", "off")
 SCALE_INITS = ("mse", "lsq")
+# name -> values of options that are not given
+PRESETS = {
+    "paper": {  # our reading: LSQ as published, QC per channel for an epoch; no learning rate is named
+        "per_channel": False,
+        "act_offset": False,
+        "scale_init": "lsq",
+        "edge_bits": 8,
+        "output_bits": None,
+        "ema_decay": 0.99,  # the smallest of the three that are equal in its Table 3
+        "correction": "channel",
+        "correction_scale": True,
+        "correction_shift": True,
+        "correction_epochs": 1,
+    },
+    "best": {},  # so far the defaults
+}
 
 
 class QCError(ValueError):
@@ -134,20 +150,30 @@ class QCConfig:
     def from_options(cls, options: Mapping[str, object]) -> QCConfig:
         """Build a config from named options whose values may be text, as on a command line.
 
+        `preset`, "paper" or "best", fills the fields that are not given. The config holds the values, not the name.
+
         Text is read as data: numbers, true/false, none, comma-separated patterns for `skip`, and comma-separated
         `pattern:bits` for `layer_bits`.
 
         Raises:
             QCError: On an unknown name (listing those accepted) or a value that is not of the option's type.
         """
+        options = dict(options)
+        values = {}
+        if "preset" in options:
+            preset = options.pop("preset")
+            if not isinstance(preset, str) or preset not in PRESETS:
+                _refuse("preset", preset, " or ".join(repr(name) for name in PRESETS))
+            values = PRESETS[preset]
         known = {f.name: str(f.type) for f in fields(cls)}
         if unknown := [name for name in options if name not in known]:
             near = [m for name in unknown for m in get_close_matches(name, known, n=2)]
             hint = f" Did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
             raise QCError(
-                f"QC: unknown option {', '.join(repr(n) for n in unknown)}.{hint} Accepted: {', '.join(known)}."
+                f"QC: unknown option {', '.join(repr(n) for n in unknown)}.{hint} Accepted: preset, {', '.join(known)}."
             )
-        return cls(**{n: _parse(n, v, known[n]) if isinstance(v, str) else v for n, v in options.items()})
+        given = {n: _parse(n, v, known[n]) if isinstance(v, str) else v for n, v in options.items()}
+        return cls(**{**values, **given})
 
 
 _WIDTHS = {str(bits) for bits in range(MIN_BITS, MAX_BITS + 1)}

@@ -277,6 +277,12 @@ def output_blocks(model: nn.Module) -> list[Conv]:
     ]
 
 
+def student(model: nn.Module) -> nn.Module:
+    """The model that a trainer trains: inside distributed wrappers and, with distill_model, beside a teacher."""
+    model = unwrap_model(model)
+    return getattr(model, "student_model", model)
+
+
 def blank_image(model: nn.Module) -> torch.Tensor:
     """A small image that a model takes, black."""
     side = 2 * max(int(model.stride.max()), 32)  # a classifier states a stride of 1

@@ -30,6 +30,7 @@ from .randomness import random_state, set_random_state
 FILE = "resume.pt"
 UNREADABLE = OSError, RuntimeError, EOFError, UnpicklingError
 FORMAT = 1  # raise it when older files cannot be read as they are
+TEACHER = "teacher_model."  # of distill_model: read again from its own file
 # what the host lets a user change on resume, and what the batches depend on
 ARGUMENTS = "batch", "imgsz", "device", "workers", "cache", "close_mosaic", "freeze", "val", "time"
 
@@ -81,7 +82,7 @@ def write_state(trainer: BaseTrainer, run: str, named: dict) -> None:
         "run": run,
         "epoch": trainer.epoch,
         "arguments": _arguments(trainer),
-        "weights": model.state_dict(),
+        "weights": {k: v for k, v in model.state_dict().items() if not k.startswith(TEACHER)},
         "ema": trainer.ema.ema.state_dict(),
         "updates": trainer.ema.updates,
         "optimizer": trainer.optimizer.state_dict(),
@@ -155,7 +156,7 @@ def _find_state(last: Path, checkpoint: dict) -> tuple[dict | None, str]:
 def restore(trainer: BaseTrainer, state: dict) -> None:
     """Put back what a run consists of; at on_pretrain_routine_end."""
     model = unwrap_model(trainer.model)
-    model.load_state_dict(state["weights"])
+    model.load_state_dict({**model.state_dict(), **state["weights"]})
     trainer.ema.ema.load_state_dict(state["ema"])
     trainer.ema.updates = state["updates"]
     for saved, group in zip(state["optimizer"]["param_groups"], trainer.optimizer.param_groups):

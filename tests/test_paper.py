@@ -1,0 +1,79 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The experiment runner under examples/: cells that resume, what is refused, the pages."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import cells  # noqa: E402
+import paper  # noqa: E402
+from conftest import TINY  # noqa: E402
+
+
+def request_of(digits, tmp_path, **options) -> dict:
+    given = {k: v for k, v in TINY.items() if k not in {"imgsz", "epochs", "device"}} | {"epochs": 2}
+    args = Namespace(data=str(digits), weights="yolov5n.yaml", device="cpu", epochs=2, imgsz=64, qc=[], runs=tmp_path)
+    args.train = [f"{k}={v}" for k, v in given.items()]
+    return cells.request(cells.Cell("EMA-4bit", {"bits": 4, "ema_decay": 0.99, **options}), 0, tmp_path, args)
+
+
+def test_a_killed_cell_goes_on_and_fills_its_row(train, digits, tmp_path):
+    request = request_of(digits, tmp_path)
+
+    def kill(trainer):
+        if trainer.epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(request["options"], {"on_train_batch_start": kill}, name="EMA-4bit-seed0", **request["recipe"])
+    assert not cells.is_done(request)
+    cells.work(request)
+    found = json.loads(Path(request["target"]).read_text())
+    assert found["resumed"] and found["steps"] == 3 and found["model"] == "yolov5n"
+    assert found["images"] == {"train": 24, "val": 8} and str(tmp_path) not in json.dumps(found)
+    assert cells.is_done(request)
+    with pytest.raises(SystemExit, match="was made with other epochs; give another --out"):
+        cells.is_done({**request, "recipe": {**request["recipe"], "epochs": 3, "device": "0"}})
+    with pytest.raises(SystemExit, match="was made with other options"):
+        cells.is_done({**request, "options": {"bits": 3}})
+
+    page = paper.table1(tmp_path, [4])
+    row = f"{100 * found['metrics']['qc']['map50_95']:.1f}"
+    assert [line for line in page if line.startswith(f"| EMA | ✓ | 4 | 1 | {row} |") and line.endswith("| 23.8 |")]
+
+
+def test_a_cell_that_fails_says_why(digits, tmp_path, capsys):
+    assert not cells.start(request_of(digits, tmp_path, bitz=4), threads=1)
+    said = capsys.readouterr().out
+    assert "EMA-4bit-seed0: FAILED" in said and "unknown option 'bitz'" in said and said.count("\n") == 1
+
+
+def test_pages_from_files(tmp_path):
+    """Two seeds of three rows: means, deviations, the share of float, and an ordering that holds."""
+    one = {"recipe": {"epochs": 2}, "data": "d.yaml", "weights": "w.pt", "model": "yolov5n", "steps": 6, "versions": {}}
+    one |= {"images": {"train": 24, "val": 8}}
+    figures = {
+        "float": [(0.50,), (0.60,)],
+        "LSQ-4bit": [(0.30, 0.40), (0.40, 0.48)],
+        "EMA-4bit": [(0.44, 0.4), (0.5, 0.6)],
+    }
+    for name, seeds in figures.items():
+        for seed, values in enumerate(seeds):
+            rows = ["trained"] if name == "float" else ["qat", "qc"]
+            metrics = {row: {"map50_95": v, "map50": v} for row, v in zip(rows, values)}
+            content = {**one, "recipe": {**one["recipe"], "seed": seed}, "metrics": metrics}
+            (tmp_path / f"{name}-seed{seed}.json").write_text(json.dumps(content))
+    page = paper.table1(tmp_path, [4])
+    assert "| float trained on | - | 32 | 2 | 55.0 ± 7.1 | 100.0% | 55.0 ± 7.1 | 28.0 |" in page
+    assert "| LSQ | ✗ | 4 | 2 | 35.0 ± 7.1 | 63.6% | 35.0 ± 7.1 | 20.6 |" in page
+    assert "| EMA-4bit | LSQ-4bit | +14.0, +10.0 | +12.00 | 2.00 | holds |" in page
+    assert "| EMA-4bit + QC | EMA-4bit | -4.0, +10.0 | +3.00 | 7.00 | noise |" in page
+    assert any(
+        "decays above that are the same here" in line and "0.4375" in line for line in paper.table3(tmp_path, [])
+    )
