@@ -19,9 +19,9 @@ from yolo_qc_plugin.config import QCConfig
 PACKAGE = Path(yolo_qc_plugin.__file__).parent
 
 # A file may import, at module level, files above it only.
-ORDER = """config kernels functional observers quantizer layers weights oscillation trace deploy snap inject
-           optimizer ema distributed correction qdq compat checkpoint host telemetry report randomness resume finish
-           callbacks evaluate check plot digits hook cli""".split()
+ORDER = """config kernels functional observers quantizer layers weights oscillation dampening freezing trace deploy
+           snap inject optimizer ema distributed correction reestimation qdq compat checkpoint host telemetry report
+           randomness resume finish callbacks evaluate check plot digits hook cli""".split()
 WITHOUT_HOST = ORDER[: ORDER.index("qdq") + 1]
 LATE = {("checkpoint", "callbacks")}  # imported in a function, though below
 FREE = {"cli", "__init__"}  # import what they need when they need it

@@ -15,14 +15,16 @@ from ultralytics.utils.torch_utils import unwrap_model
 from . import compat, host
 from .checkpoint import AtomicPath, QuantRecord
 from .config import QCConfig, QCError
+from .dampening import Dampening
 from .deploy import deployed_convs
 from .distributed import alone, broadcast_quantizers
 from .ema import ConstantEMA
 from .finish import finish, saying_what_is_kept, take_all_images, validate
+from .freezing import Freezing, freeze_threshold
 from .inject import calibrate, inject, remove, share_quantizers
 from .layers import is_quantized
 from .optimizer import ScaleSteps
-from .oscillation import Oscillation
+from .oscillation import Oscillation, annealed
 from .qdq import ONNX_KINDS, check_kind
 from .quantizer import Quantizer
 from .resume import Accumulation, fits, read_state, restore, rewind, write_state
@@ -43,8 +45,11 @@ class QCCallbacks:
         self.averaged = 0  # steps that the EMA has seen
         self.weights = None  # WeightsTogether of the model
         self.accumulation = None  # which micro-batches wait for a step
-        self.oscillation: Oscillation | None = None
+        self.oscillation: Oscillation | None = None  # a Freezing where weights are to be frozen
+        self.dampening: Dampening | None = None
         self.telemetry: Telemetry | None = None  # of rank 0
+        self.batches = 0  # begun in this epoch
+        self.progress = 0.0  # share of the run that was done when the present step's first micro-batch began
 
     def __getstate__(self) -> dict:
         """A process of a multi-GPU run gets the options."""
@@ -142,7 +147,13 @@ class QCCallbacks:
             trainer.ema.ema.qc = model.qc
         self._take_over_ema(trainer)
         self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
-        self.weights = WeightsTogether(model)
+        free = None
+        if self.config.freeze_threshold:
+            self.oscillation = Freezing(model, self.config.body_bits[0])
+            free = self.oscillation.by_layer(self.oscillation.free)
+        self.weights = WeightsTogether(model, free)
+        if self.config.dampening_weight:
+            self.dampening = Dampening(model, self.weights, host.loss_is_summed(trainer.args.task))
         self.accumulation = Accumulation()
         if self.config.telemetry and RANK in {-1, 0}:
             self.oscillation = self.oscillation or Oscillation(model)
@@ -166,12 +177,19 @@ class QCCallbacks:
         if resumed:
             rewind(trainer, resumed, self.accumulation)
         self.accumulation.settle(trainer)
+        self.batches = 0
+        self._put_back_frozen(trainer)  # the host may have gone back to older weights
         if not resumed and RANK in {-1, 0}:
             write_state(trainer, model.qc.run, self.state_dict())
 
     def on_train_batch_start(self, trainer: BaseTrainer) -> None:
-        """Quantize all weights at once."""
+        """Quantize all weights at once, and have their oscillation dampened."""
+        if not self.accumulation.pending:
+            self.progress = (trainer.epoch + self.batches / len(trainer.train_loader)) / trainer.epochs
+        self.batches += 1
         self.weights.prepare()
+        if self.dampening:
+            self.dampening.prepare(annealed(0.0, self.config.dampening_weight, self.progress))
 
     def on_train_batch_end(self, trainer: BaseTrainer) -> None:
         """Count the micro-batch, and average if it ended in an optimizer step."""
@@ -195,7 +213,7 @@ class QCCallbacks:
 
     def state_dict(self) -> dict:
         """What resume.pt keeps of the callbacks, by name: tensors and plain values. Later parts add theirs here."""
-        state = {"steps": self.steps.taken, "pending": self.accumulation.pending}
+        state = {"steps": self.steps.taken, "pending": self.accumulation.pending, "progress": self.progress}
         parts = {"oscillation": self.oscillation, "telemetry": self.telemetry}
         return state | {name: part.state_dict() for name, part in parts.items() if part}
 
@@ -203,17 +221,22 @@ class QCCallbacks:
         """Take up what `state_dict` gave."""
         self.steps.taken = self.averaged = state["steps"]
         self.accumulation.pending = state["pending"]
+        self.progress = state.get("progress", 0.0)
         for name, part in {"oscillation": self.oscillation, "telemetry": self.telemetry}.items():
             if part and name in state:
                 part.load_state_dict(state[name])
 
     def _average(self, trainer: BaseTrainer) -> None:
-        """Once per real optimizer step: micro-batches that only accumulate gradients take none."""
+        """Freeze and average once per real optimizer step: micro-batches that only accumulate gradients take none."""
         if self.steps.taken > self.averaged:
+            if isinstance(self.oscillation, Freezing):
+                self.oscillation.step(freeze_threshold(self.config.freeze_threshold, self.progress))
+            elif self.oscillation:
+                self.oscillation.step()
             trainer.ema.step(unwrap_model(trainer.model))
+            self._put_back_frozen(trainer)
             self.averaged = self.steps.taken
             if self.telemetry:
-                self.oscillation.step()
                 self.telemetry.record(trainer.ema.updates)
 
     def _take_options(self, saved: QCConfig) -> None:
@@ -233,6 +256,11 @@ class QCCallbacks:
             self.config.scale_init,
         )
         trainer.train_loader.reset()  # the first epoch sees every image once, calibration or not
+
+    def _put_back_frozen(self, trainer: BaseTrainer) -> None:
+        if isinstance(self.oscillation, Freezing):
+            for model in (unwrap_model(trainer.model), trainer.ema.ema):
+                self.oscillation.put_back(model)
 
     def _take_over_ema(self, trainer: BaseTrainer) -> None:
         if not isinstance(trainer.ema, ConstantEMA):

@@ -44,7 +44,7 @@ EVENTS = """on_pretrain_routine_start on_pretrain_routine_end on_train_epoch_sta
             on_train_batch_end on_train_epoch_end on_train_end on_export_start""".split()
 AT_START = "args resume device world_size save_dir wdir last best callbacks validator metrics".split()
 WHEN_READY = """model amp ema.ema ema.updates optimizer.param_groups train_loader.reset test_loader
-                validator.metrics""".split()
+                validator.metrics freeze_layer_names""".split()
 
 
 def differences() -> list[str]:

@@ -35,6 +35,11 @@ class QCConfig:
             (2 * mean|x| / sqrt(quant_max), Esser et al. 2020).
         scale_lr: Learning rate of scales and offsets as a factor of `lr0`, above 0.
         ema_decay: Constant decay of the EMA of weights, scales and offsets, in [0, 1); 0 is plain LSQ.
+        dampening_weight: Final weight of the loss that draws weights to their grid points (oscillation dampening), at
+            least 0; 0 is off.
+        freeze_threshold: Final frequency of oscillation above which a weight's code is fixed (iterative weight
+            freezing), in (0, 1), or None for off.
+        bn_reestimate: Measure batch norm statistics again after training, before the outputs are quantized.
         correction: QC factors per "channel", per "tensor", or "off".
         correction_scale: Learn QC's scale gamma.
         correction_shift: Learn QC's shift beta.
@@ -59,6 +64,9 @@ class QCConfig:
     scale_init: str = "mse"
     scale_lr: float = 1.0
     ema_decay: float = 0.99
+    dampening_weight: float = 0.0
+    freeze_threshold: float | None = None
+    bn_reestimate: bool = False
     correction: str = "channel"
     correction_scale: bool = True
     correction_shift: bool = True
@@ -86,7 +94,8 @@ class QCConfig:
                 _check_bits(name, getattr(self, name))
         for pattern, bits in self.layer_bits.items():
             _check_bits(f"layer_bits[{pattern!r}]", bits)
-        for name in ("per_channel", "act_offset", "correction_scale", "correction_shift", "telemetry"):
+        switches = "per_channel", "act_offset", "bn_reestimate", "correction_scale", "correction_shift", "telemetry"
+        for name in switches:
             if not isinstance(getattr(self, name), bool):
                 _refuse(name, getattr(self, name), "True or False")
         for name, choices in (("scale_init", SCALE_INITS), ("correction", CORRECTIONS)):
@@ -101,6 +110,11 @@ class QCConfig:
                 _refuse(name, getattr(self, name), "a number above 0")
         if not _is_number(self.ema_decay) or not 0 <= self.ema_decay < 1:
             _refuse("ema_decay", self.ema_decay, "a number in [0, 1); 0 is plain LSQ without EMA")
+        if not _is_number(self.dampening_weight) or not 0 <= self.dampening_weight < float("inf"):
+            _refuse("dampening_weight", self.dampening_weight, "a number of at least 0; 0 is off")
+        threshold = self.freeze_threshold
+        if threshold is not None and not (_is_number(threshold) and 0 < threshold < 1):
+            _refuse("freeze_threshold", threshold, "a number in (0, 1), or None for off")
         if self.correction != "off" and not (self.correction_scale or self.correction_shift):
             _refuse(
                 "correction",

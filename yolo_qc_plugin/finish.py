@@ -31,6 +31,7 @@ from .correction import (
 )
 from .distributed import whole
 from .inject import calibrate_outputs, quantize_outputs
+from .reestimation import BATCHES, reestimate
 from .report import build_report, console_table, figures_of, write_report
 from .resume import FILE, conclude
 from .snap import snap
@@ -72,7 +73,8 @@ def take_all_images(trainer: BaseTrainer) -> None:
 def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
     """Quantize the outputs, correct, compare and report; runs at on_train_end.
 
-    The host's final evaluation has just measured best.pt. With its outputs quantized it becomes qat.pt; the corrected
+    The host's final evaluation has just measured best.pt. With its outputs quantized (and its batch norm statistics
+    measured again before that, where they are to be) it becomes qat.pt; the corrected
     model replaces best.pt where its fitness is higher than that of qat.pt, else qat.pt does, and
     `trainer.validator.metrics` (what `model.train()` returns) are those of what best.pt holds.
 
@@ -85,15 +87,20 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
         return {}
     qat = trainer.wdir / "qat.pt"
     metrics = {"float_outputs": figures_of(trainer.validator.metrics.results_dict)}
-    if config.output_bits is None:
+    if config.output_bits is None and not config.bn_reestimate:
         with replacing(qat) as temporary:
             shutil.copyfile(best, temporary)
         metrics["qat"] = metrics["float_outputs"]
     else:
         model, _ = load_checkpoint(best, device=trainer.device)
-        set_outputs(trainer, model, config)
-        LOGGER.info(f"{host.PREFIX}measuring the model with {config.output_bits}-bit outputs")
-        metrics["qat"] = validate(trainer, deepcopy(model))
+        if config.bn_reestimate:
+            reestimate_norms(trainer, model)
+            LOGGER.info(f"{host.PREFIX}measuring the model with batch norm statistics measured again")
+            metrics["bn_reestimated"] = metrics["qat"] = validate(trainer, deepcopy(model))
+        if config.output_bits is not None:
+            set_outputs(trainer, model, config)
+            LOGGER.info(f"{host.PREFIX}measuring the model with {config.output_bits}-bit outputs")
+            metrics["qat"] = validate(trainer, deepcopy(model))
         _write_like(best, model, trainer.validator.metrics.results_dict, qat)
     before = deepcopy(trainer.validator.metrics)
 
@@ -145,6 +152,17 @@ def _write_like(source: Path, model: nn.Module, results: dict, target: Path) -> 
     checkpoint, _ = torch_safe_load(source)
     checkpoint["train_metrics"] = {**checkpoint["train_metrics"], **results}
     write_checkpoint({**checkpoint, "model": model.cpu().half()}, target)
+
+
+def reestimate_norms(trainer: BaseTrainer, model: nn.Module) -> None:
+    """Measure a finished model's batch norm statistics again, in place; those of layers that the host froze stay."""
+    reestimate(
+        model,
+        islice(trainer.train_loader, BATCHES * max(trainer.world_size, 1)),
+        lambda batch: model(trainer.preprocess_batch(batch)["img"]),
+        trainer.freeze_layer_names,
+    )
+    model.half().float()  # to what a checkpoint keeps: the model measured is the model written
 
 
 def set_outputs(trainer: BaseTrainer, model: nn.Module, config: QCConfig) -> None:

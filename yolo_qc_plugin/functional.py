@@ -87,6 +87,7 @@ def fake_quantize_all(
     scales: Sequence[Tensor],
     ranges: Sequence[tuple[int, int]],
     grad_scales: Sequence[float],
+    free: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """`fake_quantize` of many tensors without offset: the same values and gradients, by operations on lists.
 
@@ -97,8 +98,10 @@ def fake_quantize_all(
         scales: Of each, shape (1,) or (C,).
         ranges: (quant_min, quant_max) of each.
         grad_scales: LSQ's gradient scale of each.
+        free: Of each, 1 where the weight is free and 0 where its code is fixed, in its shape; None if all are free. A
+            fixed weight has the gradient of one that is clipped to its code: 0 by itself, code by the scale.
     """
-    return _FakeQuantizeAll.apply(ranges, grad_scales, *weights, *scales)
+    return _FakeQuantizeAll.apply(ranges, grad_scales, free, *weights, *scales)
 
 
 def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int) -> Tensor:
@@ -188,10 +191,10 @@ def _gradients(grad, x, scale, offset, quant_min, quant_max, need_scale, need_of
 
 class _FakeQuantizeAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ranges, grad_scales, *tensors):
+    def forward(ctx, ranges, grad_scales, free, *tensors):
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)  # a weight that nothing used gets no gradient
-        ctx.ranges, ctx.grad_scales = ranges, grad_scales
+        ctx.ranges, ctx.grad_scales, ctx.free = ranges, grad_scales, free
         weights, scales = tensors[: len(ranges)], tensors[len(ranges) :]
         out = to_codes_all(weights, scales, ranges)
         torch._foreach_mul_(out, [_per_slice(s, w) for s, w in zip(scales, weights)])
@@ -207,13 +210,15 @@ class _FakeQuantizeAll(torch.autograd.Function):
         v = torch._foreach_div([widen(w) for w in weights], [_per_slice(s, w) for s, w in zip(scales, weights)])
         g = [grads[i].to(position.dtype) for i, position in zip(used, v)]
         inside = [torch.ops.aten.hardtanh_backward(*pair, *bounds) for *pair, bounds in zip(g, v, ranges)]
+        if ctx.free is not None:
+            torch._foreach_mul_(inside, [ctx.free[i] for i in used])
         parts = [_dot(*pair, k) for *pair, k in zip(inside, v, slices)]
         codes = _codes_of_all(v, ranges)  # in the place of v
         by_scale = torch._foreach_sub([_dot(*pair, k) for *pair, k in zip(g, codes, slices)], parts)
         torch._foreach_mul_(by_scale, [ctx.grad_scales[i] for i in used])
-        found = [None] * (2 + 2 * n)
+        found = [None] * (3 + 2 * n)
         for i, by_weight, weight, s in zip(used, inside, weights, by_scale):
-            found[2 + i], found[2 + n + i] = by_weight.to(weight.dtype), s
+            found[3 + i], found[3 + n + i] = by_weight.to(weight.dtype), s
         return tuple(found)
 
 

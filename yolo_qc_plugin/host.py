@@ -283,6 +283,11 @@ def blank_image(model: nn.Module) -> torch.Tensor:
     return torch.zeros(1, model.yaml.get("channels", 3), side, side, device=next(model.parameters()).device)
 
 
+def loss_is_summed(task: str) -> bool:
+    """Whether the host's training loss of a task is summed over a batch's images; a classifier's is their mean."""
+    return task != "classify"
+
+
 def check_task(task: str) -> None:
     """Refuse a task whose models are not supported.
 

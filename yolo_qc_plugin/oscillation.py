@@ -8,6 +8,8 @@ frequency  <- (1 - momentum) * frequency + momentum * oscillation         after 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,19 @@ from .weights import trained_convs
 
 MOMENTUM = 0.01  # of the frequency, as the authors' TrackOscillation has it
 OSCILLATING = 0.005  # frequency above which Nagel et al. count a weight as oscillating
+WARM_START = 0.25  # share of a run before the authors' methods against oscillation set in
+
+
+def annealed(start: float, end: float, progress: float) -> float:
+    """The authors' schedule: `start` for a quarter of the run, then half a cosine to `end`.
+
+    Args:
+        start: First value.
+        end: Last value.
+        progress: Share of the run that is done; 1 where it is above.
+    """
+    done = (min(progress, 1.0) - WARM_START) / (1 - WARM_START)
+    return end + (start - end) * (0.5 + 0.5 * math.cos(math.pi * max(done, 0.0)))
 
 
 class Oscillation:

@@ -118,6 +118,9 @@ def plot(runs: Sequence[str | Path], out: str | Path | None = None, steps: int =
             if (out / name).is_file() and MARK.encode() not in (out / name).read_bytes():
                 raise QCError(f"QC: {out / name} was not drawn by {MARK} and would be overwritten; give another out=.")
         out.mkdir(parents=True, exist_ok=True)
+        for figure in figures.values():
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # the layout is made once, and not for each format
         for name, figure in files.items():
             kind = name.rpartition(".")[2]
             with replacing(out / name) as temporary:

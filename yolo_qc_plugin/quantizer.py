@@ -126,14 +126,14 @@ class WeightQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:
         """Integer codes of `weight`, int8, in its shape."""
-        return to_codes(widen(weight), self._per_weight(weight), None, self.quant_min, self.quant_max).to(torch.int8)
+        return to_codes(widen(weight), self.per_weight(weight), None, self.quant_min, self.quant_max).to(torch.int8)
 
     @torch.no_grad()
     def clipped(self, weight: Tensor) -> Tensor:
         """Share of `weight` outside the range, rounding included: a 0-dim tensor in [0, 1]."""
-        return self._share_outside(widen(weight) / self._per_weight(weight))
+        return self._share_outside(widen(weight) / self.per_weight(weight))
 
-    def _per_weight(self, weight: Tensor) -> Tensor:
+    def per_weight(self, weight: Tensor) -> Tensor:
         """The scale as it broadcasts to a weight of shape (out, ...)."""
         return self.scale.view(-1, *[1] * (weight.dim() - 1))
 

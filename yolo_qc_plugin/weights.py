@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+
+from torch import Tensor, nn
 
 from .functional import fake_quantize_all
 from .layers import QuantConv2d, quant_convs
@@ -16,19 +18,26 @@ class WeightsTogether:
 
     Args:
         model: Injected model, whose frozen layers are frozen already.
+        free: See `fake_quantize_all`; in the order of `trained_convs`.
+
+    Attributes:
+        quantized: The quantized weights of the last `prepare`, without gradients.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, free: Sequence[Tensor] | None = None):
         # not those of frozen layers: with the others' they would come with a graph, and backward would go through them
         self.convs = list(trained_convs(model).values())
         self.quants = [conv.weight_quant for conv in self.convs]
         self.ranges = [(q.quant_min, q.quant_max) for q in self.quants]
         self.grad_scales = [q.grad_scale(conv.weight) for q, conv in zip(self.quants, self.convs)]
+        self.free = free
+        self.quantized: list[Tensor] = []
 
     def prepare(self) -> None:
         """Compute them, with gradients; to be called before a forward pass."""
         weights = [conv.weight for conv in self.convs]
-        results = fake_quantize_all(weights, [q.scale for q in self.quants], self.ranges, self.grad_scales)
+        results = fake_quantize_all(weights, [q.scale for q in self.quants], self.ranges, self.grad_scales, self.free)
+        self.quantized = [result.detach() for result in results]
         for quant, weight, result in zip(self.quants, weights, results):
             quant.keep(weight, result)
 
