@@ -26,6 +26,14 @@ TINY = {
 }
 
 
+def callbacks_of(trainer):
+    """The run's QCCallbacks."""
+    from yolo_qc_plugin.callbacks import QCCallbacks
+
+    owners = (getattr(c, "__self__", None) for c in trainer.callbacks["on_train_end"])
+    return next(owner for owner in owners if isinstance(owner, QCCallbacks))
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
     """YAML of a digits data set: 24 training and 8 validation images of 64 px."""

@@ -22,13 +22,14 @@ from yolo_qc_plugin.cli import wrap_entrypoint
 from yolo_qc_plugin.layers import is_quantized, scale_parameters
 
 ARGUMENTS = {**TINY, "epochs": 2, "batch": 16, "nbs": 16, "optimizer": "SGD"}  # two batches of 16 and 8 images an epoch
+OPTIONS = {"bits": 4, "dampening_weight": 1.0}
 
 
 @pytest.fixture(scope="module")
 def run(digits, tmp_path_factory):
     """The YOLO object after a run of two processes, its folder, and what each rank recorded."""
     yolo, folder = YOLO("yolov5n.yaml"), tmp_path_factory.mktemp("ranks")
-    add_qc_callbacks(yolo, bits=4)
+    add_qc_callbacks(yolo, **OPTIONS)
     for event, callback in Record().events().items():
         yolo.add_callback(event, callback)
     yolo.train(trainer=GlooTrainer, **ARGUMENTS, data=str(digits), project=str(folder), name="run")
@@ -88,7 +89,7 @@ def test_two_processes_train_as_one_that_accumulates_their_batches(run, digits, 
 
     arguments = {**ARGUMENTS, "batch": 6, "nbs": 12}  # four batches an epoch, two of them a step
     train(
-        {"bits": 4, "correction": "off", "output_bits": None},  # what would need the loader again
+        {**OPTIONS, "correction": "off", "output_bits": None},  # what would need the loader again
         {"on_train_start": start, "on_train_epoch_end": lambda trainer: found.update(states(trainer))},
         **arguments,
     )

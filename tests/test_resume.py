@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, callbacks_of
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
@@ -52,6 +52,7 @@ def snapshot(trainer) -> dict:
                 "random": [random.getstate(), np.random.get_state()[1].astype(np.int64), torch.get_rng_state()],
                 "order": loader.generator.get_state(),
                 "mosaic": [loader.dataset.buffer, loader.dataset.ims],
+                "callbacks": callbacks_of(trainer).state_dict(),
             }
         )
     )
@@ -69,7 +70,7 @@ def interrupted(digits, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("runs")
     yolo = YOLO("yolo26n.yaml")
-    add_qc_callbacks(yolo, bits=3, correction="off", output_bits=None)
+    add_qc_callbacks(yolo, bits=3, dampening_weight=0.1, freeze_threshold=0.01, correction="off", output_bits=None)
     yolo.add_callback("on_train_batch_start", look)
     arguments = {**TINY, "epochs": 3, "nbs": 16, "warmup_epochs": 1, "close_mosaic": 1, "patience": 2, "amp": False}
     with pytest.raises(KeyboardInterrupt):
@@ -107,7 +108,8 @@ def test_all_state_comes_back(interrupted, go_on):
     assert before.keys() == after.keys() and not [k for k in before if not torch.equal(before[k], after[k])]
     names = {k.split("/")[1] for k in before}
     assert names == {"weights", "gradients", "ema", "optimizer", "stopper", "numbers", "loss weights", "random",
-                     "order", "mosaic"}  # fmt: skip
+                     "order", "mosaic", "callbacks"}  # fmt: skip
+    assert {"/callbacks/progress", "/callbacks/oscillation/frequency", "/callbacks/oscillation/held"} < before.keys()
     half = load_checkpoint(interrupted[0] / "weights" / "last.pt")[0].state_dict()
     assert any(not torch.equal(v, before[f"/weights/{k}"]) for k, v in half.items())  # what the host would start from
 

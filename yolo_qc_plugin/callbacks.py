@@ -45,7 +45,8 @@ class QCCallbacks:
         self.averaged = 0  # steps that the EMA has seen
         self.weights = None  # WeightsTogether of the model
         self.accumulation = None  # which micro-batches wait for a step
-        self.oscillation: Oscillation | None = None  # a Freezing where weights are to be frozen
+        self.oscillation: Oscillation | None = None
+        self.freezing: Freezing | None = None  # is then `oscillation`, too
         self.dampening: Dampening | None = None
         self.telemetry: Telemetry | None = None  # of rank 0
         self.batches = 0  # begun in this epoch
@@ -147,16 +148,14 @@ class QCCallbacks:
             trainer.ema.ema.qc = model.qc
         self._take_over_ema(trainer)
         self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
-        free = None
         if self.config.freeze_threshold:
-            self.oscillation = Freezing(model, self.config.body_bits[0])
-            free = self.oscillation.by_layer(self.oscillation.free)
-        self.weights = WeightsTogether(model, free)
+            self.oscillation = self.freezing = Freezing(model, self.config.body_bits[0])
+        self.weights = WeightsTogether(model, self.freezing and self.freezing.by_layer(self.freezing.free))
         if self.config.dampening_weight:
             self.dampening = Dampening(model, self.weights, host.loss_is_summed(trainer.args.task))
         self.accumulation = Accumulation()
         if self.config.telemetry and RANK in {-1, 0}:
-            self.oscillation = self.oscillation or Oscillation(model)
+            self.oscillation = self.freezing or Oscillation(model)
             self.telemetry = Telemetry(model, self.oscillation, trainer.save_dir / "qc")
         if trainer.qc_state:
             restore(trainer, trainer.qc_state)
@@ -192,7 +191,7 @@ class QCCallbacks:
             self.dampening.prepare(annealed(0.0, self.config.dampening_weight, self.progress))
 
     def on_train_batch_end(self, trainer: BaseTrainer) -> None:
-        """Count the micro-batch, and average if it ended in an optimizer step."""
+        """Count the micro-batch, and freeze and average if it ended in an optimizer step."""
         self.accumulation.count(trainer)
         self._average(trainer)
 
@@ -226,19 +225,6 @@ class QCCallbacks:
             if part and name in state:
                 part.load_state_dict(state[name])
 
-    def _average(self, trainer: BaseTrainer) -> None:
-        """Freeze and average once per real optimizer step: micro-batches that only accumulate gradients take none."""
-        if self.steps.taken > self.averaged:
-            if isinstance(self.oscillation, Freezing):
-                self.oscillation.step(freeze_threshold(self.config.freeze_threshold, self.progress))
-            elif self.oscillation:
-                self.oscillation.step()
-            trainer.ema.step(unwrap_model(trainer.model))
-            self._put_back_frozen(trainer)
-            self.averaged = self.steps.taken
-            if self.telemetry:
-                self.telemetry.record(trainer.ema.updates)
-
     def _take_options(self, saved: QCConfig) -> None:
         """Continue with the checkpoint's options; say so where others were given."""
         defaults = QCConfig()
@@ -257,10 +243,23 @@ class QCCallbacks:
         )
         trainer.train_loader.reset()  # the first epoch sees every image once, calibration or not
 
+    def _average(self, trainer: BaseTrainer) -> None:
+        """Once per real optimizer step: micro-batches that only accumulate gradients take none."""
+        if self.steps.taken > self.averaged:
+            if self.freezing:
+                self.freezing.threshold = freeze_threshold(self.config.freeze_threshold, self.progress)
+            if self.oscillation:
+                self.oscillation.step()
+            trainer.ema.step(unwrap_model(trainer.model))
+            self._put_back_frozen(trainer)
+            self.averaged = self.steps.taken
+            if self.telemetry:
+                self.telemetry.record(trainer.ema.updates)
+
     def _put_back_frozen(self, trainer: BaseTrainer) -> None:
-        if isinstance(self.oscillation, Freezing):
+        if self.freezing:
             for model in (unwrap_model(trainer.model), trainer.ema.ema):
-                self.oscillation.put_back(model)
+                self.freezing.put_back(model)
 
     def _take_over_ema(self, trainer: BaseTrainer) -> None:
         if not isinstance(trainer.ema, ConstantEMA):

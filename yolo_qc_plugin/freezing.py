@@ -35,6 +35,7 @@ class Freezing(Oscillation):
         bits: Widest weights that are frozen; the first and last layers' 8 bits are left alone, as by the authors.
 
     Attributes:
+        threshold: Frequency above which `step` freezes a weight; None freezes none.
         free: 0 where a weight is frozen, else 1, int8, flat.
         held: Codes of frozen weights, 0 elsewhere, int8, flat.
         mean: EMA of the codes, FP32, flat.
@@ -42,6 +43,7 @@ class Freezing(Oscillation):
 
     def __init__(self, model: nn.Module, bits: int):
         super().__init__(model)
+        self.threshold: float | None = None
         self.free = torch.ones_like(self.codes)
         self.held = torch.zeros_like(self.codes)
         self.mean = self.codes.float()
@@ -50,15 +52,11 @@ class Freezing(Oscillation):
             part.fill_(quant.bits <= bits)
 
     @torch.no_grad()
-    def step(self, threshold: float | None = None) -> None:
-        """Take in the codes of now and freeze; call it once per optimizer step, and `put_back` after it.
-
-        Args:
-            threshold: Frequency above which a weight is frozen; None freezes none.
-        """
+    def step(self) -> None:
+        """Take in the codes of now and freeze; call it once per optimizer step, and `put_back` after it."""
         super().step()
-        if threshold is not None:
-            new = (self.frequency > threshold).view(torch.int8) * self.free * self._may
+        if self.threshold is not None:
+            new = (self.frequency > self.threshold).view(torch.int8) * self.free * self._may
             self.held.add_(self.mean.round().to(torch.int8) * new)
             self.free.sub_(new)
         self.mean.lerp_(self.codes.float(), MOMENTUM)
