@@ -160,6 +160,8 @@ class QCCallbacks:
         if trainer.qc_state:
             restore(trainer, trainer.qc_state)
             self.load_state_dict(trainer.qc_state["named"])
+        elif trainer.qc_checkpoint and self.telemetry:
+            self.telemetry.reread(trainer.ema.updates)
 
     def on_train_epoch_start(self, trainer: BaseTrainer) -> None:
         """Take over what the host replaced in recovering (from a NaN loss the EMA, from lack of memory the optimizer),
