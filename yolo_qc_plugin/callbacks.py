@@ -160,11 +160,13 @@ class QCCallbacks:
             self.dampening = Dampening(model, self.weights, host.loss_is_summed(trainer.args.task))
         self.accumulation = Accumulation()
         if self.config.telemetry and RANK in {-1, 0}:
-            self.oscillation = self.oscillation or Oscillation(model)
+            self.oscillation = self.freezing or Oscillation(model)
             self.telemetry = Telemetry(model, self.oscillation, trainer.save_dir / "qc")
         if trainer.qc_state:
             restore(trainer, trainer.qc_state)
             self.load_state_dict(trainer.qc_state["named"])
+        elif trainer.qc_checkpoint and self.telemetry:
+            self.telemetry.reread(trainer.ema.updates)
 
     def on_train_epoch_start(self, trainer: BaseTrainer) -> None:
         """Take over what the host replaced in recovering (from a NaN loss the EMA, from lack of memory the optimizer),
@@ -218,13 +220,9 @@ class QCCallbacks:
 
     def state_dict(self) -> dict:
         """What resume.pt keeps of the callbacks, by name: tensors and plain values. Later parts add theirs here."""
+        state = {"steps": self.steps.taken, "pending": self.accumulation.pending, "progress": self.progress}
         parts = {"oscillation": self.oscillation, "telemetry": self.telemetry}
-        return {
-            "steps": self.steps.taken,
-            "pending": self.accumulation.pending,
-            "progress": self.progress,
-            **{name: part.state_dict() for name, part in parts.items() if part},
-        }
+        return state | {name: part.state_dict() for name, part in parts.items() if part}
 
     def load_state_dict(self, state: dict) -> None:
         """Take up what `state_dict` gave."""
@@ -234,19 +232,6 @@ class QCCallbacks:
         for name, part in {"oscillation": self.oscillation, "telemetry": self.telemetry}.items():
             if part and name in state:
                 part.load_state_dict(state[name])
-
-    def _average(self, trainer: BaseTrainer) -> None:
-        """Freeze, average and record once per real optimizer step: accumulating gradients alone takes none."""
-        if self.steps.taken > self.averaged:
-            if isinstance(self.oscillation, Freezing):
-                self.oscillation.step(freeze_threshold(self.config.freeze_threshold, self.progress))
-            elif self.oscillation:
-                self.oscillation.step()
-            trainer.ema.step(unwrap_model(trainer.model))
-            self._put_back_frozen(trainer)
-            self.averaged = self.steps.taken
-            if self.telemetry:
-                self.telemetry.record(trainer.ema.updates)
 
     def _take_options(self, saved: QCConfig) -> None:
         """Continue with the checkpoint's options; say so where others were given."""
@@ -276,6 +261,8 @@ class QCCallbacks:
             trainer.ema.step(unwrap_model(trainer.model))
             self._put_back_frozen(trainer)
             self.averaged = self.steps.taken
+            if self.telemetry:
+                self.telemetry.record(trainer.ema.updates)
 
     def _put_back_frozen(self, trainer: BaseTrainer) -> None:
         if self.freezing:

@@ -110,7 +110,8 @@ class QCConfig:
                 _check_bits(name, getattr(self, name))
         for pattern, bits in self.layer_bits.items():
             _check_bits(f"layer_bits[{pattern!r}]", bits)
-        for name in ("per_channel", "act_offset", "bn_reestimate", "correction_scale", "correction_shift", "telemetry"):
+        switches = "per_channel", "act_offset", "bn_reestimate", "correction_scale", "correction_shift", "telemetry"
+        for name in switches:
             if not isinstance(getattr(self, name), bool):
                 _refuse(name, getattr(self, name), "True or False")
         for name, choices in (("scale_init", SCALE_INITS), ("correction", CORRECTIONS)):

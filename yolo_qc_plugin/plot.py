@@ -48,7 +48,7 @@ class Run:
     """What a run has left.
 
     Attributes:
-        name: Its folder's name.
+        name: Its folder's name; with a number where several runs have it.
         folder: Its folder.
         layers: Names of the trained layers.
         steps: Numbers of the last steps, shape (n,).
@@ -99,6 +99,9 @@ def plot(runs: Sequence[str | Path], out: str | Path | None = None, steps: int =
     if not 1 <= steps <= WINDOW:
         raise QCError(f"QC: steps={steps} is not accepted; give 1 to {WINDOW}, the steps kept at full rate.")
     runs = [Run.load(Path(folder), steps) for folder in runs]
+    names = [run.name for run in runs]
+    for number, run in enumerate(runs, 1):
+        run.name += f" {number}" * (names.count(run.name) > 1)
     out = Path(out or runs[0].folder / "qc" / "plots")
     before = next((r for r in runs if not r.averaged), runs[0])
     after = next((r for r in runs if r.averaged), None)
@@ -118,6 +121,9 @@ def plot(runs: Sequence[str | Path], out: str | Path | None = None, steps: int =
             if (out / name).is_file() and MARK.encode() not in (out / name).read_bytes():
                 raise QCError(f"QC: {out / name} was not drawn by {MARK} and would be overwritten; give another out=.")
         out.mkdir(parents=True, exist_ok=True)
+        for figure in figures.values():
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # the layout is made once, and not for each format
         for name, figure in files.items():
             kind = name.rpartition(".")[2]
             with replacing(out / name) as temporary:
@@ -274,7 +280,7 @@ def _draw_codes(runs: list[Run]) -> dict:
         axes[-1].set_xlabel("code")
         label = "share of the layer's weights (%)"
         figure.colorbar(image, ax=axes, label=label, ticks=[0, 1, 5, 10, 20, 50, 100], shrink=0.6, aspect=40)
-        figures["codes" if len(runs) == 1 else f"codes_{number}_{run.name}"] = figure
+        figures["codes" if len(runs) == 1 else f"codes_{number}"] = figure
     return figures
 
 

@@ -154,21 +154,23 @@ class Telemetry:
         return {"written": self._written, "steps": steps, "values": values}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up what `state_dict` gave, and the file before it; says so where that cannot be read."""
-        self._written, self.steps, self.values = state["written"], state["steps"].numpy(), state["values"].numpy()
-        self._shown = int(self.steps[-1]) if len(self.steps) else self._written
-        if not self._written:
-            return
+        """Take up what `state_dict` gave, and the file before it."""
+        if state["written"]:
+            self.reread(state["written"])
+        self.steps = np.concatenate([self.steps, state["steps"].numpy()])
+        self.values = np.concatenate([self.values, state["values"].numpy()])
+        self._shown = int(self.steps[-1]) if len(self.steps) else state["written"]
+
+    def reread(self, step: int) -> None:
+        """Take up the file as far as a step; says so where it cannot be read."""
+        self._written = self._shown = step
         try:
             layers, steps, values = read(self.file)
             if layers != self.layers:
                 raise QCError(f"QC: {self.file} is of other layers.")
+            self.steps, self.values = steps[steps <= step], values[steps <= step]
         except QCError as error:
             LOGGER.warning(f"{host.PREFIX}telemetry goes on without what the run had written: {error}")
-            return
-        earlier = steps <= self._written
-        self.steps = np.concatenate([steps[earlier], self.steps])
-        self.values = np.concatenate([values[earlier], self.values])
 
     def to_tensorboard(self, epoch: int) -> None:
         """Hand shares and traces to the host's TensorBoard writer, where that is on.
