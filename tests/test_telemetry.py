@@ -159,11 +159,13 @@ def recorder(tmp_path, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("written,saved,killed", [(6, 13, 20), (0, 13, 13), (13, 13, 90), (40, 41, 60)])
-def test_interrupted_anywhere_the_record_ends_the_same(recorder, written, saved, killed):
+@pytest.mark.parametrize("written,saved,killed,last", [
+    (6, 13, 20, 100), (0, 13, 13, 100), (13, 13, 90, 100), (40, 41, 60, 100), (5, 12, 12, 14), (5, 12, 13, 14),
+])  # fmt: skip
+def test_interrupted_anywhere_the_record_ends_the_same(recorder, written, saved, killed, last):
     """The file as of one step, resume.pt as of another, then a file that was written before the kill."""
     whole, go = recorder()
-    go(range(1, 101))
+    go(range(1, last + 1))
     whole.collect()
     first, go = recorder()
     go(range(1, written + 1))
@@ -176,7 +178,7 @@ def test_interrupted_anywhere_the_record_ends_the_same(recorder, written, saved,
     second, go = recorder()
     second.oscillation.load_state_dict(state["oscillation"])
     second.load_state_dict(state["telemetry"])
-    go(range(saved + 1, 101))
+    go(range(saved + 1, last + 1))
     second.collect()
     assert np.array_equal(whole.steps, second.steps) and len(whole.steps) <= 16
     assert np.array_equal(whole.values, second.values, equal_nan=True)
