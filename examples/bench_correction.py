@@ -85,8 +85,8 @@ def main() -> None:
     page = [
         "# Time of QC's epoch",
         "",
-        f"Written by `examples/bench_correction.py`. {Path(args.model).stem}, {args.imgsz} px, {args.batches} batches of "
-        f"{args.batch}, {about['cpu']}, {args.threads} threads, device {args.device}. "
+        f"Written by `examples/bench_correction.py`. {Path(args.model).stem}, {args.imgsz} px, {args.batches} batches "
+        f"of {args.batch}, {about['cpu']}, {args.threads} threads, device {args.device}. "
         + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
         "",
         "| epoch | median of | seconds | of a QAT epoch |",

@@ -26,12 +26,12 @@ TINY = {
 }
 
 
-def callbacks_of(trainer):
-    """The run's QCCallbacks."""
+def steps_of(trainer):
+    """The run's Steps."""
     from yolo_qc_plugin.callbacks import QCCallbacks
 
     owners = (getattr(c, "__self__", None) for c in trainer.callbacks["on_train_end"])
-    return next(owner for owner in owners if isinstance(owner, QCCallbacks))
+    return next(owner for owner in owners if isinstance(owner, QCCallbacks)).steps
 
 
 @pytest.fixture(scope="session")

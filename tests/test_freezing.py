@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, callbacks_of
+from conftest import TINY, steps_of
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
@@ -114,7 +114,7 @@ class Watch:
         self.held, self.counts, self.best = {}, [], {}
 
     def on_train_batch_end(self, trainer) -> None:
-        oscillation = callbacks_of(trainer).oscillation
+        oscillation = steps_of(trainer).oscillation
         self.counts.append(int((oscillation.free == 0).sum()))
         for model in (trainer.model, trainer.ema.ema):
             self.check(model)

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import TINY, callbacks_of
+from conftest import TINY, steps_of
 from ultralytics import YOLO
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -49,7 +49,7 @@ class Run:
     def keep(self, trainer) -> None:
         model = {k: v.detach().clone() for k, v in unwrap_model(trainer.model).named_parameters()}
         average = {k: v.clone() for k, v in trainer.ema.ema.state_dict().items()}
-        oscillation = {k: v.clone() for k, v in callbacks_of(trainer).oscillation.state_dict().items()}
+        oscillation = {k: v.clone() for k, v in steps_of(trainer).oscillation.state_dict().items()}
         self.kept.append((model, average, trainer.ema.updates, oscillation))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, callbacks_of
+from conftest import TINY, steps_of
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
@@ -57,7 +57,7 @@ def snapshot(trainer) -> dict:
                 "random": [random.getstate(), np.random.get_state()[1].astype(np.int64), torch.get_rng_state()],
                 "order": loader.generator.get_state(),
                 "mosaic": [loader.dataset.buffer, loader.dataset.ims],
-                "callbacks": callbacks_of(trainer).state_dict(),
+                "callbacks": steps_of(trainer).state_dict(),
             }
         )
     )

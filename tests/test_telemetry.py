@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, steps_of
 from torch import nn
 from ultralytics import YOLO
 
-from yolo_qc_plugin import QCConfig, add_qc_callbacks, callbacks, telemetry
+from yolo_qc_plugin import QCConfig, add_qc_callbacks, steps, telemetry
 from yolo_qc_plugin.checkpoint import AtomicPath
 from yolo_qc_plugin.cli import main
 from yolo_qc_plugin.inject import inject
@@ -80,7 +80,7 @@ def trained(digits, tmp_path_factory):
     yolo.add_callback("on_train_batch_end", brute.look)
     yolo.add_callback("on_train_batch_end", copy)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(callbacks, "EVERY", 3)  # the file is written after the first epoch
+        patched.setattr(steps, "EVERY", 3)  # the file is written after the first epoch
         yolo.train(**ARGUMENTS, data=str(digits), project=str(folder), name="run")
     return folder / "run", brute, folder / "killed"
 
@@ -107,9 +107,7 @@ def test_a_resumed_run_writes_what_the_uninterrupted_one_does(trained):
 
 def test_it_is_off_where_it_is_not_asked_for(train, tmp_path):
     def stop(trainer):
-        events = trainer.callbacks["on_train_batch_end"]
-        ours = next(c.__self__ for c in events if isinstance(getattr(c, "__self__", None), callbacks.QCCallbacks))
-        assert ours.telemetry is None and ours.oscillation is None
+        assert steps_of(trainer).telemetry is None and steps_of(trainer).oscillation is None
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

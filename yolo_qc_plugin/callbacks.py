@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""The callbacks: inject on_pretrain_routine, average on_train_batch_end, correct on_train_end."""
+"""The callbacks: inject on_pretrain_routine, average on_train_batch_end (steps.py), correct on_train_end."""
 
 from __future__ import annotations
 
@@ -15,26 +15,19 @@ from ultralytics.utils.torch_utils import unwrap_model
 from . import compat, host
 from .checkpoint import AtomicPath, QuantRecord, record_of
 from .config import QCConfig, QCError
-from .dampening import Dampening
 from .deploy import deployed_convs
 from .distributed import alone, broadcast_quantizers
-from .ema import ConstantEMA
 from .finish import finish, saying_what_is_kept, take_all_images, validate
-from .freezing import Freezing, freeze_threshold
 from .inject import calibrate, inject, remove, share_quantizers
 from .layers import is_quantized
-from .offsets import OffsetsTogether
-from .optimizer import ScaleSteps
-from .oscillation import Oscillation, annealed
 from .qdq import ONNX_KINDS, check_kind
-from .quantizer import Quantizer
-from .resume import Accumulation, fits, read_state, restore, rewind, write_state
-from .telemetry import EVERY, FILE, Telemetry
-from .weights import WeightsTogether
+from .resume import fits, read_state, restore, rewind, write_state
+from .steps import Steps
+from .telemetry import FILE
 
 
 class QCCallbacks:
-    """One run's callbacks and the little state they share.
+    """One run's callbacks.
 
     Args:
         config: The options of the run.
@@ -42,16 +35,7 @@ class QCCallbacks:
 
     def __init__(self, config: QCConfig):
         self.config = config
-        self.steps = None  # ScaleSteps of the optimizer, which counts its real steps
-        self.averaged = 0  # steps that the EMA has seen
-        self.weights = self.offsets = None  # WeightsTogether and OffsetsTogether of the model
-        self.accumulation = None  # which micro-batches wait for a step
-        self.oscillation: Oscillation | None = None
-        self.freezing: Freezing | None = None  # is then `oscillation`, too
-        self.dampening: Dampening | None = None
-        self.telemetry: Telemetry | None = None  # of rank 0
-        self.batches = 0  # begun in this epoch
-        self.progress = 0.0  # share of the run that was done when the present step's first micro-batch began
+        self.steps: Steps | None = None  # once the trainer is set up
 
     def __getstate__(self) -> dict:
         """A process of a multi-GPU run gets the options."""
@@ -150,88 +134,41 @@ class QCCallbacks:
             averaged = host.student(trainer.ema.ema)
             averaged.load_state_dict(host.student(model).state_dict())
             averaged.qc = record
-        self._take_over_ema(trainer)
-        self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
-        if self.config.freeze_threshold:
-            self.oscillation = self.freezing = Freezing(model, self.config.body_bits[0])
-        free = self.freezing and self.freezing.by_layer(self.freezing.free)
-        self.weights, self.offsets = WeightsTogether(model, free), OffsetsTogether(model)
-        if self.config.dampening_weight:
-            self.dampening = Dampening(model, self.weights, host.loss_is_summed(trainer.args.task))
-        self.accumulation = Accumulation()
-        if self.config.telemetry and RANK in {-1, 0}:
-            self.oscillation = self.freezing or Oscillation(model)
-            self.telemetry = Telemetry(model, self.oscillation, trainer.save_dir / "qc")
+        self.steps = Steps(trainer, self.config)
         if trainer.qc_state:
             restore(trainer, trainer.qc_state)
-            self.load_state_dict(trainer.qc_state["named"])
-        elif trainer.qc_checkpoint and self.telemetry:
-            self.telemetry.reread(trainer.ema.updates)
+            self.steps.load_state_dict(trainer.qc_state["named"])
+        elif trainer.qc_checkpoint and self.steps.telemetry:
+            self.steps.telemetry.reread(trainer.ema.updates)
 
     def on_train_epoch_start(self, trainer: BaseTrainer) -> None:
-        """Take over what the host replaced in recovering (from a NaN loss the EMA, from lack of memory the optimizer),
-        and write resume.pt."""
-        self._take_over_ema(trainer)
-        model = unwrap_model(trainer.model)
-        if self.steps.optimizer is not trainer.optimizer:  # by older versions of the host
-            self.steps, self.averaged = ScaleSteps(trainer.optimizer, model), 0
-        for quantizer in (m for m in model.modules() if isinstance(m, Quantizer)):
-            quantizer.forget()  # what a forward pass that ended in an error has left
-        if self.telemetry:
-            self.telemetry.follow(model, trainer.ema.ema)
+        """Take over what the host replaced in recovering, go on where a resumed run was, and write resume.pt."""
         resumed, trainer.qc_state = trainer.qc_state, None
         if resumed:
-            rewind(trainer, resumed, self.accumulation)
-        self.accumulation.settle(trainer)
-        self.batches = 0
-        self._put_back_frozen(trainer)  # the host may have gone back to older weights
+            rewind(trainer, resumed, self.steps.accumulation)
+        self.steps.begin_epoch(trainer)
         if not resumed and RANK in {-1, 0}:
-            write_state(trainer, record_of(model).run, self.state_dict())
+            write_state(trainer, record_of(unwrap_model(trainer.model)).run, self.steps.state_dict())
 
     def on_train_batch_start(self, trainer: BaseTrainer) -> None:
-        """Quantize all weights at once, bring all offsets to their grids, and have oscillation dampened."""
-        if not self.accumulation.pending:
-            self.progress = (trainer.epoch + self.batches / len(trainer.train_loader)) / trainer.epochs
-        self.batches += 1
-        self.weights.prepare()
-        self.offsets.prepare()
-        if self.dampening:
-            self.dampening.prepare(annealed(0.0, self.config.dampening_weight, self.progress))
+        """Prepare the quantizers."""
+        self.steps.begin_batch(trainer)
 
     def on_train_batch_end(self, trainer: BaseTrainer) -> None:
-        """Count the micro-batch, and freeze and average if it ended in an optimizer step."""
-        self.accumulation.count(trainer)
-        self._average(trainer)
+        """Average, if the micro-batch ended in an optimizer step."""
+        self.steps.end_batch(trainer)
 
     def on_train_epoch_end(self, trainer: BaseTrainer) -> None:
-        """Average where the last batch's callback was skipped, and pass on what was recorded."""
-        self._average(trainer)
-        if self.telemetry:
-            self.telemetry.to_tensorboard(trainer.epoch + 1)
-            self.telemetry.write(EVERY)
+        """The same for the last batch of a timed stop, whose own event is skipped."""
+        self.steps.end_epoch(trainer)
 
     def on_train_end(self, trainer: BaseTrainer) -> None:
         """Correct, keep the better, report; of several processes, rank 0 alone is here."""
-        if self.telemetry:
-            self.telemetry.write()
+        if self.steps.telemetry:
+            self.steps.telemetry.write()
         with alone(), saying_what_is_kept(trainer.wdir):
             take_all_images(trainer)
             finish(trainer, self.config)
-
-    def state_dict(self) -> dict:
-        """What resume.pt keeps of the callbacks, by name: tensors and plain values. Later parts add theirs here."""
-        state = {"steps": self.steps.taken, "pending": self.accumulation.pending, "progress": self.progress}
-        parts = {"oscillation": self.oscillation, "telemetry": self.telemetry}
-        return state | {name: part.state_dict() for name, part in parts.items() if part}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Take up what `state_dict` gave."""
-        self.steps.taken = self.averaged = state["steps"]
-        self.accumulation.pending = state["pending"]
-        self.progress = state["progress"]
-        for name, part in {"oscillation": self.oscillation, "telemetry": self.telemetry}.items():
-            if part and name in state:
-                part.load_state_dict(state[name])
 
     def _take_options(self, saved: QCConfig) -> None:
         """Continue with the checkpoint's options; say so where others were given."""
@@ -250,28 +187,6 @@ class QCCallbacks:
             self.config.scale_init,
         )
         trainer.train_loader.reset()  # the first epoch sees every image once, calibration or not
-
-    def _average(self, trainer: BaseTrainer) -> None:
-        """Once per real optimizer step: micro-batches that only accumulate gradients take none."""
-        if self.steps.taken > self.averaged:
-            if self.freezing:
-                self.freezing.threshold = freeze_threshold(self.config.freeze_threshold, self.progress)
-            if self.oscillation:
-                self.oscillation.step()
-            trainer.ema.step(unwrap_model(trainer.model))
-            self._put_back_frozen(trainer)
-            self.averaged = self.steps.taken
-            if self.telemetry:
-                self.telemetry.record(trainer.ema.updates)
-
-    def _put_back_frozen(self, trainer: BaseTrainer) -> None:
-        if self.freezing:
-            for model in (unwrap_model(trainer.model), trainer.ema.ema):
-                self.freezing.put_back(model)
-
-    def _take_over_ema(self, trainer: BaseTrainer) -> None:
-        if not isinstance(trainer.ema, ConstantEMA):
-            trainer.ema = ConstantEMA(trainer.ema.ema, self.config.ema_decay, trainer.ema.updates)
 
 
 def attach() -> None:
