@@ -124,6 +124,20 @@ def test_any_memory_layout(change):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
 
 
+def test_what_follows_may_work_in_place():
+    """As the host's LeakyReLU and ReLU do, behind a quantized output."""
+    start = torch.randn(2, 8, 80, 80)
+    scale, offset = torch.tensor([0.1]), torch.tensor([-1.0])
+    assert kernels.usable(start)
+    found = []
+    for inplace in (True, False):
+        x = start.clone().requires_grad_()
+        y = torch.nn.functional.leaky_relu(fake_quantize(x, scale, offset, 0, 255), 0.1, inplace)
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad))
+    assert all(map(torch.equal, *found)) and (found[0][0] < 0).any()
+
+
 def test_one_compilation_serves_all_sizes_and_ranges():
     """Of one dtype; and what is too small is not compiled at all."""
     torch.manual_seed(0)

@@ -84,7 +84,7 @@ def forward(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, qua
     """Fake-quantize x; arguments as of `functional.fake_quantize`. None where it cannot be compiled."""
     x = _dense(x, scale)
     out = _run(_forward, (x,), scale, offset, quant_min, quant_max)
-    return None if out is None else out.as_strided(x.shape, x.stride())
+    return None if out is None else out.as_strided_(x.shape, x.stride())
 
 
 def backward(
@@ -96,7 +96,7 @@ def backward(
     if found is None:
         return None
     by_x, by_scale, by_offset = found
-    return by_x.as_strided(x.shape, x.stride()), by_scale, by_offset
+    return by_x.as_strided_(x.shape, x.stride()), by_scale, by_offset
 
 
 def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int) -> Tensor:
@@ -118,7 +118,7 @@ def _each(f: Callable, tensors: tuple[Tensor, ...], scale: Tensor, offset: Tenso
     if out is None:
         grid = _constant((low, high, 1.0), torch.float32, scale.device)
         return f(*tensors, scale.detach(), offset.detach(), grid)
-    return out.as_strided(tensors[0].shape, tensors[0].stride())
+    return out.as_strided_(tensors[0].shape, tensors[0].stride())
 
 
 def _run(
