@@ -6,9 +6,9 @@
 Each variant trains in a process of its own, through `model.train()` on small digits images. A step is what lies between
 the host's on_train_batch_start and the end of on_train_batch_end, optimizer step and EMA included (nbs is the batch).
 The processes take turns of a few steps, one at a time, so that a slow minute of the machine hits all alike; the ratio
-is the median over turns of the ratio to float within a round. Memory is what the process had grown by, at the peak of
-its steps, since `model.train()` began; on a GPU what torch allocated. Variants whose packages are missing are left out.
-Writes a JSON file and a Markdown page.
+is the median over turns of the ratio to float within a round. Memory is that of tensors, at the peak of one more step,
+above what was there when it began. Variants whose packages are missing are left out. Writes a JSON file and a Markdown
+page.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import argparse
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import accumulate
 from pathlib import Path
 
 SETTLE = 1  # steps at the start of a turn that are not counted
@@ -70,6 +70,16 @@ def brevitas_trainer():
     return BrevitasTrainer
 
 
+def peak(profile, cuda: bool) -> float:
+    """MB of tensors at the peak of what was profiled, above those that were there at its start."""
+    from torch.autograd import DeviceType
+
+    kind = DeviceType.CUDA if cuda else DeviceType.CPU
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]" and e.device_type() == kind]
+    sizes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))  # of what is freed, negative
+    return max(accumulate(sizes)) / 1e6
+
+
 def child(args: argparse.Namespace) -> None:
     """Train one variant; every turn begins with a line on stdin and ends with one of JSON on stdout."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -87,26 +97,20 @@ def child(args: argparse.Namespace) -> None:
         options["quantize"] = 8
     elif args.variant == "Brevitas":
         options["trainer"] = brevitas_trainer()
-    state = {"steps": None, "before": 0}
+    state = {"steps": None, "profile": None}
     cuda = args.device != "cpu"
-
-    def memory(kind: str) -> float:
-        if cuda:
-            return torch.cuda.max_memory_allocated() / 1e6
-        return int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
-
-    def start(trainer) -> None:  # before the model, its quantizers and their calibration
-        state["before"] = 0 if cuda else memory("VmRSS")
 
     def wait() -> None:
         state["steps"] = []
-        if not sys.stdin.readline().strip():
-            os._exit(0)
+        match sys.stdin.readline().strip():
+            case "":
+                os._exit(0)
+            case "memory":
+                state["profile"] = torch.profiler.profile(profile_memory=True)
+                state["profile"].__enter__()
 
     def begin(trainer) -> None:
         if state["steps"] is None:
-            if not cuda:
-                Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is that of steps
             answers.write("ready\n")
             wait()
         if cuda:
@@ -116,12 +120,15 @@ def child(args: argparse.Namespace) -> None:
     def end(trainer) -> None:
         if cuda:
             torch.cuda.synchronize()
+        if state["profile"]:
+            state["profile"].__exit__(None, None, None)
+            answers.write(json.dumps(peak(state["profile"], cuda)) + "\n")
+            os._exit(0)
         state["steps"].append(1e3 * (time.perf_counter() - state["start"]))
         if len(state["steps"]) == args.turn + SETTLE:
-            answers.write(json.dumps({"ms": state["steps"][SETTLE:], "mb": memory("VmHWM") - state["before"]}) + "\n")
+            answers.write(json.dumps({"ms": state["steps"][SETTLE:]}) + "\n")
             wait()
 
-    model.add_callback("on_pretrain_routine_start", start)
     model.add_callback("on_train_batch_start", begin)
     model.add_callback("on_train_start", lambda t: t.callbacks["on_train_batch_end"].append(end))  # after all others
     model.train(
@@ -159,8 +166,10 @@ def measure(model: str, args: argparse.Namespace, data: Path, work: Path) -> dic
             elif turn:  # the first compiles
                 found[variant].append(json.loads(answer))
         print(f"{model}: turn {turn} of {args.turns}", flush=True)
-    for process in running.values():
-        process.stdin.close()
+    memory = {}
+    for variant, process in running.items():
+        process.stdin.write("memory\n")
+        memory[variant] = json.loads(process.stdout.readline())
         process.wait()
     base = [statistics.median(a["ms"]) for a in found["float"]]
     result = {}
@@ -170,7 +179,7 @@ def measure(model: str, args: argparse.Namespace, data: Path, work: Path) -> dic
         ratios = [statistics.median(a["ms"]) / b for a, b in zip(answers, base)]
         result[variant] = {
             "median": statistics.median(times), "p10": tenths[0], "p90": tenths[-1],
-            "ratio": statistics.median(ratios), "mb": answers[-1]["mb"],
+            "ratio": statistics.median(ratios), "mb": memory[variant],
         }  # fmt: skip
     return result
 

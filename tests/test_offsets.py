@@ -53,3 +53,7 @@ def test_a_kept_offset_is_used_until_something_changes():
     with torch.no_grad():
         quant.scale.mul_(2)
     assert round((quant.grid_offset() / quant.scale).item(), 4) == -2  # -1.7 steps of 0.6
+
+
+def test_a_model_without_offsets_has_nothing_to_prepare():
+    OffsetsTogether(nn.ModuleList([ActQuantizer(4, False)])).prepare()

@@ -23,6 +23,8 @@ class OffsetsTogether:
 
     def prepare(self) -> None:
         """Compute them, with gradients; to be called before a forward pass."""
+        if not self.quants:  # act_offset=False
+            return
         results = snap_all([q.offset for q in self.quants], [q.scale for q in self.quants], self.most)
         for quant, result in zip(self.quants, results):
             quant.keep_grid_offset(result)
