@@ -213,7 +213,7 @@ def test_one_number_on_real_photographs(bccd, tmp_path):
 
 def test_outputs_can_stay_in_float(train, tmp_path):
     """`output_bits=None` adds nothing: qat.pt is the host's best.pt, with the figures that the host measured."""
-    yolo = train({"bits": 4, "output_bits": None, "correction": "off"})
+    yolo = train({"bits": 4, "act_offset": False, "output_bits": None, "correction": "off"})  # plain LSQ
     report = report_of(yolo.trainer.save_dir)
     assert report["outputs"] == [] and report["metrics"]["qat"] == report["metrics"]["float_outputs"]
     model, _ = load_checkpoint(yolo.trainer.wdir / "qat.pt")
