@@ -21,7 +21,7 @@ from .finish import finish, saying_what_is_kept, take_all_images, validate
 from .inject import calibrate, inject, remove, share_quantizers
 from .layers import is_quantized
 from .qdq import ONNX_KINDS, check_kind
-from .resume import fits, read_state, restore, rewind, write_state
+from .resume import fits, read_state, restore, rewind, watch_mosaic, write_state
 from .steps import Steps
 from .telemetry import FILE
 
@@ -135,6 +135,7 @@ class QCCallbacks:
             averaged.load_state_dict(host.student(model).state_dict())
             averaged.qc = record
         self.steps = Steps(trainer, self.config)
+        watch_mosaic(trainer)
         if trainer.qc_state:
             restore(trainer, trainer.qc_state)
             self.steps.load_state_dict(trainer.qc_state["named"])

@@ -29,7 +29,7 @@ from .randomness import random_state, set_random_state
 
 FILE = "resume.pt"
 UNREADABLE = OSError, RuntimeError, EOFError, UnpicklingError
-FORMAT = 1  # raise it when older files cannot be read as they are
+FORMAT = 2  # raise it when older files cannot be read as they are
 TEACHER = "teacher_model."  # of distill_model: read again from its own file
 # what the host lets a user change on resume, and what the batches depend on
 ARGUMENTS = "batch", "imgsz", "device", "workers", "cache", "close_mosaic", "freeze", "val", "time"
@@ -66,6 +66,17 @@ class Accumulation:
             self.pending = 0
 
 
+def watch_mosaic(trainer: BaseTrainer) -> None:
+    """Note when the host closes the mosaic: its versions differ in that where a run is shorter than close_mosaic."""
+    close, trainer.qc_mosaic_closed = trainer._close_dataloader_mosaic, False
+
+    def close_and_note() -> None:
+        trainer.qc_mosaic_closed = True
+        close()
+
+    trainer._close_dataloader_mosaic = close_and_note
+
+
 def write_state(trainer: BaseTrainer, run: str, named: dict) -> None:
     """Write resume.pt: plain tensors and values, as torch.load(weights_only=True) takes them.
 
@@ -88,6 +99,7 @@ def write_state(trainer: BaseTrainer, run: str, named: dict) -> None:
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
         "accumulate": trainer.accumulate,
+        "mosaic_closed": trainer.qc_mosaic_closed,
         "gradients": {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
         "best_fitness": None if trainer.best_fitness is None else float(trainer.best_fitness),
         "stopper": {
@@ -174,7 +186,7 @@ def restore(trainer: BaseTrainer, state: dict) -> None:
     trainer.start_epoch = state["epoch"]
     trainer.scheduler.last_epoch = trainer.start_epoch - 1
     state["close_mosaic"] = trainer.args.close_mosaic
-    if trainer.args.close_mosaic and trainer.start_epoch > max(trainer.epochs - trainer.args.close_mosaic, 0):
+    if state["mosaic_closed"]:
         trainer._close_dataloader_mosaic()
         trainer.train_loader.reset()
         trainer.args.close_mosaic = 0  # until `rewind`: the host would close it again, and restart the loader
