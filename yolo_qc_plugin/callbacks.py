@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import fields
-from itertools import islice
 
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import load_checkpoint
@@ -17,7 +16,7 @@ from .checkpoint import AtomicPath, QuantRecord, record_of
 from .config import QCConfig, QCError
 from .deploy import deployed_convs
 from .distributed import alone, broadcast_quantizers
-from .finish import finish, saying_what_is_kept, take_all_images, validate
+from .finish import finish, saying_what_is_kept, take_all_images, training_images, validate
 from .inject import calibrate, inject, remove, share_quantizers
 from .layers import is_quantized
 from .qdq import ONNX_KINDS, check_kind
@@ -181,12 +180,8 @@ class QCCallbacks:
 
     def _calibrate(self, trainer: BaseTrainer, model) -> None:
         trainer._model_train()  # batch norms of frozen layers keep their statistics, as they will in training
-        calibrate(
-            model,
-            islice(trainer.train_loader, self.config.calibration_batches * max(trainer.world_size, 1)),
-            lambda batch: model(trainer.preprocess_batch(batch)["img"]),
-            self.config.scale_init,
-        )
+        images = training_images(trainer, self.config.calibration_batches)
+        calibrate(model, images, model, self.config.scale_init)
         trainer.train_loader.reset()  # the first epoch sees every image once, calibration or not
 
 

@@ -120,28 +120,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="yolo-qc", description="Tools beside `yolo train ... callbacks=qc`.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    correct = commands.add_parser(
-        "correct",
-        help="correct a finished run again",
-        usage="yolo-qc correct model=RUN/weights/qat.pt [data= correction=channel|tensor correction_scale= "
-        "correction_shift=\n       correction_epochs= correction_lr= device= batch= seed= project= name=]",
-    )
-    correct.add_argument("pairs", nargs="+", metavar="key=value")
-
-    evaluate = commands.add_parser(
-        "eval",
-        help="AP by pycocotools",
-        usage="yolo-qc eval model=best.pt data=data.yaml [imgsz= batch= device= split= conf= iou= max_det= json=FILE]\n"
-        "       yolo-qc eval annotations=gt.json detections=dt.json [max_det= json=FILE]",
-    )
-    evaluate.add_argument("pairs", nargs="+", metavar="key=value")
-
-    check = commands.add_parser(
-        "check",
-        help="compare a checkpoint with its ONNX file",
-        usage="yolo-qc check model=best.pt onnx=best.onnx data=data.yaml [images= split= conf= iou= json=FILE]",
-    )
-    check.add_argument("pairs", nargs="+", metavar="key=value")
+    for name, purpose, usage in (
+        (
+            "correct",
+            "correct a finished run again",
+            "yolo-qc correct model=RUN/weights/qat.pt [data= correction=channel|tensor correction_scale= "
+            "correction_shift=\n       correction_epochs= correction_lr= device= batch= seed= project= name=]",
+        ),
+        (
+            "eval",
+            "AP by pycocotools",
+            "yolo-qc eval model=best.pt data=data.yaml [imgsz= batch= device= split= conf= iou= max_det= json=FILE]\n"
+            "       yolo-qc eval annotations=gt.json detections=dt.json [max_det= json=FILE]",
+        ),
+        (
+            "check",
+            "compare a checkpoint with its ONNX file",
+            "yolo-qc check model=best.pt onnx=best.onnx data=data.yaml [images= split= conf= iou= json=FILE]",
+        ),
+    ):
+        command = commands.add_parser(name, help=purpose, usage=usage)
+        command.add_argument("pairs", nargs="+", metavar="key=value")
 
     plot = commands.add_parser("plot", help="pictures of runs", usage="yolo-qc plot RUN [RUN...] [out=DIR steps=4000]")
     plot.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run; out=DIR: other than RUN/qc/plots")

@@ -170,12 +170,18 @@ def write_like(source: Path, model: nn.Module, results: dict, target: Path) -> N
     write_checkpoint({**checkpoint, "model": model.cpu().half()}, target)
 
 
+def training_images(trainer: BaseTrainer, batches: int) -> Iterator[torch.Tensor]:
+    """Images of so many batches of the run, as the model takes them; of several processes' run, by one of them."""
+    for batch in islice(trainer.train_loader, batches * max(trainer.world_size, 1)):
+        yield trainer.preprocess_batch(batch)["img"]
+
+
 def reestimate_norms(trainer: BaseTrainer, model: nn.Module) -> None:
     """Measure a finished model's batch norm statistics again, in place; those of layers that the host froze stay."""
     reestimate(
         model,
-        islice(trainer.train_loader, BATCHES * max(trainer.world_size, 1)),
-        lambda batch: model(trainer.preprocess_batch(batch)["img"]),
+        training_images(trainer, BATCHES),
+        model,
         trainer.freeze_layer_names,
     )
     model.half().float()  # to what a checkpoint keeps: the model measured is the model written
@@ -184,11 +190,7 @@ def reestimate_norms(trainer: BaseTrainer, model: nn.Module) -> None:
 def set_outputs(trainer: BaseTrainer, model: nn.Module, config: QCConfig) -> None:
     """Quantize the convolutions' outputs of a finished model, in place, with grids from training batches."""
     quantize_outputs(host.output_blocks(model), config.output_bits)
-    calibrate_outputs(
-        model,
-        islice(trainer.train_loader, config.calibration_batches * max(trainer.world_size, 1)),
-        lambda batch: model(trainer.preprocess_batch(batch)["img"]),
-    )
+    calibrate_outputs(model, training_images(trainer, config.calibration_batches), model)
     snap(model)
 
 
