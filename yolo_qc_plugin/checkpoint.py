@@ -23,7 +23,7 @@ from torch import nn
 
 from . import __version__
 from .config import QCConfig
-from .layers import ChannelAffine, QuantActivation, QuantConv2d, QuantSiLU
+from .layers import WIDE, ChannelAffine, QuantActivation, QuantConv2d, QuantSiLU
 from .quantizer import ActQuantizer, WeightQuantizer
 
 FORMAT = 1  # raise it when a checkpoint of an older plugin cannot be read as it is
@@ -65,7 +65,7 @@ class QuantRecord:
 
 
 torch.serialization.add_safe_globals(
-    [QuantRecord, QuantConv2d, QuantActivation, QuantSiLU, ChannelAffine, WeightQuantizer, ActQuantizer]
+    [QuantRecord, *WIDE.values(), QuantConv2d, QuantActivation, QuantSiLU, ChannelAffine, WeightQuantizer, ActQuantizer]
 )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from .config import QCConfig, QCError
 from .deploy import deployed_convs
-from .layers import QuantActivation, QuantConv2d, is_quantized, quant_activations, quant_convs
+from .layers import WIDE, QuantActivation, QuantConv2d, is_quantized, quant_activations, quant_convs
 from .observers import SampleObserver
 from .quantizer import Quantizer
 
@@ -80,6 +80,9 @@ def inject(
     if not plan:
         raise QCError(f"QC: skip={list(config.skip)} leaves no convolution to quantize.")
 
+    for m in model.modules():
+        if type(m) in WIDE:
+            m.__class__ = WIDE[type(m)]  # all else of it stays: hooks, and who holds it
     twins = {
         convs[name]: QuantConv2d.from_float(convs[name], w, a, config.per_channel, config.act_offset)
         for name, (w, a) in plan.items()
@@ -145,6 +148,9 @@ def remove(model: nn.Module) -> int:
     twins = {m: m.to_float() for _, m in quant_convs(model)}
     replace_modules(model, twins)
     replace_modules(model, {m: m.act for _, m in quant_activations(model)})
+    narrow = {wide: kind for kind, wide in WIDE.items()}
+    for m in model.modules():
+        m.__class__ = narrow.get(type(m), type(m))
     return len(twins)
 
 

@@ -101,6 +101,17 @@ class QuantConv2d(KeepWide, nn.Conv2d):
         return self.weight_quant.codes(self.weight)
 
 
+class WideBatchNorm2d(KeepWide, nn.BatchNorm2d):
+    """nn.BatchNorm2d in FP32: rounded, it would move the codes of activations behind it."""
+
+
+class WideConvTranspose2d(KeepWide, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d in FP32, for the same reason."""
+
+
+WIDE = {nn.BatchNorm2d: WideBatchNorm2d, nn.ConvTranspose2d: WideConvTranspose2d}
+
+
 class QuantSiLU(nn.Module):
     """SiLU with its sigmoid rounded to whole 256ths: x * round(256 * sigmoid(x)) / 256.
 
