@@ -13,6 +13,7 @@ where the first was stopped.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -101,12 +102,15 @@ def train(name: str, out: Path) -> dict:
     file.unlink()
     report = json.loads((yolo.trainer.save_dir / "qc" / "report.json").read_text())
     returned = {k: float(v) for k, v in metrics.results_dict.items()}
+    *_, epoch = csv.DictReader((yolo.trainer.save_dir / "results.csv").open())
     return {
         "file": str(yolo.trainer.best),
         "data": str(data),
         "convolutions": convs,
         "quantized": len(report["layers"]),
         "kept": report["kept"],
+        "epoch": {k.strip(): float(v) for k, v in epoch.items() if k.strip() in MAIN.values()},
+        "float_outputs": report["metrics"]["float_outputs"],
         "training": report["metrics"][report["kept"]],
         "returned": returned,
     }
@@ -207,8 +211,10 @@ def page(rows: list[dict]) -> str:
         "",
         f"Written by `examples/families.py`: {DATA['train']} digits images of {DATA['imgsz']} px, one epoch from an "
         "untrained model (batch norms set from the images), 4 bits, QC, export. The figures are tiny for that reason; "
-        "what counts is whether they are the same. In points, of the model in best.pt:",
+        "what counts is whether they are the same. In points:",
         "",
+        "- epoch: the last row of results.csv; file: the checkpoint that the host wrote then (outputs not quantized "
+        "yet), measured after training. The rest is of the model in best.pt:",
         "- training: what the run reports; val: `yolo val` of the file in a fresh process (it deploys the model), "
         "images padded as the host does for checkpoints",
         "- checkpoint, deployed, ONNX Runtime (optimised and not), OpenVINO: `yolo-qc check`, square images, as the "
@@ -218,8 +224,9 @@ def page(rows: list[dict]) -> str:
         "may change places); codes: share that differs from the deployed form, end to end",
         "",
     ]
-    head = "model, convolutions quantized, also in float, training, val, checkpoint, deployed, ONNX Runtime, OpenVINO"
-    head = [*head.split(", "), "outputs: deployed", "outputs: ONNX", "codes: ONNX", "codes: OpenVINO", "check"]
+    head = "model, convolutions quantized, also in float, epoch, file, training, val, checkpoint, deployed, "
+    head += "ONNX Runtime, OpenVINO, outputs: deployed, outputs: ONNX, codes: ONNX, codes: OpenVINO, check"
+    head = head.split(", ")
     for task, names in TRAINED.items():
         found = [r for name in names.split() for r in rows if r["model"] == name]
         if not found:
@@ -253,6 +260,8 @@ def cells(row: dict, keys: list[str]) -> list[str]:
         row["model"],
         f"{row['quantized']} of {row['convolutions']}",
         ", ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in row["others"].items()) or "-",
+        points(row["epoch"][MAIN[k]] for k in keys),
+        points(row["float_outputs"][k] for k in keys),
         points(row["training"][k] for k in keys),
         points(row["val"][MAIN[k]] for k in keys),
         points(row["checkpoint"][k] for k in square),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import tempfile
 from pathlib import Path
@@ -24,6 +25,12 @@ TINY = {
     "verbose": False,
     "warmup_epochs": 0,
 }
+
+
+def last_epoch(run: Path) -> dict[str, float]:
+    """What the host wrote of a run's last epoch into results.csv."""
+    *_, row = csv.DictReader((run / "results.csv").open())
+    return {k.strip(): float(v) for k, v in row.items()}
 
 
 def steps_of(trainer):

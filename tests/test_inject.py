@@ -14,7 +14,7 @@ from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.correction import insert_correction
 from yolo_qc_plugin.host import blank_image, edge_convs, fixed_convs
 from yolo_qc_plugin.inject import calibrate, inject, quantizers_off, remove, share_quantizers
-from yolo_qc_plugin.layers import QuantConv2d, quant_convs
+from yolo_qc_plugin.layers import QuantConv2d, WideConv2d, quant_convs
 from yolo_qc_plugin.observers import SampleObserver
 
 MODELS = ["yolov5n.yaml", "yolov8n.yaml", "yolo11n.yaml", "yolo26n.yaml"]
@@ -93,7 +93,7 @@ def test_every_convolution_but_dfl_is_quantized_at_its_width(model):
     edges = expected_edges(model)
     assert len(edges) == (13 if end2end else 7) and len(dfl) == (0 if end2end else 1)  # 26 has neither
     done = put_in(model, False, bits=4, weight_bits=3, edge_bits=7)
-    left = {n for n, m in model.named_modules() if type(m) is nn.Conv2d}
+    left = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and not isinstance(m, QuantConv2d)}
     assert left == dfl == set(done.skipped)
     widths = {n: (m.weight_quant.bits, m.act_quant.bits) for n, m in quant_convs(model)}
     assert widths == {n: (7, 7) if n in edges else (3, 4) for n in convs - dfl} == done.quantized
@@ -125,7 +125,7 @@ def test_patterns_choose_layers(small):
         expected = 6 if name == "model.3.conv" else expected  # the last pattern that matches
         expected = 2 if name == "model.0.conv" else expected  # an edge too, once it is named
         assert (m.weight_quant.bits, m.act_quant.bits) == (expected, expected), name
-    assert type(model.get_submodule("model.2.cv1.conv")) is nn.Conv2d
+    assert type(model.get_submodule("model.2.cv1.conv")) is WideConv2d
 
 
 REFUSED = {

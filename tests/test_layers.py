@@ -13,8 +13,10 @@ from yolo_qc_plugin.layers import (
     QuantActivation,
     QuantConv2d,
     is_quantized,
+    narrow,
     quant_convs,
     scale_parameters,
+    widen,
 )
 
 CONVS = {
@@ -105,7 +107,7 @@ def test_channel_affine_starts_as_the_identity(channels):
 
 
 def both(q):
-    return nn.Sequential(q, nn.BatchNorm2d(6))
+    return nn.Sequential(q, nn.PReLU(6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -116,7 +118,7 @@ def test_casts_below_fp32_leave_the_layer_alone(cast, dtype):
     model = both(quantized())
     before = {k: v.clone() for k, v in model.state_dict().items()}
     cast(model, dtype)
-    assert model[1].weight.dtype == model[1].running_mean.dtype == dtype  # the neighbour is cast
+    assert model[1].weight.dtype == dtype  # the neighbour is cast
     after = model[0].state_dict()
     assert {"weight", "bias", "weight_quant.scale", "act_quant.scale", "act_quant.offset", "correction.gamma",
             "correction.beta"} < after.keys()  # fmt: skip
@@ -132,6 +134,28 @@ def test_double_widens_and_half_does_not_narrow_again():
     assert y.dtype == torch.float64 and model[0].weight_quant.scale.grad.dtype == torch.float64
     assert model.half()[0].weight.dtype == torch.float64
     assert model.float()[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layer,x", [
+    (nn.BatchNorm2d(4).eval(), images()),
+    (nn.Conv2d(4, 6, 3), images()),
+    (nn.ConvTranspose2d(4, 6, 2), images()),
+    (nn.Linear(4, 6), images()[..., 0, 0]),
+], ids=lambda v: type(v).__name__)  # fmt: skip
+def test_layers_left_in_float_keep_fp32_and_compute_in_it(layer, x, dtype):
+    model, x = nn.Sequential(copy.deepcopy(layer)), x.to(dtype)
+    expected = model(x.float())
+    plain = type(model[0])
+    widen(model)
+    assert isinstance(model[0], plain) and torch.equal(model(x.float()), expected)
+    model.to(dtype)
+    assert {t.dtype for t in model.state_dict().values()} <= {torch.float32, torch.int64}
+    assert torch.equal(model.float()(x.float()), expected)
+    y = model.to(dtype)(x)
+    assert y.dtype == dtype and torch.equal(y, expected.to(dtype))
+    narrow(model)
+    assert type(model[0]) is plain and model.to(dtype)[0].weight.dtype == dtype
 
 
 def test_gradients_stay_fp32_across_half():

@@ -21,8 +21,8 @@ PACKAGE = Path(yolo_qc_plugin.__file__).parent
 # A file may import, at module level, files above it only.
 ORDER = """config models kernels functional observers quantizer offsets layers weights oscillation dampening freezing
            trace deploy snap inject optimizer ema distributed correction reestimation qdq compat checkpoint host
-           telemetry report randomness resume finish steps standalone callbacks evaluate check plot scenes digits hook
-           cli""".split()
+           telemetry report validation randomness resume finish steps standalone callbacks evaluate check plot scenes
+           digits hook cli""".split()
 WITHOUT_HOST = ORDER[: ORDER.index("qdq") + 1]
 LATE = {("checkpoint", "callbacks")}  # imported in a function, though below
 FREE = {"cli", "__init__"}  # import what they need when they need it

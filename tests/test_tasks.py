@@ -8,6 +8,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from conftest import last_epoch
 from torch import nn
 from ultralytics import RTDETR, YOLO
 from ultralytics.nn.tasks import load_checkpoint
@@ -27,6 +28,12 @@ FIGURES = {
     "obb": {"map50_95", "map50"},
     "classify": {"top1", "top5"},
 }
+MAIN = {  # our name -> the host's
+    "map50_95": "metrics/mAP50-95(B)",
+    "mask_map50_95": "metrics/mAP50-95(M)",
+    "pose_map50_95": "metrics/mAP50-95(P)",
+    "top1": "metrics/accuracy_top1",
+}
 TENSORS = {
     "segment": {"boxes", "scores", "mask_coefficient", "proto"},
     "pose": {"boxes", "scores", "kpts"},
@@ -45,6 +52,9 @@ def test_a_run_of_each_task(train, tmp_path, task, name):
     report = json.loads((yolo.trainer.save_dir / "qc" / "report.json").read_text())
     for key in ("float", "float_outputs", "qat", "qc"):
         assert set(report["metrics"][key]) == FIGURES[task] | {"fitness"}
+    epochs, measured = last_epoch(yolo.trainer.save_dir), report["metrics"]["float_outputs"]
+    for ours, theirs in MAIN.items():
+        assert ours not in measured or epochs[theirs] == round(measured[ours], 5)
     kept = report["metrics"][report["kept"]]
     assert yolo.returned.results_dict["fitness"] == kept["fitness"]
     assert task != "classify" or kept["top5"] > 0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, last_epoch
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
@@ -188,6 +188,32 @@ def test_other_families(train, name):
         torch.testing.assert_close(plain[key], fused[key], rtol=1e-3, atol=1e-3)
 
 
+def test_what_is_saved_is_what_was_measured(train):
+    """Nothing is rounded on the way to a file, and every validation is in FP32, with mixed precision too."""
+    seen, precisions = {}, []
+
+    def as_on_a_gpu(validator):
+        validator.args.quantize = 16 if validator.training else validator.args.quantize
+
+    def end_of_epoch(trainer):
+        seen.update({k: v.clone() for k, v in trainer.ema.ema.state_dict().items()})
+
+    yolo = train(
+        {"bits": 4, "correction": "off", "output_bits": None, "skip": ["model.9.cv1.conv"]},
+        {
+            "on_train_start": lambda trainer: trainer.callbacks["on_val_start"].insert(0, as_on_a_gpu),
+            "on_val_end": lambda validator: precisions.append(validator.args.quantize),
+            "on_fit_epoch_end": end_of_epoch,
+        },
+    )
+    rounded = {k for k, v in seen.items() if v.is_floating_point() and not torch.equal(v.half().float(), v)}
+    assert {"model.9.cv1.conv.weight", "model.0.bn.running_var"} < rounded, "the test must be able to fail"
+    for file in ("last.pt", "qat.pt"):
+        saved = load_checkpoint(yolo.trainer.wdir / file)[0].state_dict()
+        assert seen.keys() == saved.keys() and all(torch.equal(saved[k], v) for k, v in seen.items()), file
+    assert precisions == [None] * 3  # the float start, the epoch, the file
+
+
 def test_one_number_on_real_photographs(bccd, tmp_path):
     """Training, its report, what train() returns and a fresh process agree; QC is kept where it is better."""
     data, weights = bccd
@@ -201,6 +227,7 @@ def test_one_number_on_real_photographs(bccd, tmp_path):
     assert metrics["float"]["map50_95"] > 0.4 and metrics["qat"]["map50_95"] > 0.05
     assert kept == ("qc" if metrics["qc"]["fitness"] > metrics["qat"]["fitness"] else "qat")
     assert returned.box.map == pytest.approx(metrics[kept]["map50_95"], abs=1e-9)
+    assert last_epoch(run)["metrics/mAP50-95(B)"] == round(metrics["float_outputs"]["map50_95"], 5)
     for file, key in (("best.pt", kept), ("qat.pt", "qat")):
         out = python(
             "from ultralytics import YOLO\n"

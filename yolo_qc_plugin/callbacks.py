@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import fields
 
 from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.engine.validator import BaseValidator
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
@@ -16,13 +17,14 @@ from .checkpoint import AtomicPath, QuantRecord, record_of
 from .config import QCConfig, QCError
 from .deploy import deployed_convs
 from .distributed import alone, broadcast_quantizers
-from .finish import finish, saying_what_is_kept, take_all_images, training_images, validate
+from .finish import finish, saying_what_is_kept, take_all_images, training_images
 from .inject import calibrate, inject, remove, share_quantizers
 from .layers import is_quantized
 from .qdq import ONNX_KINDS, check_kind
 from .resume import fits, read_state, restore, rewind, watch_mosaic, write_state
 from .steps import Steps
 from .telemetry import FILE
+from .validation import EpochValidation, validate
 
 
 class QCCallbacks:
@@ -35,6 +37,7 @@ class QCCallbacks:
     def __init__(self, config: QCConfig):
         self.config = config
         self.steps: Steps | None = None  # once the trainer is set up
+        self.validation = EpochValidation()
 
     def __getstate__(self) -> dict:
         """A process of a multi-GPU run gets the options."""
@@ -61,6 +64,8 @@ class QCCallbacks:
             "on_train_batch_start": self.on_train_batch_start,
             "on_train_batch_end": self.on_train_batch_end,
             "on_train_epoch_end": self.on_train_epoch_end,  # a timed stop skips the last batch's own callback
+            "on_val_start": self.on_val_start,
+            "on_val_batch_end": self.on_val_batch_end,
             "on_train_end": self.on_train_end,
         }
 
@@ -159,8 +164,17 @@ class QCCallbacks:
         self.steps.end_batch(trainer)
 
     def on_train_epoch_end(self, trainer: BaseTrainer) -> None:
-        """The same for the last batch of a timed stop, whose own event is skipped."""
+        """The same for the last batch of a timed stop, whose own event is skipped; validation follows."""
         self.steps.end_epoch(trainer)
+        self.validation.follow(trainer)
+
+    def on_val_start(self, validator: BaseValidator) -> None:
+        """Have the deployed form validated."""
+        self.validation.begin(validator)
+
+    def on_val_batch_end(self, validator: BaseValidator) -> None:
+        """Take it out again after the last batch."""
+        self.validation.end_batch(validator)
 
     def on_train_end(self, trainer: BaseTrainer) -> None:
         """Correct, keep the better, report; of several processes, rank 0 alone is here."""

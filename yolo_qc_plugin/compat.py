@@ -46,10 +46,12 @@ CALLED = {
 }
 ARGUMENTS = "task model resume device amp compile quantize distill_model format plots save_json".split()
 EVENTS = """on_pretrain_routine_start on_pretrain_routine_end on_train_epoch_start on_train_batch_start
-            on_train_batch_end on_train_epoch_end on_train_end on_export_start""".split()
+            on_train_batch_end on_train_epoch_end on_train_end on_val_start on_val_batch_end
+            on_export_start""".split()
 AT_START = "args resume device world_size save_dir wdir last best callbacks validator metrics".split()
 WHEN_READY = """model amp ema.ema ema.updates optimizer.param_groups train_loader.reset train_loader._get_iterator
-                train_loader.generator.get_state test_loader validator.metrics freeze_layer_names""".split()
+                train_loader.generator.get_state test_loader validator.metrics validator.training
+                validator.args.quantize freeze_layer_names""".split()
 
 
 def differences() -> list[str]:

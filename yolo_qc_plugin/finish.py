@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 from zipfile import is_zipfile
@@ -35,27 +35,7 @@ from .reestimation import BATCHES, reestimate
 from .report import build_report, console_table, figures_of, write_report
 from .resume import FILE, conclude
 from .snap import snap
-
-
-def validate(trainer: BaseTrainer, model: nn.Module | Path) -> dict[str, float]:
-    """Measure a model on the validation set as the host's final evaluation does.
-
-    Args:
-        trainer: Set up; its validator and loader are used.
-        model: Checkpoint, or a module (fused in the course of it, so give a copy).
-
-    Returns:
-        The task's figures, as `figures_of` names them.
-    """
-    validator = trainer.validator
-    # arguments of its own: a measurement outside training sets some of them for good (save_json on COCO, say)
-    args, validator.args = validator.args, copy(validator.args)
-    validator.args.plots = validator.args.save_json = False
-    try:
-        validator(model=model)
-    finally:
-        validator.args = args
-    return figures_of(validator.metrics.results_dict)
+from .validation import validate
 
 
 def take_all_images(trainer: BaseTrainer) -> None:
@@ -74,9 +54,9 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
     """Quantize the outputs, correct, compare and report; runs at on_train_end.
 
     The host's final evaluation has just measured best.pt. With its outputs quantized (and its batch norm statistics
-    measured again before that, where they are to be) it becomes qat.pt; the corrected
-    model replaces best.pt where its fitness is higher than that of qat.pt, else qat.pt does, and
-    `trainer.validator.metrics` (what `model.train()` returns) are those of what best.pt holds.
+    measured again before that, where they are to be) it becomes qat.pt; the corrected model replaces best.pt where its
+    fitness is higher than that of qat.pt, else qat.pt does, and `trainer.validator.metrics` (what `model.train()`
+    returns) are those of what best.pt holds.
 
     Returns:
         The report, as written to qc/report.json.
@@ -178,13 +158,7 @@ def training_images(trainer: BaseTrainer, batches: int) -> Iterator[torch.Tensor
 
 def reestimate_norms(trainer: BaseTrainer, model: nn.Module) -> None:
     """Measure a finished model's batch norm statistics again, in place; those of layers that the host froze stay."""
-    reestimate(
-        model,
-        training_images(trainer, BATCHES),
-        model,
-        trainer.freeze_layer_names,
-    )
-    model.half().float()  # to what a checkpoint keeps: the model measured is the model written
+    reestimate(model, training_images(trainer, BATCHES), model, trainer.freeze_layer_names)
 
 
 def set_outputs(trainer: BaseTrainer, model: nn.Module, config: QCConfig) -> None:

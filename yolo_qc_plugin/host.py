@@ -175,6 +175,9 @@ def _fuse_quantized(original):
     def fuse(self, verbose=True, imgsz=640):
         if is_quantized(self):
             deploy_model(self)
+            for m in self.modules():
+                if isinstance(m, Detect):
+                    m.fuse()  # leaves the branch in use alone
             self.info(verbose=verbose, imgsz=imgsz)
         elif not deployed_convs(self):
             return original(self, verbose, imgsz)
@@ -258,8 +261,6 @@ def deploy_model(model: nn.Module) -> None:
             m.conv_transpose = fuse_deconv_and_bn(m.conv_transpose, m.bn)
             delattr(m, "bn")
             m.forward = m.forward_fuse
-        elif isinstance(m, Detect):
-            m.fuse()
     replace_modules(model, {m: deploy_conv(m, None, name) for name, m in quant_convs(model)})
     replace_modules(model, {m: deploy_activation(m) for _, m in quant_activations(model)})
 

@@ -13,7 +13,15 @@ from torch import nn
 
 from .config import QCConfig, QCError
 from .deploy import deployed_convs
-from .layers import WIDE, QuantActivation, QuantConv2d, is_quantized, quant_activations, quant_convs
+from .layers import (
+    QuantActivation,
+    QuantConv2d,
+    is_quantized,
+    narrow,
+    quant_activations,
+    quant_convs,
+    widen,
+)
 from .observers import SampleObserver
 from .quantizer import Quantizer
 
@@ -42,6 +50,8 @@ def inject(
     model: nn.Module, config: QCConfig, edges: Collection[str] = (), keep_float: Collection[str] = ()
 ) -> Injection:
     """Replace every nn.Conv2d of `model` by a QuantConv2d, in place; scales are not calibrated yet.
+
+    What is not quantized stays FP32 when the model is cast (see layers.WIDE).
 
     Exact type nn.Conv2d: subclasses may compute something else. All checks come before the first change.
 
@@ -80,14 +90,12 @@ def inject(
     if not plan:
         raise QCError(f"QC: skip={list(config.skip)} leaves no convolution to quantize.")
 
-    for m in model.modules():
-        if type(m) in WIDE:
-            m.__class__ = WIDE[type(m)]  # all else of it stays: hooks, and who holds it
     twins = {
         convs[name]: QuantConv2d.from_float(convs[name], w, a, config.per_channel, config.act_offset)
         for name, (w, a) in plan.items()
     }
     replace_modules(model, twins)
+    widen(model)
     return Injection(plan, tuple(name for name in convs if name not in plan))
 
 
@@ -148,9 +156,7 @@ def remove(model: nn.Module) -> int:
     twins = {m: m.to_float() for _, m in quant_convs(model)}
     replace_modules(model, twins)
     replace_modules(model, {m: m.act for _, m in quant_activations(model)})
-    narrow = {wide: kind for kind, wide in WIDE.items()}
-    for m in model.modules():
-        m.__class__ = narrow.get(type(m), type(m))
+    narrow(model)
     return len(twins)
 
 

@@ -102,14 +102,52 @@ class QuantConv2d(KeepWide, nn.Conv2d):
 
 
 class WideBatchNorm2d(KeepWide, nn.BatchNorm2d):
-    """nn.BatchNorm2d in FP32: rounded, it would move the codes of activations behind it."""
+    """nn.BatchNorm2d in FP32 (or wider); it takes inputs of any precision as it is."""
 
 
-class WideConvTranspose2d(KeepWide, nn.ConvTranspose2d):
-    """nn.ConvTranspose2d in FP32, for the same reason."""
+class OwnPrecision(KeepWide):
+    """Keeps FP32 (or wider) and computes in it, whatever the precision of the input, which the result has too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer makes of x."""
+        if x.dtype == self.weight.dtype:  # no casts in an exported graph
+            return super().forward(x)
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
-WIDE = {nn.BatchNorm2d: WideBatchNorm2d, nn.ConvTranspose2d: WideConvTranspose2d}
+class WideConv2d(OwnPrecision, nn.Conv2d):
+    """A convolution left in float."""
+
+
+class WideConvTranspose2d(OwnPrecision, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d, of heads with masks."""
+
+
+class WideLinear(OwnPrecision, nn.Linear):
+    """nn.Linear, of heads that classify."""
+
+
+# Layers that are not quantized, but whose rounding to FP16 would move the codes of activations behind them: what a
+# checkpoint holds would not be what was measured in training.
+WIDE = {
+    nn.BatchNorm2d: WideBatchNorm2d,
+    nn.Conv2d: WideConv2d,
+    nn.ConvTranspose2d: WideConvTranspose2d,
+    nn.Linear: WideLinear,
+}
+
+
+def widen(model: nn.Module) -> None:
+    """Let layers that are not quantized keep FP32 when a model is cast, in place: the same objects, other classes."""
+    for m in model.modules():
+        m.__class__ = WIDE.get(type(m), type(m))
+
+
+def narrow(model: nn.Module) -> None:
+    """Undo `widen`."""
+    plain = {wide: kind for kind, wide in WIDE.items()}
+    for m in model.modules():
+        m.__class__ = plain.get(type(m), type(m))
 
 
 class QuantSiLU(nn.Module):

@@ -15,9 +15,10 @@ from ultralytics.utils import LOGGER
 from . import compat, host
 from .checkpoint import record_of
 from .config import QCConfig, QCError
-from .finish import correct_and_keep, validate, write_like
+from .finish import correct_and_keep, write_like
 from .layers import quant_convs
 from .snap import snap
+from .validation import validate
 
 OPTIONS = tuple(f.name for f in fields(QCConfig) if f.name.startswith("correction"))
 # of the run that the checkpoint is from: what is not to be taken over
