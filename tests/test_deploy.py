@@ -242,7 +242,7 @@ def test_fuse_of_models_with_other_blocks(yaml, change, block):
     assert len(kept) == len(before) > 0
     for m in kept:
         if block is ConvTranspose:
-            assert type(m.conv_transpose) is nn.ConvTranspose2d and not hasattr(m, "bn")
+            assert isinstance(m.conv_transpose, nn.ConvTranspose2d) and not hasattr(m, "bn")
         else:  # both branches are there
             assert len(deployed_convs(m)) == 2
     assert fuse_changes_nothing(fused)

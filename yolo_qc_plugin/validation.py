@@ -16,6 +16,7 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.engine.validator import BaseValidator
 
 from .host import deploy_model, student
+from .layers import scale_parameters
 from .report import figures_of
 
 
@@ -57,6 +58,8 @@ class EpochValidation:
             return
         validator.args.quantize = None  # mixed precision; `yolo val` of the file takes FP32
         model = self._averaged
+        if not all(p.isfinite().all() for p in scale_parameters(model)):
+            return  # no grid to deploy; the host sees the NaN and recovers
         if getattr(model, "criterion", None) is None:
             model.criterion = model.init_criterion()  # now: it may keep parts of the layers
         self._layers, model.model = model.model, deepcopy(model.model)
