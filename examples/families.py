@@ -213,8 +213,8 @@ def page(rows: list[dict]) -> str:
         "untrained model (batch norms set from the images), 4 bits, QC, export. The figures are tiny for that reason; "
         "what counts is whether they are the same. In points:",
         "",
-        "- epoch: the last row of results.csv; file: the checkpoint that the host wrote then (outputs not quantized "
-        "yet), measured after training. The rest is of the model in best.pt:",
+        "- epoch: the last row of results.csv, which has three decimals of a point; file: the checkpoint that the host "
+        "wrote then (outputs not quantized yet), measured after training. The rest is of the model in best.pt:",
         "- training: what the run reports; val: `yolo val` of the file in a fresh process (it deploys the model), "
         "images padded as the host does for checkpoints",
         "- checkpoint, deployed, ONNX Runtime (optimised and not), OpenVINO: `yolo-qc check`, square images, as the "
