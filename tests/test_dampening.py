@@ -74,8 +74,7 @@ def test_micro_batches_add_up_to_the_batch_and_the_scaler_scales(parts):
     def gradient(*batches, weight=0.5, scaler=None):
         model.zero_grad()
         for one in batches:
-            weights.prepare()
-            added.prepare(weight)
+            added.prepare(weight, weights.prepare())
             loss, shown = model(one)
             assert shown.keys() == {"loss"} and shown["loss"].shape == (8,)
             (scaler.scale(loss) if scaler else loss).sum().backward()
@@ -95,12 +94,10 @@ def test_micro_batches_add_up_to_the_batch_and_the_scaler_scales(parts):
 def test_one_training_pass_is_changed_and_no_copy(parts):
     model, weights, batch = parts
     added, plain = Dampening(model, weights), model(batch(0, 4))[0].sum()
-    weights.prepare()
-    added.prepare(1.0)
+    added.prepare(1.0, weights.prepare())
     with pytest.raises(AttributeError):
         model({"img": None})  # a pass that fails
-    weights.prepare()
-    added.prepare(1.0)
+    added.prepare(1.0, weights.prepare())
     expected = plain + 4 * added.loss()
     assert torch.allclose(model(batch(0, 4))[0], expected) and expected > plain
     assert torch.equal(model(batch(0, 4))[0].sum(), plain)

@@ -62,21 +62,22 @@ class Dampening:
     def __init__(self, model: nn.Module, weights: WeightsTogether, summed: bool = True):
         self.model, self.weights, self.summed = model, weights, summed
         self.weight = 0.0
+        self.quantized: list[Tensor] = []
         self._hook = None
 
-    def prepare(self, weight: float) -> None:
-        """Add the loss times `weight` in the next forward pass; to be called after the weights are quantized."""
+    def prepare(self, weight: float, quantized: Sequence[Tensor]) -> None:
+        """Add the loss times `weight` in the next forward pass, of `quantized`, which WeightsTogether made for it."""
         if self._hook:
             self._hook.remove()  # of a pass that ended in an error
-        self.weight = weight
+        self.weight, self.quantized = weight, [q.detach() for q in quantized]
         # for one pass: a hook that stayed would be carried along by copies of the model
         self._hook = self.model.register_forward_hook(self._add) if weight else None
 
     def loss(self) -> Tensor:
-        """The loss, before its weight, of the weights as they were quantized last."""
+        """The loss, before its weight, of the weights as they were quantized for the pass."""
         w = self.weights
         scales = [q.per_weight(c.weight) for q, c in zip(w.quants, w.convs)]
-        return dampening_loss([c.weight for c in w.convs], w.quantized, scales, w.ranges)
+        return dampening_loss([c.weight for c in w.convs], self.quantized, scales, w.ranges)
 
     def _add(self, model: nn.Module, args: tuple, output: tuple) -> tuple:
         self._hook.remove()

@@ -80,10 +80,10 @@ class Steps:
         if not self.accumulation.pending:
             self._progress = (trainer.epoch + self._batches / len(trainer.train_loader)) / trainer.epochs
         self._batches += 1
-        self._weights.prepare()
+        quantized = self._weights.prepare()
         self._offsets.prepare()
         if self._dampening:
-            self._dampening.prepare(annealed(0.0, self.config.dampening_weight, self._progress))
+            self._dampening.prepare(annealed(0.0, self.config.dampening_weight, self._progress), quantized)
 
     def end_batch(self, trainer: BaseTrainer) -> None:
         """Count the micro-batch, and follow the step that it may have ended in."""

@@ -19,9 +19,6 @@ class WeightsTogether:
     Args:
         model: Injected model, whose frozen layers are frozen already.
         free: See `fake_quantize_all`; in the order of `trained_convs`.
-
-    Attributes:
-        quantized: The quantized weights of the last `prepare`, without gradients.
     """
 
     def __init__(self, model: nn.Module, free: Sequence[Tensor] | None = None):
@@ -31,15 +28,14 @@ class WeightsTogether:
         self.ranges = [(q.quant_min, q.quant_max) for q in self.quants]
         self.grad_scales = [q.grad_scale(conv.weight) for q, conv in zip(self.quants, self.convs)]
         self.free = free
-        self.quantized: list[Tensor] = []
 
-    def prepare(self) -> None:
+    def prepare(self) -> tuple[Tensor, ...]:
         """Compute them, with gradients; to be called before a forward pass."""
         weights = [conv.weight for conv in self.convs]
         results = fake_quantize_all(weights, [q.scale for q in self.quants], self.ranges, self.grad_scales, self.free)
-        self.quantized = [result.detach() for result in results]
         for quant, weight, result in zip(self.quants, weights, results):
             quant.keep(weight, result)
+        return results
 
 
 def trained_convs(model: nn.Module) -> dict[str, QuantConv2d]:
