@@ -7,7 +7,12 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import profile
+from ultralytics import YOLO
 
+from yolo_qc_plugin import QCConfig, functional, inject
+from yolo_qc_plugin.inject import share_quantizers
 from yolo_qc_plugin.layers import (
     ChannelAffine,
     QuantActivation,
@@ -278,6 +283,90 @@ def test_backward_within_autocast_sums_scale_gradients_in_fp32(per_channel):
     with torch.autocast("cpu", torch.bfloat16):
         q(w).backward(upstream)
     torch.testing.assert_close(q.scale.grad, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture(params=[0, 2**40], ids=["recomputed", "kept"])
+def recomputed(request, monkeypatch):
+    """Whether quantized inputs are computed again in backward, of whatever size."""
+    monkeypatch.setattr(functional, "RECOMPUTED_SIZE", request.param)
+    return request.param == 0
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "fixed weight"])
+def test_of_an_input_and_its_quantized_values_one_is_kept(recomputed, trained):
+    """The input. A fixed weight needs the values of neither, and gets by with the mask's."""
+    q, refs = quantized().requires_grad_(trained), []
+    q.act_quant.register_forward_hook(lambda m, args, xhat: refs.append(StorageWeakRef(xhat.untyped_storage())))
+    y = q(images().requires_grad_().mul(1))
+    (ref,) = refs
+    assert ref.expired() is (recomputed or not trained)
+    assert y.requires_grad
+
+
+def gradients(calls, make, change=lambda x: x, trained=True, autocast=False, passes=1):
+    """By the input and all parameters, of two convolutions that share a quantizer; leaves backward's calls alone."""
+    torch.manual_seed(0)
+    first, second = quantized(make()), quantized(make())
+    second.act_quant, first.act_quant.readers = first.act_quant, 2
+    both = nn.ModuleList([first, second])
+    for conv in both:
+        conv.weight.requires_grad_(trained)
+        conv.weight_quant.requires_grad_(trained)
+    start = images().requires_grad_()
+    x = change(start * 1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = sum(conv(x).float().square().mean() for conv in both)
+    calls.clear()
+    for i in range(passes):
+        loss.backward(retain_graph=i < passes - 1)
+    return {"x": start.grad, **{n: p.grad for n, p in both.named_parameters() if p.grad is not None}}
+
+
+CASES = {
+    **{name: dict(make=make) for name, make in CONVS.items()},
+    "channels last": dict(change=lambda x: x.contiguous(memory_format=torch.channels_last)),
+    "strided": dict(change=lambda x: x.transpose(2, 3)),
+    "half": dict(change=lambda x: x.bfloat16()),
+    "autocast": dict(autocast=True),
+    "fixed weight": dict(trained=False),
+    "backward twice": dict(passes=2),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_computing_again_changes_no_gradient(name, monkeypatch):
+    """Bit for bit; and is done once for both readers, in one backward pass."""
+    case, found, calls = {"make": CONVS["plain"], **CASES[name]}, [], []
+    values = functional._values
+    monkeypatch.setattr(functional, "_values", lambda *args: calls.append(args) or values(*args))
+    for size in (0, 2**40):
+        monkeypatch.setattr(functional, "RECOMPUTED_SIZE", size)
+        found.append(gradients(calls, **case))
+        # under autocast a cast copy is kept; a second backward pass knows of no readers that come after
+        again = 0 if case.keys() & {"autocast", "trained"} else 3 if "passes" in case else 1
+        assert "circular" in name or len(calls) == (0 if size else again)
+    assert found[0].keys() == found[1].keys() and all(torch.equal(g, found[1][n]) for n, g in found[0].items())
+    assert len(found[0]) >= 3 and found[0]["x"].any()
+
+
+def kept_for_backward(model):
+    """MB that are there after a forward pass, and were not before."""
+    with profile(profile_memory=True) as seen:
+        out = model(torch.zeros(2, 3, 64, 64))
+    assert out
+    return sum(e.nbytes() for e in seen.profiler.kineto_results.events() if e.name() == "[memory]") / 1e6
+
+
+@pytest.mark.parametrize("name", ["yolov5n.yaml", "yolo11n.yaml"])
+def test_a_model_keeps_as_much_as_in_float(name, recomputed):
+    """But for its quantized weights and the image, which float keeps from before; and a third more otherwise."""
+    model = YOLO(name).model.train()
+    plain = kept_for_backward(model)
+    inject.inject(model, QCConfig())
+    share_quantizers(model, torch.zeros(1, 3, 64, 64))
+    weights = sum(c.weight.numel() for _, c in quant_convs(model)) * 4e-6
+    more = kept_for_backward(model) - weights
+    assert (more < 1.05 * plain) is recomputed and more < 1.5 * plain
 
 
 def test_listing_of_layers_and_scales():

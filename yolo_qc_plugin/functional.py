@@ -11,11 +11,15 @@ Sources: LSQ (Esser et al., ICLR 2020, equations 1 to 3), LSQ+ (Bhalgat et al., 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from . import kernels
+
+RECOMPUTED_SIZE = 2**19  # elements below which the call that computes again costs more than the memory is worth
 
 
 def to_codes(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
@@ -80,6 +84,35 @@ def fake_quantize(
         Tensor of x's shape and dtype.
     """
     return _FakeQuantize.apply(x, scale, offset, quant_min, quant_max, grad_scale)
+
+
+def recomputed_in_backward(xhat: Tensor, values: bool = True) -> AbstractContextManager:
+    """Context in which an operation that keeps `xhat` for its backward keeps nothing: it is computed again there.
+
+    `fake_quantize` keeps x, so that of x and xhat one is kept, as in float. The values are the same, bit for bit; the
+    price is one more forward pass of `fake_quantize`, whatever the number of such operations.
+
+    Args:
+        xhat: Result of `fake_quantize`; for any other tensor, and for one below RECOMPUTED_SIZE, nothing changes.
+        values: False where backward reads no more of it than shape and dtype: it then gets x, at no price.
+    """
+    made_by = xhat.grad_fn
+    if not isinstance(made_by, _FakeQuantize._backward_cls) or (values and xhat.numel() < RECOMPUTED_SIZE):
+        return nullcontext()
+    memory = xhat.data_ptr(), xhat.shape  # not xhat itself, lest the hooks keep it
+
+    def pack(kept: Tensor) -> Tensor | None:
+        if (kept.data_ptr(), kept.shape) != memory:
+            return kept
+        made_by.readers += values
+        return None
+
+    def unpack(kept: Tensor | None) -> Tensor:
+        if kept is not None:
+            return kept
+        return _FakeQuantize.again(made_by) if values else made_by.saved_tensors[0]
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 def fake_quantize_all(
@@ -153,18 +186,26 @@ def _dot(a: Tensor, b: Tensor, slices: int) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Keeps x alone and recomputes v in backward: one saved tensor instead of three."""
+    """Keeps x alone and recomputes v in backward: one saved tensor instead of three (see `recomputed_in_backward`)."""
 
     @staticmethod
     def forward(ctx, x, scale, offset, quant_min, quant_max, grad_scale):
         ctx.save_for_backward(x, scale, offset)
         ctx.quant_min, ctx.quant_max, ctx.grad_scale = quant_min, quant_max, grad_scale
+        ctx.readers, ctx.xhat = 0, None  # see again
         ctx.compiled = any(ctx.needs_input_grad) and kernels.usable(x)  # measuring alone is not worth compiling
-        if ctx.compiled and (out := kernels.forward(x, scale, offset, quant_min, quant_max)) is not None:
-            return out
-        s, z = _per_slice(scale, x), _per_slice(offset, x)
-        out = to_codes(widen(x), s, z, quant_min, quant_max).mul_(s)
-        return (out if z is None else out.add_(z)).to(x.dtype)
+        return _values(x, scale, offset, quant_min, quant_max, ctx.compiled)
+
+    @staticmethod
+    @torch.no_grad()
+    def again(ctx) -> Tensor:
+        """The result of forward, for the next of its readers; before the backward below, which comes after theirs."""
+        out = ctx.xhat
+        if out is None:
+            out = _values(*ctx.saved_tensors, ctx.quant_min, ctx.quant_max, ctx.compiled)
+        ctx.readers -= 1
+        ctx.xhat = out if ctx.readers > 0 else None
+        return out
 
     @staticmethod
     def backward(ctx, grad):
@@ -173,6 +214,14 @@ class _FakeQuantize(torch.autograd.Function):
         found = kernels.backward(*arguments) if ctx.compiled else None
         found = found or _gradients(*arguments, *needed[1:])
         return *(g if need else None for g, need in zip(found, needed)), None, None, None
+
+
+def _values(x, scale, offset, quant_min, quant_max, compiled):
+    if compiled and (out := kernels.forward(x, scale, offset, quant_min, quant_max)) is not None:
+        return out
+    s, z = _per_slice(scale, x), _per_slice(offset, x)
+    out = to_codes(widen(x), s, z, quant_min, quant_max).mul_(s)
+    return (out if z is None else out.add_(z)).to(x.dtype)
 
 
 def _gradients(grad, x, scale, offset, quant_min, quant_max, grad_scale, need_scale, need_offset):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .functional import quantized_silu
+from .functional import quantized_silu, recomputed_in_backward
 from .observers import binary_range
 from .quantizer import ActQuantizer, Quantizer, WeightQuantizer
 
@@ -93,7 +93,9 @@ class QuantConv2d(KeepWide, nn.Conv2d):
         """Convolve x of shape (batch, in, height, width)."""
         weight = self.weight_quant(self.weight).to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = self._conv_forward(self.act_quant(x), weight, bias)
+        x = self.act_quant(x)
+        with recomputed_in_backward(x, values=weight.requires_grad):  # what the weight's gradient is made of
+            y = self._conv_forward(x, weight, bias)
         return y if self.correction is None else self.correction(y)
 
     def weight_codes(self) -> Tensor:
