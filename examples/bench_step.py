@@ -30,11 +30,17 @@ VARIANTS = {
     "float": "stock training",
     "LSQ": "4 bits, no offset, no EMA (ema_decay=0)",
     "LSQ+ EMA": "4 bits, the defaults",
-    "LSQ+ EMA, eager": "the same with YOLO_QC_COMPILE=0",
+    "LSQ+ EMA, no telemetry": "the same with telemetry=False",
+    "LSQ+ EMA, eager": "the defaults with YOLO_QC_COMPILE=0",
     "quantize=8": "Ultralytics' own, ModelOpt",
     "Brevitas": "4 bits, learned scales, signed activations",
 }
-OURS = {"LSQ": dict(bits=4, act_offset=False, ema_decay=0.0), "LSQ+ EMA": dict(bits=4), "LSQ+ EMA, eager": dict(bits=4)}
+OURS = {
+    "LSQ": dict(bits=4, act_offset=False, ema_decay=0.0),
+    "LSQ+ EMA": dict(bits=4),
+    "LSQ+ EMA, no telemetry": dict(bits=4, telemetry=False),
+    "LSQ+ EMA, eager": dict(bits=4),
+}
 
 
 def brevitas_trainer():

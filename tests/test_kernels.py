@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from ultralytics import YOLO
 
-from yolo_qc_plugin import add_qc_callbacks, kernels
+from yolo_qc_plugin import add_qc_callbacks, kernels, native
 from yolo_qc_plugin.functional import fake_quantize
 from yolo_qc_plugin.layers import QuantActivation
 
@@ -24,6 +24,21 @@ def switched_on():
     kernels.enabled, kernels.MIN_SIZE = True, 2**10
     yield
     kernels.enabled, kernels.MIN_SIZE = was
+
+
+@pytest.fixture(params=["C", "torch.compile"])
+def way(request, monkeypatch):
+    """Which of the two compiles for FP32 on a CPU; other dtypes are torch.compile's."""
+    if request.param == "C":
+        assert native.library() is not None
+    else:
+        torch_compile(monkeypatch)
+    return request.param
+
+
+def torch_compile(monkeypatch):
+    """Leave all to torch.compile, as on CUDA."""
+    monkeypatch.setattr(native, "takes", lambda *args: False)
 
 
 def compute(x, grad, scale, offset, low, high, compiled):
@@ -48,7 +63,7 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape,scales,with_offset,memory", CASES.values(), ids=CASES)
-def test_equal_to_separate_operations(shape, scales, with_offset, memory, dtype):
+def test_equal_to_separate_operations(shape, scales, with_offset, memory, dtype, way):
     """Values and gradients by x exactly; sums as near to FP64's as those of the separate operations, and nearer."""
     torch.manual_seed(0)
     x, grad = (torch.randn(shape).to(dtype).contiguous(memory_format=memory) for _ in range(2))
@@ -105,7 +120,7 @@ def test_quantized_silu_where_compiling_fails(monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["slice", "transposed", "expanded gradient", "strided gradient"])
-def test_any_memory_layout(change):
+def test_any_memory_layout(change, way):
     torch.manual_seed(0)
     x, grad = torch.randn(4, 32, 24, 24), torch.randn(4, 32, 24, 24)
     if change == "slice":
@@ -124,11 +139,56 @@ def test_any_memory_layout(change):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
 
 
-def test_what_follows_may_work_in_place():
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("scales,columns", [(1, 8192), (1, 100_003), (5, 8192 * 2 + 1), (64, 9)])
+def test_c_over_chunks_rows_and_threads(scales, columns, threads):
+    """Chunks that are full, cut short and more than one a row; sums do not depend on the threads."""
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, scales, columns)
+    scale, offset = torch.rand(scales) * 0.2 + 0.1, torch.rand(scales) - 0.5
+    assert native.takes(x, scale, offset)
+    was, found = torch.get_num_threads(), []
+    for n in (threads, 1):
+        torch.set_num_threads(n)
+        found.append((native.forward(x, scale, offset, -8, 7), *native.backward(grad, x, scale, offset, -8, 7, 0.5)))
+    torch.set_num_threads(was)
+    assert all(map(torch.equal, *found))
+    wide, s, o = x.double(), scale.double().view(-1, 1), offset.double().view(-1, 1)
+    v = (x - offset.view(-1, 1)) / scale.view(-1, 1)
+    inside, code = (v > -8) & (v < 7), v.round().clamp(-8, 7)
+    assert torch.equal(found[0][0], code * scale.view(-1, 1) + offset.view(-1, 1))
+    assert torch.equal(found[0][1], grad * inside)
+    by_scale = grad.double() * torch.where(inside, code.double() - (wide - o) / s, code.double())
+    for sums, wanted in ((found[0][2], by_scale), (found[0][3], grad.double() * ~inside)):
+        torch.testing.assert_close(sums.double(), wanted.sum(1) * 0.5, rtol=1e-5, atol=1e-5 * columns**0.5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_comes_out_as_of_the_separate_operations(value, way):
+    x, grad = torch.tensor([0.3, value, -0.7, 0.1] * 256), torch.tensor([1.0, 2.0, 3.0, 4.0] * 256)
+    found = [compute(x, grad, torch.tensor([0.1]), torch.tensor([0.0]), -8, 7, compiled) for compiled in (True, False)]
+    assert torch.equal(found[0][0].nan_to_num(-99), found[1][0].nan_to_num(-99))
+    assert torch.equal(found[0][1][x.isfinite()], found[1][1][x.isfinite()])
+    for seen in (found[0][0][1], found[0][2]):  # NaN reaches the host's check; infinity is clipped
+        assert seen.isnan() if value != value else seen.isfinite()
+
+
+def test_c_leaves_no_file_and_takes_only_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    native.library.cache_clear()
+    one = torch.ones(1)
+    assert native.library() is not None and not any(tmp_path.iterdir())
+    assert native.takes(one, one, None) and native.takes(one, one, one)
+    for x, scale, offset in [(one.double(), one, None), (one.half(), one, None), (one.to("meta"), one, None),
+                             (one, one.double(), None), (one, torch.ones(2), one), (one[:0], one, None)]:  # fmt: skip
+        assert not native.takes(x, scale, offset)
+
+
+def test_what_follows_may_work_in_place(way):
     """As the host's LeakyReLU and ReLU do, behind a quantized output."""
     start = torch.randn(2, 8, 80, 80)
     scale, offset = torch.tensor([0.1]), torch.tensor([-1.0])
-    assert kernels.usable(start)
+    assert kernels.usable(start, scale, offset)
     found = []
     for inplace in (True, False):
         x = start.clone().requires_grad_()
@@ -138,8 +198,9 @@ def test_what_follows_may_work_in_place():
     assert all(map(torch.equal, *found)) and (found[0][0] < 0).any()
 
 
-def test_one_compilation_serves_all_sizes_and_ranges():
+def test_one_compilation_serves_all_sizes_and_ranges(monkeypatch):
     """Of one dtype; and what is too small is not compiled at all."""
+    torch_compile(monkeypatch)
     torch.manual_seed(0)
 
     def call(shape, low, high, offset):
@@ -168,7 +229,10 @@ print(kernels.enabled, x.grad.sum().item(), s.grad.item())
 """
 
 
-@pytest.mark.parametrize("environment,tried", [({"CXX": "no-such-compiler"}, True), ({"YOLO_QC_COMPILE": "0"}, False)])
+NO_COMPILER = {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
+
+
+@pytest.mark.parametrize("environment,tried", [(NO_COMPILER, True), ({"YOLO_QC_COMPILE": "0"}, False)])
 def test_without_a_compiler(environment, tried, tmp_path):
     """One line says so, and the result is the same."""
     results = []
@@ -200,8 +264,9 @@ def test_a_run_is_the_same_with_and_without(digits, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
-def test_no_compilation_after_the_first_epoch(digits, tmp_path):
-    """Under multi-scale training, with a last batch that is shorter."""
+def test_no_compilation_after_the_first_epoch(digits, tmp_path, monkeypatch):
+    """Of torch.compile's, under multi-scale training, with a last batch that is shorter."""
+    torch_compile(monkeypatch)
     model, graphs, sizes = YOLO("yolov5n.yaml"), [], set()
     add_qc_callbacks(model, bits=4, correction="off")
     model.add_callback("on_train_epoch_end", lambda t: graphs.append(counters["stats"]["unique_graphs"]))

@@ -193,7 +193,9 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, scale, offset)
         ctx.quant_min, ctx.quant_max, ctx.grad_scale = quant_min, quant_max, grad_scale
         ctx.readers, ctx.xhat = 0, None  # see again
-        ctx.compiled = any(ctx.needs_input_grad) and kernels.usable(x)  # measuring alone is not worth compiling
+        ctx.compiled = any(ctx.needs_input_grad) and kernels.usable(
+            x, scale, offset
+        )  # measuring alone is not worth compiling
         return _values(x, scale, offset, quant_min, quant_max, ctx.compiled)
 
     @staticmethod

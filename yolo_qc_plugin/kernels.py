@@ -1,12 +1,13 @@
 # yolo_qc_plugin, AGPL-3.0
-"""The two passes of fake quantization over memory, each compiled into one loop by torch.compile.
+"""The two passes of fake quantization over memory, each compiled into one loop: of C for FP32 on a CPU (`native`), else
+by torch.compile.
 
 Forward reads x and writes xhat; backward reads the gradient and x and writes a gradient, with the two sums by scale and
 offset taken on the way. Written as separate tensor operations, the same takes some twenty passes.
 
-All arguments are tensors of one or two dimensions with dynamic sizes, the grid (quant_min, quant_max, LSQ's gradient
-scale) and an absent offset included, so that one compilation (of each dtype) serves every layer and batch. Where
-nothing can be compiled, or YOLO_QC_COMPILE=0 is in the environment, callers take their own way.
+For torch.compile all arguments are tensors of one or two dimensions with dynamic sizes, the grid (quant_min,
+quant_max, LSQ's gradient scale) and an absent offset included, so that one compilation (of each dtype) serves every
+layer and batch. Where nothing can be compiled, or YOLO_QC_COMPILE=0 is in the environment, callers take their own way.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-MIN_SIZE = 2**16  # elements below which a call of a compiled function costs what it saves (docs/results/quantizer.md)
+from . import native
+
+MIN_SIZE = 2**16  # elements below which a call of what torch.compile made costs what it saves
 
 enabled = os.environ.get("YOLO_QC_COMPILE", "1") != "0"
 
@@ -75,14 +78,21 @@ def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-def usable(x: Tensor) -> bool:
-    """Whether x (any shape) is to be computed by the compiled passes."""
+def usable(x: Tensor, scale: Tensor, offset: Tensor | None) -> bool:
+    """Whether x (any shape) is to be fake-quantized by the compiled passes."""
+    return worth_compiling(x) or (enabled and native.takes(x, scale, offset))
+
+
+def worth_compiling(x: Tensor) -> bool:
+    """Whether torch.compile is to be asked, which it is not within a model that is compiled as a whole."""
     return enabled and x.numel() >= MIN_SIZE and not torch.compiler.is_compiling()
 
 
 def forward(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int) -> Tensor | None:
     """Fake-quantize x; arguments as of `functional.fake_quantize`. None where it cannot be compiled."""
     x = _dense(x, scale)
+    if native.takes(x, scale, offset):
+        return native.forward(x, scale, offset, quant_min, quant_max)
     out = _run(_forward, (x,), scale, offset, quant_min, quant_max)
     return None if out is None else out.as_strided_(x.shape, x.stride())
 
@@ -92,7 +102,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Gradients by x, scale and offset, shape (scales,) each of the latter; or None."""
     x = _dense(x, scale)
-    found = _run(_backward, (_like(grad, x), x), scale, offset, quant_min, quant_max, grad_scale)
+    grad = _like(grad, x)
+    if native.takes(x, scale, offset) and grad.dtype == x.dtype:
+        return native.backward(grad, x, scale, offset, quant_min, quant_max, grad_scale)
+    found = _run(_backward, (grad, x), scale, offset, quant_min, quant_max, grad_scale)
     if found is None:
         return None
     by_x, by_scale, by_offset = found

@@ -203,7 +203,7 @@ class QuantActivation(KeepWide, nn.Module):
     def _in_one_pass(self, x: Tensor) -> bool:
         """Whether x is to be trained through (by QC, which keeps scales), and in what one pass can do."""
         plain = isinstance(self.function, QuantSiLU) and self.quant.enabled and not self.quant.scale.requires_grad
-        return plain and torch.is_grad_enabled() and x.dtype == torch.float32 and kernels.usable(x)
+        return plain and torch.is_grad_enabled() and x.dtype == torch.float32 and kernels.worth_compiling(x)
 
     @torch.no_grad()
     def calibrate(self, values: Tensor, low: float, high: float) -> None:

@@ -1,0 +1,87 @@
+# yolo_qc_plugin, AGPL-3.0
+"""native.c: the two passes of fake quantization over memory, for FP32 on a CPU, by the machine's C compiler.
+
+Compiled in each process that trains, in under a second, into a folder of its own that goes at once: there is nothing
+to keep, to share or to trust. A call costs microseconds where one of a function of torch.compile costs hundreds between
+a network's convolutions (docs/results/quantizer.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import subprocess
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+COMPILERS = "cc", "gcc", "clang"  # tried in this order where CC is not in the environment
+# values are to be those of PyTorch: nothing that lets a compiler change them, as -ffast-math does
+EXACT = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+FASTER = [["-march=native", "-fopenmp"], ["-march=native", "-fopenmp-simd"], []]  # the first that the compiler knows
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, or None where there is no C compiler."""
+    source = Path(__file__).with_suffix(".c")
+    compilers = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else [[name] for name in COMPILERS]
+    for compiler in compilers:
+        for flags in FASTER:
+            try:
+                with TemporaryDirectory(prefix="yolo_qc_") as folder:
+                    target = Path(folder, "native.so")
+                    command = [*compiler, *EXACT, *flags, str(source), "-o", str(target), "-lm"]
+                    subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+                    found = ctypes.CDLL(str(target))
+            except (OSError, subprocess.CalledProcessError):
+                continue
+            sizes, grid = [c_int64, c_int64, c_void_p, c_void_p], [c_float, c_float]
+            found.fake_quantize.argtypes = [*[c_void_p] * 2, *sizes, *grid, c_int]
+            found.fake_quantize.restype = None
+            found.fake_quantize_backward.argtypes = [*[c_void_p] * 5, *sizes, *grid, c_float, c_int]
+            return found
+    return None
+
+
+def takes(x: Tensor, scale: Tensor, offset: Tensor | None) -> bool:
+    """Whether the functions below are for these; x of any shape and memory order."""
+    if torch.compiler.is_compiling() or not x.numel() or (offset is not None and offset.numel() != scale.numel()):
+        return False
+    plain = all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in (x, scale, offset))
+    return plain and library() is not None
+
+
+def forward(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
+    """Fake-quantize a dense x; arguments as of `functional.fake_quantize`."""
+    out = torch.empty_like(x)
+    library().fake_quantize(
+        x.data_ptr(), out.data_ptr(), *_layout(x, scale, offset), quant_min, quant_max, torch.get_num_threads()
+    )
+    return out
+
+
+def backward(
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int, grad_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by x, scale and offset; `grad` and x dense and in the same memory order.
+
+    Raises:
+        MemoryError: Without memory for the partial sums.
+    """
+    by_x, by_scale, by_offset = torch.empty_like(x), scale.new_empty(scale.numel()), scale.new_empty(scale.numel())
+    outputs = by_x.data_ptr(), by_scale.data_ptr(), by_offset.data_ptr()
+    grid = quant_min, quant_max, grad_scale, torch.get_num_threads()
+    if library().fake_quantize_backward(grad.data_ptr(), x.data_ptr(), *outputs, *_layout(x, scale, offset), *grid):
+        raise MemoryError("no memory for the sums of a quantizer's gradients")
+    return by_x, by_scale, by_offset
+
+
+def _layout(x: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[int, int, int, int | None]:
+    rows = scale.numel()
+    return rows, x.numel() // rows, scale.data_ptr(), None if offset is None else offset.data_ptr()
