@@ -14,8 +14,8 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
 from yolo_qc_plugin import add_qc_callbacks, freezing
+from yolo_qc_plugin.foreach import fake_quantize_all
 from yolo_qc_plugin.freezing import Freezing, freeze_threshold
-from yolo_qc_plugin.functional import fake_quantize_all
 from yolo_qc_plugin.layers import QuantConv2d, quant_convs
 
 

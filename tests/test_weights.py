@@ -9,15 +9,16 @@ import torch
 from torch import nn
 
 from yolo_qc_plugin import kernels
-from yolo_qc_plugin.functional import fake_quantize, fake_quantize_all
+from yolo_qc_plugin.foreach import fake_quantize_all
+from yolo_qc_plugin.functional import fake_quantize
 from yolo_qc_plugin.layers import QuantConv2d
 from yolo_qc_plugin.weights import WeightsTogether
 
 
-@pytest.fixture(autouse=True)
-def separate_operations(monkeypatch):
-    """Compiled sums are rounded in another order."""
-    monkeypatch.setattr(kernels, "enabled", False)
+@pytest.fixture(autouse=True, params=[False, True], ids=["operations on lists", "C"])
+def way(request, monkeypatch):
+    """Both are compared with themselves: sums are rounded in another order."""
+    monkeypatch.setattr(kernels, "enabled", request.param)
 
 
 def test_values_and_gradients_are_those_of_each_alone():

@@ -10,7 +10,6 @@ Sources: LSQ (Esser et al., ICLR 2020, equations 1 to 3), LSQ+ (Bhalgat et al., 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -33,20 +32,6 @@ def to_codes(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, qu
         quant_max: Largest code.
     """
     return _grid_position(x, scale, offset).round_().clamp_(quant_min, quant_max)
-
-
-def to_codes_all(
-    weights: Sequence[Tensor], scales: Sequence[Tensor], ranges: Sequence[tuple[int, int]]
-) -> list[Tensor]:
-    """`to_codes` of many tensors without offset, by operations on lists.
-
-    Args:
-        weights: Any shapes.
-        scales: Of each, shape (1,) or (C,).
-        ranges: (quant_min, quant_max) of each.
-    """
-    factors = [_per_slice(s, w) for s, w in zip(scales, weights)]
-    return _codes_of_all(torch._foreach_div([widen(w) for w in weights], factors), ranges)
 
 
 def from_codes(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
@@ -115,39 +100,6 @@ def recomputed_in_backward(xhat: Tensor, values: bool = True) -> AbstractContext
     return saved_tensors_hooks(pack, unpack)
 
 
-def fake_quantize_all(
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    ranges: Sequence[tuple[int, int]],
-    grad_scales: Sequence[float],
-    free: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, ...]:
-    """`fake_quantize` of many tensors without offset: the same values and gradients, by operations on lists.
-
-    A detector has some seventy weights, most so small that calling the operations takes longer than computing them.
-
-    Args:
-        weights: Any shapes.
-        scales: Of each, shape (1,) or (C,).
-        ranges: (quant_min, quant_max) of each.
-        grad_scales: LSQ's gradient scale of each.
-        free: Of each, 1 where the weight is free and 0 where its code is fixed, in its shape; None if all are free. A
-            fixed weight has the gradient of one that is clipped to its code: 0 by itself, code by the scale.
-    """
-    return _FakeQuantizeAll.apply(ranges, grad_scales, free, *weights, *scales)
-
-
-def snap_all(offsets: Sequence[Tensor], scales: Sequence[Tensor], most: Sequence[int]) -> tuple[Tensor, ...]:
-    """Each offset as a whole number of steps in [-most, 0], by operations on lists; gradient straight through.
-
-    Args:
-        offsets: Any shapes.
-        scales: Of each, positive, its shape.
-        most: Steps of each below 0 at most, >= 0.
-    """
-    return _SnapAll.apply(scales, most, *offsets)
-
-
 def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """SiLU of the fake-quantized `u` with its sigmoid rounded to whole 256ths, differentiable in `u` alone.
 
@@ -173,12 +125,12 @@ def _grid_position(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     return x / scale if offset is None else (x - offset).div_(scale)
 
 
-def _per_slice(p: Tensor | None, x: Tensor) -> Tensor | None:
+def per_slice(p: Tensor | None, x: Tensor) -> Tensor | None:
     """View a (C,) parameter along x's first axis; a (1,) parameter broadcasts as it is."""
     return p if p is None or p.numel() == 1 else p.view(-1, *[1] * (x.dim() - 1))
 
 
-def _dot(a: Tensor, b: Tensor, slices: int) -> Tensor:
+def dot(a: Tensor, b: Tensor, slices: int) -> Tensor:
     """Sum of a * b over everything (slices = 1) or over each slice of the first axis; shape (slices,)."""
     if slices == 1:
         return torch.dot(a.reshape(-1), b.reshape(-1)).view(1)
@@ -221,7 +173,7 @@ class _FakeQuantize(torch.autograd.Function):
 def _values(x, scale, offset, quant_min, quant_max, compiled):
     if compiled and (out := kernels.forward(x, scale, offset, quant_min, quant_max)) is not None:
         return out
-    s, z = _per_slice(scale, x), _per_slice(offset, x)
+    s, z = per_slice(scale, x), per_slice(offset, x)
     out = to_codes(widen(x), s, z, quant_min, quant_max).mul_(s)
     return (out if z is None else out.add_(z)).to(x.dtype)
 
@@ -230,7 +182,7 @@ def _gradients(grad, x, scale, offset, quant_min, quant_max, grad_scale, need_sc
     """Gradients by x, scale and offset, in few passes of separate tensor operations."""
     wide = widen(x)
     g = grad.to(wide.dtype)
-    v = _grid_position(wide, _per_slice(scale, x), _per_slice(offset, x))
+    v = _grid_position(wide, per_slice(scale, x), per_slice(offset, x))
     # one fused pass: g where quant_min < v < quant_max, else 0
     inside = torch.ops.aten.hardtanh_backward(g, v, quant_min, quant_max)
     by_scale = by_offset = None
@@ -239,67 +191,10 @@ def _gradients(grad, x, scale, offset, quant_min, quant_max, grad_scale, need_sc
         outside = g.sum() - inside.sum() if slices == 1 else (g - inside).flatten(1).sum(1)
         by_offset = outside.view(slices) * grad_scale
     if need_scale:
-        v_part = _dot(inside, v, slices)
+        v_part = dot(inside, v, slices)
         codes = v.round_().clamp_(quant_min, quant_max)  # v is not needed any more
-        by_scale = (_dot(g, codes, slices) - v_part) * grad_scale
+        by_scale = (dot(g, codes, slices) - v_part) * grad_scale
     return inside.to(x.dtype), by_scale, by_offset
-
-
-class _FakeQuantizeAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, ranges, grad_scales, free, *tensors):
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)  # a weight that nothing used gets no gradient
-        ctx.ranges, ctx.grad_scales, ctx.free = ranges, grad_scales, free
-        weights, scales = tensors[: len(ranges)], tensors[len(ranges) :]
-        out = to_codes_all(weights, scales, ranges)
-        torch._foreach_mul_(out, [_per_slice(s, w) for s, w in zip(scales, weights)])
-        return tuple(y.to(w.dtype) for y, w in zip(out, weights))
-
-    @staticmethod
-    def backward(ctx, *grads):
-        n = len(ctx.ranges)
-        used = [i for i, g in enumerate(grads) if g is not None]
-        saved = ctx.saved_tensors
-        weights, scales = ([saved[k + i] for i in used] for k in (0, n))
-        ranges, slices = [ctx.ranges[i] for i in used], [s.numel() for s in scales]
-        v = torch._foreach_div([widen(w) for w in weights], [_per_slice(s, w) for s, w in zip(scales, weights)])
-        g = [grads[i].to(position.dtype) for i, position in zip(used, v)]
-        inside = [torch.ops.aten.hardtanh_backward(*pair, *bounds) for *pair, bounds in zip(g, v, ranges)]
-        if ctx.free is not None:
-            torch._foreach_mul_(inside, [ctx.free[i] for i in used])
-        parts = [_dot(*pair, k) for *pair, k in zip(inside, v, slices)]
-        codes = _codes_of_all(v, ranges)  # in the place of v
-        by_scale = torch._foreach_sub([_dot(*pair, k) for *pair, k in zip(g, codes, slices)], parts)
-        torch._foreach_mul_(by_scale, [ctx.grad_scales[i] for i in used])
-        found = [None] * (3 + 2 * n)
-        for i, by_weight, weight, s in zip(used, inside, weights, by_scale):
-            found[3 + i], found[3 + n + i] = by_weight.to(weight.dtype), s
-        return tuple(found)
-
-
-def _codes_of_all(v, ranges):
-    torch._foreach_round_(v)
-    torch._foreach_clamp_min_(v, [low for low, _ in ranges])
-    torch._foreach_clamp_max_(v, [high for _, high in ranges])
-    return v
-
-
-class _SnapAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, scales, most, *offsets):
-        ctx.set_materialize_grads(False)
-        steps = torch._foreach_div(torch._foreach_neg(offsets), scales)
-        torch._foreach_round_(steps)
-        torch._foreach_clamp_min_(steps, 0.0)
-        torch._foreach_clamp_max_(steps, [float(n) for n in most])
-        torch._foreach_mul_(steps, scales)
-        torch._foreach_neg_(steps)
-        return tuple(steps)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return None, None, *grads
 
 
 class _QuantizedSiLU(torch.autograd.Function):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -93,6 +93,7 @@ def forward(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, qua
     x = _dense(x, scale)
     if native.takes(x, scale, offset):
         return native.forward(x, scale, offset, quant_min, quant_max)
+    x = x.detach()
     out = _run(_forward, (x,), scale, offset, quant_min, quant_max)
     return None if out is None else out.as_strided_(x.shape, x.stride())
 
@@ -105,6 +106,7 @@ def backward(
     grad = _like(grad, x)
     if native.takes(x, scale, offset) and grad.dtype == x.dtype:
         return native.backward(grad, x, scale, offset, quant_min, quant_max, grad_scale)
+    grad, x = grad.detach(), x.detach()
     found = _run(_backward, (grad, x), scale, offset, quant_min, quant_max, grad_scale)
     if found is None:
         return None
@@ -112,17 +114,44 @@ def backward(
     return by_x.as_strided_(x.shape, x.stride()), by_scale, by_offset
 
 
+def forward_all(
+    weights: Sequence[Tensor], scales: Sequence[Tensor], ranges: Sequence[tuple[int, int]]
+) -> list[Tensor] | None:
+    """`forward` of many small tensors without offset where calls cost next to nothing, in C; else None."""
+    if not (enabled and all(native.takes(w, s, None) for w, s in zip(weights, scales))):
+        return None
+    return [native.forward(_dense(w, s), s, None, *bounds) for w, s, bounds in zip(weights, scales, ranges)]
+
+
+def backward_all(
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    ranges: Sequence[tuple[int, int]],
+    grad_scales: Sequence[float],
+) -> list[tuple[Tensor, Tensor]] | None:
+    """Gradients by each weight and scale where `forward_all` is possible, else None."""
+    if not (enabled and all(native.takes(w, s, None) for w, s in zip(weights, scales))):
+        return None
+    found = []
+    for grad, weight, scale, bounds, grad_scale in zip(grads, weights, scales, ranges, grad_scales):
+        weight = _dense(weight, scale)
+        grad = _like(grad.to(weight.dtype), weight)
+        found.append(native.backward(grad, weight, scale, None, *bounds, grad_scale)[:2])
+    return found
+
+
 def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """SiLU, its sigmoid in whole 256ths, of the fake-quantized u (`layers.QuantActivation`); u in FP32, one scale."""
-    return _each(_silu_forward, (_dense(u, scale),), scale, offset, quant_min, quant_max)
+    return _each(_silu_forward, (_dense(u, scale).detach(),), scale, offset, quant_min, quant_max)
 
 
 def quantized_silu_backward(
     grad: Tensor, u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int
 ) -> Tensor:
     """Gradient of `quantized_silu` by u alone."""
-    u = _dense(u, scale)
-    return _each(_silu_backward, (_like(grad, u), u), scale, offset, quant_min, quant_max)
+    u = _dense(u, scale).detach()
+    return _each(_silu_backward, (_like(grad, u).detach(), u), scale, offset, quant_min, quant_max)
 
 
 def _each(f: Callable, tensors: tuple[Tensor, ...], scale: Tensor, offset: Tensor, low: int, high: int) -> Tensor:
@@ -168,7 +197,6 @@ def _run(
 
 def _dense(x: Tensor, scale: Tensor) -> Tensor:
     """x itself where its memory can be walked in one line, else a copy."""
-    x = x.detach()
     if scale.numel() == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous()
@@ -177,7 +205,7 @@ def _dense(x: Tensor, scale: Tensor) -> Tensor:
 def _like(grad: Tensor, x: Tensor) -> Tensor:
     """`grad` in the memory order of x."""
     if grad.stride() == x.stride():
-        return grad.detach()
+        return grad
     return torch.empty_strided(x.shape, x.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
 
 

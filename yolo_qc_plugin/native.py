@@ -51,10 +51,11 @@ def library() -> ctypes.CDLL | None:
 
 def takes(x: Tensor, scale: Tensor, offset: Tensor | None) -> bool:
     """Whether the functions below are for these; x of any shape and memory order."""
-    if torch.compiler.is_compiling() or not x.numel() or (offset is not None and offset.numel() != scale.numel()):
+    if not (x.is_cpu and x.dtype == scale.dtype == torch.float32 and x.numel()) or torch.compiler.is_compiling():
         return False
-    plain = all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in (x, scale, offset))
-    return plain and library() is not None
+    if offset is not None and not (offset.dtype == torch.float32 and offset.numel() == scale.numel()):
+        return False
+    return library() is not None
 
 
 def forward(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .functional import snap_all
+from .foreach import snap_all
 from .quantizer import ActQuantizer
 
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .functional import to_codes_all
+from .foreach import to_codes_all
 from .weights import trained_convs
 
 MOMENTUM = 0.01  # of the frequency, as the authors' TrackOscillation has it; their command line's default is 0.001

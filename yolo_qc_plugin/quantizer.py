@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .functional import fake_quantize, snap_all, to_codes, widen
+from .foreach import snap_all
+from .functional import fake_quantize, to_codes, widen
 from .observers import lsq_scale, mse_scale, mse_scale_offset
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .functional import fake_quantize_all
+from .foreach import fake_quantize_all
 from .layers import QuantConv2d, quant_convs
 
 
