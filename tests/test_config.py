@@ -257,7 +257,8 @@ def test_a_preset_fills_what_is_not_given(preset):
 def test_the_papers_preset_is_not_the_defaults():
     config = QCConfig.from_options({"preset": "paper"})
     assert (config.act_offset, config.output_bits, config.bits) == (False, None, 4) and config != QCConfig()
-    assert QCConfig.from_options({"preset": "best"}) == QCConfig.from_options({})
+    best = QCConfig.from_options({"preset": "best"})
+    assert best.per_channel and best.output_bits == 8 and best != QCConfig()
 
 
 @pytest.mark.parametrize("preset", ["", "Paper", "paper,best", None, ["paper"], 1])
