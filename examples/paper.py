@@ -242,10 +242,14 @@ def model_of(weights: str) -> str:
 
 
 def figures(args: argparse.Namespace, folder: Path) -> bool:
-    """Figures 1 and 2, from the telemetry of the first seed's runs; returns whether they could be drawn."""
+    """Figures 1 and 2, from the telemetry of the first seed's runs; returns whether they could be drawn.
+
+    EMA-4bit has both traces, of the model and of its average: `--only EMA-4bit` leaves out a comparison of runs alone.
+    """
     from yolo_qc_plugin.cli import main as yolo_qc
 
-    runs = [str(args.runs / f"{cell.name}-seed{args.seeds[0]}") for cell in cells("figures", [])]
+    drawn = [cell.name for cell in cells("figures", []) if not args.only or cell.name in args.only]
+    runs = [str(args.runs / f"{name}-seed{args.seeds[0]}") for name in drawn]
     return yolo_qc(["plot", *runs, f"out={folder / 'figures'}"]) == 0
 
 
