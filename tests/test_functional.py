@@ -157,7 +157,8 @@ def test_half_inputs_compute_in_float32(dtype, with_offset):
     expected = torch.autograd.grad(y32, [wide, *learned], upstream.float())
     assert got[0].dtype == dtype and torch.equal(got[0], expected[0].to(dtype))
     for g, e in zip(got[1:], expected[1:]):
-        assert g.dtype == torch.float32 and torch.equal(g, e)
+        assert g.dtype == torch.float32
+        torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-3)  # half runs in torch, float in C: sums in another order
 
 
 LAYOUTS = {
