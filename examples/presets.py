@@ -1,0 +1,87 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Measure the presets at 4, 3 and 2 bits against the float checkpoint trained on for as many epochs.
+
+    python examples/presets.py measure --data bccd.yaml --weights float.pt --name bccd --seeds 0 1 2 --epochs 20
+
+The figure of a run is that of its best.pt: with QC where that is the better on the validation set, as the plugin keeps
+it, else without. See cells.py for what is run again and what is not; `--assemble` makes the page without training.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+
+from cells import Cell, conditions, mean_and_spread, parser, results, run
+
+from yolo_qc_plugin.config import PRESETS
+
+BITS = 4, 3, 2
+ASKED = {4: 99, 3: 96, 2: 85}  # percent of the float row that the preset "best" is to reach
+
+
+def cells() -> list[Cell]:
+    """The float row and every preset at every width; a changed preset makes other cells."""
+    presets = reversed(PRESETS.items())
+    return [
+        Cell("float", None),
+        *(Cell(f"{name}-{bits}bit", {**preset, "bits": bits}) for name, preset in presets for bits in BITS),
+    ]
+
+
+def page(folder: Path) -> str:
+    """The Markdown table."""
+    found = {c.name: results(folder, c.name) for c in cells()}
+    files = [r for runs in found.values() for r in runs.values()]
+    if not (files and found["float"]):
+        return ""
+    one, images = files[0], files[0]["images"]
+    lines = [
+        f"# Presets: {one['model']} on {one['data']}",
+        "",
+        f"Written by `examples/presets.py` from the JSON files in `cells/`: {one['weights']}, {images['train']} "
+        f"training and {images['val']} validation images, {one['steps']} optimizer steps a run. "
+        + " ".join(conditions(files)),
+        "",
+        "mAP50-95 in points on the validation set, mean ± standard deviation over seeds, of the last epoch. `best.pt` "
+        "is the better of the two columns before it in each run, as the plugin keeps it. The share is of the mean of "
+        "the float row over the same seeds.",
+        "",
+        "| preset | bits | seeds | without QC | with QC | best.pt | of float | asked | options |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    trained = {seed: 100 * r["metrics"]["trained"]["map50_95"] for seed, r in found["float"].items()}
+    lines += [f"| float trained on | 32 | {len(trained)} | | | {mean_and_spread(trained.values())} | 100% | | |"]
+    for cell in cells()[1:]:
+        if runs := found[cell.name]:
+            figures = [
+                [100 * r["metrics"][kind or r["kept"]]["map50_95"] for r in runs.values()] for kind in ("qat", "qc", "")
+            ]
+            floats = [trained[seed] for seed in runs if seed in trained]
+            same = len(floats) == len(runs)
+            share = f"{100 * statistics.mean(figures[2]) / statistics.mean(floats):.1f}%" if same else ""
+            name, _, bits = cell.name.removesuffix("bit").partition("-")
+            asked = f"{ASKED[int(bits)]}%" if name == "best" else ""
+            options = ", ".join(f"{k}={v}" for k, v in cell.options.items() if k != "bits")
+            shown = " | ".join(mean_and_spread(values) for values in figures)
+            lines.append(f"| {name} | {bits} | {len(runs)} | {shown} | {share} | {asked} | {options} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    p = parser(__doc__, ("measure",))
+    p.add_argument("--name", required=True, help="folder of the results in --out")
+    args = p.parse_args()
+    folder = args.out / "presets" / args.name
+    args.runs /= args.name
+    done = args.assemble or run(cells(), folder / "cells", args)
+    if text := page(folder / "cells"):
+        folder.with_suffix(".md").write_text(text, encoding="utf-8")
+        print(text)
+    sys.exit(not done)
+
+
+if __name__ == "__main__":
+    main()
