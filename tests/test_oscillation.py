@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from yolo_qc_plugin import kernels
 from yolo_qc_plugin.layers import QuantConv2d
 from yolo_qc_plugin.oscillation import Oscillation
 
@@ -41,9 +42,11 @@ def codes_by_hand(conv) -> np.ndarray:
     return np.clip(np.round(weight / scale), -half, half - 1).astype(int)
 
 
-def test_counts_are_those_by_hand(model):
+@pytest.mark.parametrize("way", ["C", "tensor operations"])
+def test_counts_are_those_by_hand(model, way, monkeypatch):
     """Weight by weight over a random walk of weights and scales; frozen layers are left out."""
-    found = Oscillation(model, momentum=0.1)
+    monkeypatch.setattr(kernels, "enabled", way == "C")
+    found = Oscillation(model, momentum=0.1, threshold=0.1)
     assert found.names == ["0", "1", "2"]
     history = [[codes_by_hand(conv) for conv in model]]
     for step in range(30):
@@ -65,8 +68,8 @@ def test_counts_are_those_by_hand(model):
         np.testing.assert_array_equal(found.by_layer(found.direction)[layer].ravel(), last)
         np.testing.assert_array_equal(found.by_layer(found.codes)[layer].ravel(), series[-1])
         assert found.by_layer(found.codes)[layer].equal(model[layer].weight_codes())
-        assert found.flipped_shares()[layer].item() == pytest.approx(np.mean(series[-1] != series[-2]))
-        assert found.oscillating_shares(0.1)[layer].item() == pytest.approx(np.mean(frequency > 0.1))
+        assert found.flipped[layer].item() == pytest.approx(np.mean(series[-1] != series[-2]))
+        assert found.oscillating[layer].item() == pytest.approx(np.mean(frequency > 0.1))
     assert oscillations > 1000
 
 
@@ -82,7 +85,7 @@ def test_codes_that_jump_across_the_range(model):
     assert found.by_layer(found.codes)[2].unique().tolist() == [127]
     assert found.by_layer(found.direction)[2].unique().tolist() == [1]
     torch.testing.assert_close(found.by_layer(found.frequency)[2].unique(), torch.tensor([1 - 0.99**3]))
-    assert found.flipped_shares().tolist() == [0, 0, 1] and found.oscillating_shares().tolist() == [0, 0, 1]
+    assert found.flipped.tolist() == [0, 0, 1] and found.oscillating.tolist() == [0, 0, 1]
 
 
 def test_state_goes_on_as_if_it_had_not_been_interrupted(model):
@@ -99,3 +102,18 @@ def test_state_goes_on_as_if_it_had_not_been_interrupted(model):
         second.step()
     assert all(v.equal(second.state_dict()[k]) for k, v in first.state_dict().items())
     assert first.change.equal(second.change) and first.frequency.count_nonzero()
+
+
+def test_both_ways_give_the_same(model, monkeypatch):
+    """In C and by tensor operations: state and shares bit for bit, in turns as well."""
+    found = {way: Oscillation(model) for way in ("C", "tensors", "in turns")}
+    for step in range(40):
+        walk(model, step)
+        for way, one in found.items():
+            monkeypatch.setattr(kernels, "enabled", way == "C" or (way == "in turns" and step % 2 == 0))
+            one.step()
+    first = found.pop("C")
+    for other in found.values():
+        for name in ("codes", "direction", "frequency", "change", "flipped", "oscillating"):
+            assert getattr(first, name).equal(getattr(other, name)), name
+    assert first.flipped.min() > 0 and first.oscillating.min() > 0

@@ -141,6 +141,24 @@ def backward_all(
     return found
 
 
+def write_codes_all(
+    weights: Sequence[Tensor], scales: Sequence[Tensor], ranges: Sequence[tuple[int, int]], out: Sequence[Tensor]
+) -> bool:
+    """Write the codes of many small tensors without offset into int8 ones, in C; whether that was possible."""
+    if not (enabled and all(native.takes(w, s, None) for w, s in zip(weights, scales))):
+        return False
+    for weight, codes, scale, bounds in zip(weights, out, scales, ranges):
+        native.write_codes(weight.contiguous(), codes, scale, *bounds)
+    return True
+
+
+def follow_codes(frequency: Tensor, *arguments) -> tuple[Tensor, Tensor] | None:
+    """`native.follow_codes` where that is possible, else None."""
+    if not (enabled and frequency.is_cpu and native.library()):
+        return None
+    return native.follow_codes(*arguments)
+
+
 def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """SiLU, its sigmoid in whole 256ths, of the fake-quantized u (`layers.QuantActivation`); u in FP32, one scale."""
     return _each(_silu_forward, (_dense(u, scale).detach(),), scale, offset, quant_min, quant_max)

@@ -39,6 +39,8 @@ def separate_scales(optimizer: Optimizer, scales: list[nn.Parameter], lr_factor:
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in moved]
     settings = {k: v for k, v in model_group.items() if k not in {"params", "initial_lr"}}
+    if settings.get("foreach", True) is None and not settings.get("fused"):
+        settings["foreach"] = True  # as on CUDA by default: some two hundred tensors of one number each
     lr = min(g["lr"] for g in optimizer.param_groups) * lr_factor
     optimizer.add_param_group({**settings, "params": scales, "lr": lr, "weight_decay": 0.0, "param_group": "scale"})
     return optimizer.param_groups[-1]

@@ -104,8 +104,7 @@ class Telemetry:
         if len(self._pending) == BUFFER or (self._pending and step <= self._pending[-1]):
             self.collect()
         sums = torch.stack(torch._foreach_norm(self._scales, 1))  # scales are positive
-        shares = self.oscillation.flipped_shares(), self.oscillation.oscillating_shares()
-        torch.cat([sums, *shares], out=self._buffer[len(self._pending)])
+        torch.cat([sums, self.oscillation.flipped, self.oscillation.oscillating], out=self._buffer[len(self._pending)])
         self._pending.append(step)
 
     def collect(self) -> None:
