@@ -5,10 +5,11 @@
 
 Each variant trains in a process of its own, through `model.train()` on small digits images. A step is what lies between
 the host's on_train_batch_start and the end of on_train_batch_end, optimizer step and EMA included (nbs is the batch).
-The processes take turns of a few steps, one at a time, so that a slow minute of the machine hits all alike; the ratio
-is the median over turns of the ratio to float within a round. Memory is that of tensors, at the peak of one more step,
-above what was there when it began. Variants whose packages are missing are left out. Writes a JSON file and a Markdown
-page.
+The processes take turns of a few steps, one at a time, so that a slow minute of the machine hits all alike, and are
+started anew several times, because one and the same variant is some percent faster or slower in one process than in the
+next; the ratio is the median over all turns of the ratio to float within a round. Memory is that of tensors, at the
+peak of one more step, above what was there when it began. Variants whose packages are missing are left out. Writes a
+JSON file and a Markdown page.
 """
 
 from __future__ import annotations
@@ -145,7 +146,29 @@ def child(args: argparse.Namespace) -> None:
 
 
 def measure(model: str, args: argparse.Namespace, data: Path, work: Path) -> dict[str, dict]:
-    """Variant -> median, 10th and 90th percentile in ms, ratio to float, MB."""
+    """Variant -> median, 10th and 90th percentile in ms, ratio to float, that of each start, MB."""
+    times, ratios, memory = ({v: [] for v in args.variants} for _ in range(3))
+    for start in range(args.starts):
+        found = take_turns(model, args, data, work, f"{model}: start {start + 1} of {args.starts}")
+        base = [statistics.median(turn) for turn in found["float"]["turns"]]
+        for variant, answers in found.items():
+            times[variant] += (ms for turn in answers["turns"] for ms in turn)
+            ratios[variant].append([statistics.median(turn) / b for turn, b in zip(answers["turns"], base)])
+            memory[variant].append(answers["mb"])
+    result = {}
+    for variant in (v for v in args.variants if times[v]):
+        tenths = statistics.quantiles(times[variant], n=10)
+        result[variant] = {
+            "median": statistics.median(times[variant]), "p10": tenths[0], "p90": tenths[-1],
+            "ratio": statistics.median(r for start in ratios[variant] for r in start),
+            "ratios": [statistics.median(start) for start in ratios[variant]],
+            "mb": statistics.median(memory[variant]),
+        }  # fmt: skip
+    return result
+
+
+def take_turns(model: str, args: argparse.Namespace, data: Path, work: Path, title: str) -> dict[str, dict]:
+    """Variant -> "turns", ms of each step in each turn, and "mb", of one process each; without those that failed."""
     running = {}
     for variant in args.variants:
         command = [sys.executable, __file__, "--variant", variant, "--models", model, "--data", str(data)]
@@ -160,34 +183,29 @@ def measure(model: str, args: argparse.Namespace, data: Path, work: Path) -> dic
         if process.stdout.readline().strip() == "ready":
             running[variant] = process
         else:
-            print(f"{model}, {variant}: did not start, see {log.name}", flush=True)
-    found = {v: [] for v in running}
+            print(f"{title}: {variant} did not start: {last_line(log.name)}", flush=True)
+    found = {v: {"turns": []} for v in running}
     for turn in range(args.turns + 1):
         for variant, process in list(running.items()):
             process.stdin.write("go\n")
             answer = process.stdout.readline()
             if not answer:
-                print(f"{model}, {variant}: ended early ({process.wait()}), left out", flush=True)
+                reason = last_line(work / f"{Path(model).stem}-{variant}.log")
+                print(f"{title}: {variant} ended early ({process.wait()}), left out: {reason}", flush=True)
                 del running[variant], found[variant]
             elif turn:  # the first compiles
-                found[variant].append(json.loads(answer))
-        print(f"{model}: turn {turn} of {args.turns}", flush=True)
-    memory = {}
+                found[variant]["turns"].append(json.loads(answer)["ms"])
+        print(f"{title}, turn {turn} of {args.turns}", flush=True)
     for variant, process in running.items():
         process.stdin.write("memory\n")
-        memory[variant] = json.loads(process.stdout.readline())
+        found[variant]["mb"] = json.loads(process.stdout.readline())
         process.wait()
-    base = [statistics.median(a["ms"]) for a in found["float"]]
-    result = {}
-    for variant, answers in found.items():
-        times = [t for a in answers for t in a["ms"]]
-        tenths = statistics.quantiles(times, n=10)
-        ratios = [statistics.median(a["ms"]) / b for a, b in zip(answers, base)]
-        result[variant] = {
-            "median": statistics.median(times), "p10": tenths[0], "p90": tenths[-1],
-            "ratio": statistics.median(ratios), "mb": memory[variant],
-        }  # fmt: skip
-    return result
+    return found
+
+
+def last_line(log: str | Path) -> str:
+    """Of a process that failed: what it said last."""
+    return (Path(log).read_text(errors="replace").strip().splitlines() or ["nothing said"])[-1][:300]
 
 
 def page(results: dict, about: dict) -> str:
@@ -196,7 +214,8 @@ def page(results: dict, about: dict) -> str:
         "# Time of a training step",
         "",
         f"Written by `examples/bench_step.py`. {about['cpu']}, {about['threads']} threads, device {about['device']}, "
-        f"{about['imgsz']} px, batch {about['batch']}, {about['turns']} turns of {about['turn']} steps each. "
+        f"{about['imgsz']} px, batch {about['batch']}, {about['starts']} starts with {about['turns']} turns of "
+        f"{about['turn']} steps each; in brackets the ratio of each start. "
         + ", ".join(f"{k} {v}" for k, v in about["versions"].items()) + ".",
     ]  # fmt: skip
     for model, rows in results.items():
@@ -204,7 +223,8 @@ def page(results: dict, about: dict) -> str:
         lines.append("|---|---|---|---|---|")
         for v, r in rows.items():
             lines.append(
-                f"| {v}: {VARIANTS[v]} | {r['median']:.0f} [{r['p10']:.0f}, {r['p90']:.0f}] | {r['ratio']:.3f}x | "
+                f"| {v}: {VARIANTS[v]} | {r['median']:.0f} [{r['p10']:.0f}, {r['p90']:.0f}] | "
+                f"{r['ratio']:.3f}x [{', '.join(f'{ratio:.3f}' for ratio in r['ratios'])}] | "
                 f"{r['mb']:.0f} | {r['mb'] / rows['float']['mb']:.2f}x |"
             )
     return "\n".join([*lines, ""])
@@ -219,7 +239,8 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 1)), help="as the host: 1")
     p.add_argument("--turn", type=int, default=3, help="counted steps of a turn")
-    p.add_argument("--turns", type=int, default=12)
+    p.add_argument("--turns", type=int, default=4, help="of a start")
+    p.add_argument("--starts", type=int, default=3, help="of each process")
     p.add_argument("--device", default="cpu")
     p.add_argument("--out", type=Path, default=Path("docs/results"))
     p.add_argument("--variant", help=argparse.SUPPRESS)
@@ -247,7 +268,7 @@ def write(results: dict, args: argparse.Namespace) -> None:
     from yolo_qc_plugin import __version__
 
     versions = {"yolo_qc_plugin": __version__, "ultralytics": ultralytics.__version__, "torch": torch.__version__}
-    about = {k: getattr(args, k) for k in ("imgsz", "batch", "threads", "turn", "turns", "device")}
+    about = {k: getattr(args, k) for k in ("imgsz", "batch", "threads", "turn", "turns", "starts", "device")}
     about |= {"cpu": cpu_name(), "machine": platform.platform(), "versions": versions}
     (args.out / "step.json").write_text(json.dumps({**about, "results": results}, indent=1))
     (args.out / "step.md").write_text(page(results, about))
