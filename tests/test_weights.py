@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_qc_plugin import kernels
+from yolo_qc_plugin import foreach, kernels
 from yolo_qc_plugin.foreach import fake_quantize_all
 from yolo_qc_plugin.functional import fake_quantize
 from yolo_qc_plugin.layers import QuantConv2d
@@ -124,3 +124,34 @@ def test_frozen_layers_stay_out_of_backward():
     weights, x = WeightsTogether(model), torch.rand(1, 3, 12, 12)
     weights.prepare()
     assert not model[0](x).requires_grad and model(x).requires_grad
+
+
+def test_micro_batches_share_the_values(monkeypatch):
+    """Accumulated over three of them, exactly; computed once, and again after a step or `forget`."""
+    plain = quantized_model()
+    together = copy.deepcopy(plain)
+    weights, calls = WeightsTogether(together), []
+    original = foreach.to_codes_all
+    monkeypatch.setattr(foreach, "to_codes_all", lambda *a: calls.append("list") or original(*a))
+    in_c = kernels.forward_all
+    monkeypatch.setattr(kernels, "forward_all", lambda *a: calls.append("C") or in_c(*a))
+    way = ["C"] if kernels.enabled else ["C", "list"]  # which C has left to operations on lists
+    rand = torch.Generator().manual_seed(0)
+    batches = [torch.rand(2, 3, 12, 12, generator=rand) for _ in range(3)]
+    for step in range(2):
+        calls.clear()
+        for model in (plain, together):
+            model.zero_grad()
+            for x in batches:
+                if model is together:
+                    weights.prepare()
+                model(x).square().sum().backward()
+        assert calls == way
+        pairs = [(p.grad, q.grad) for p, q in zip(plain.parameters(), together.parameters()) if p.grad is not None]
+        assert len(pairs) >= 10 and all(a.equal(b) for a, b in pairs)
+        for model in (plain, together):
+            torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    weights.forget()
+    calls.clear()
+    weights.prepare()
+    assert calls == way

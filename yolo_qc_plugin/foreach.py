@@ -36,6 +36,7 @@ def fake_quantize_all(
     ranges: Sequence[tuple[int, int]],
     grad_scales: Sequence[float],
     free: Sequence[Tensor] | None = None,
+    values: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """`functional.fake_quantize` of many tensors without offset: the same values and gradients.
 
@@ -46,8 +47,9 @@ def fake_quantize_all(
         grad_scales: LSQ's gradient scale of each.
         free: Of each, 1 where the weight is free and 0 where its code is fixed, in its shape; None if all are free. A
             fixed weight has the gradient of one that is clipped to its code: 0 by itself, code by the scale.
+        values: What this gave before for the same weights and scales, detached: only the graph is made anew.
     """
-    return _FakeQuantizeAll.apply(ranges, grad_scales, free, *weights, *scales)
+    return _FakeQuantizeAll.apply(ranges, grad_scales, free, values, *weights, *scales)
 
 
 def snap_all(offsets: Sequence[Tensor], scales: Sequence[Tensor], most: Sequence[int]) -> tuple[Tensor, ...]:
@@ -63,10 +65,12 @@ def snap_all(offsets: Sequence[Tensor], scales: Sequence[Tensor], most: Sequence
 
 class _FakeQuantizeAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ranges, grad_scales, free, *tensors):
+    def forward(ctx, ranges, grad_scales, free, values, *tensors):
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)  # a weight that nothing used gets no gradient
         ctx.ranges, ctx.grad_scales, ctx.free = ranges, grad_scales, free
+        if values is not None:
+            return tuple(value.detach() for value in values)
         weights, scales = tensors[: len(ranges)], tensors[len(ranges) :]
         if (out := kernels.forward_all(weights, scales, ranges)) is not None:
             return tuple(out)
@@ -85,9 +89,9 @@ class _FakeQuantizeAll(torch.autograd.Function):
         if pairs is None:
             free = None if ctx.free is None else [ctx.free[i] for i in used]
             pairs = _gradients_all(g, weights, scales, ranges, grad_scales, free)
-        found = [None] * (3 + 2 * n)
+        found = [None] * (4 + 2 * n)
         for i, (by_weight, by_scale) in zip(used, pairs):
-            found[3 + i], found[3 + n + i] = by_weight, by_scale
+            found[4 + i], found[4 + n + i] = by_weight, by_scale
         return tuple(found)
 
 

@@ -68,6 +68,7 @@ class Steps:
         """Start from what the host has now, which may be older weights."""
         self._follow(trainer)
         self._batches = 0
+        self._weights.forget()
         for quantizer in (m for m in host.student(trainer.model).modules() if isinstance(m, Quantizer)):
             quantizer.forget()  # what a forward pass that ended in an error has left
         self.accumulation.settle(trainer)
@@ -100,6 +101,7 @@ class Steps:
     def _follow_step(self, trainer: BaseTrainer) -> None:
         """Once per real step: micro-batches that only accumulate gradients, and steps that overflowed, take none."""
         if self._steps.taken > self._averaged:
+            self._weights.forget()
             if self._freezing:
                 self._freezing.threshold = freeze_threshold(self.config.freeze_threshold, self._progress)
             if self.oscillation:
