@@ -121,7 +121,7 @@ def main() -> None:
     """Parse the command line and run."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cpu")
-    p.add_argument("--threads", type=int, default=os.cpu_count())
+    p.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 1)), help="as the host: 1")
     p.add_argument("--repeats", type=int, default=15)
     p.add_argument("--out", type=Path, default=Path("docs/results"))
     args = p.parse_args()
