@@ -118,7 +118,7 @@ def forward_all(
     weights: Sequence[Tensor], scales: Sequence[Tensor], ranges: Sequence[tuple[int, int]]
 ) -> list[Tensor] | None:
     """`forward` of many small tensors without offset where calls cost next to nothing, in C; else None."""
-    if not (enabled and all(native.takes(w, s, None) for w, s in zip(weights, scales))):
+    if not _in_c(weights, scales):
         return None
     return [native.forward(_dense(w, s), s, None, *bounds) for w, s, bounds in zip(weights, scales, ranges)]
 
@@ -131,7 +131,7 @@ def backward_all(
     grad_scales: Sequence[float],
 ) -> list[tuple[Tensor, Tensor]] | None:
     """Gradients by each weight and scale where `forward_all` is possible, else None."""
-    if not (enabled and all(native.takes(w, s, None) for w, s in zip(weights, scales))):
+    if not _in_c(weights, scales):
         return None
     found = []
     for grad, weight, scale, bounds, grad_scale in zip(grads, weights, scales, ranges, grad_scales):
@@ -145,18 +145,20 @@ def write_codes_all(
     weights: Sequence[Tensor], scales: Sequence[Tensor], ranges: Sequence[tuple[int, int]], out: Sequence[Tensor]
 ) -> bool:
     """Write the codes of many small tensors without offset into int8 ones, in C; whether that was possible."""
-    if not (enabled and all(native.takes(w, s, None) for w, s in zip(weights, scales))):
+    if not _in_c(weights, scales):
         return False
     for weight, codes, scale, bounds in zip(weights, out, scales, ranges):
         native.write_codes(weight.contiguous(), codes, scale, *bounds)
     return True
 
 
-def follow_codes(frequency: Tensor, *arguments) -> tuple[Tensor, Tensor] | None:
+def follow_codes(before: Tensor, *others) -> tuple[Tensor, Tensor] | None:
     """`native.follow_codes` where that is possible, else None."""
-    if not (enabled and frequency.is_cpu and native.library()):
-        return None
-    return native.follow_codes(*arguments)
+    return native.follow_codes(before, *others) if enabled and before.is_cpu and native.library() else None
+
+
+def _in_c(weights: Sequence[Tensor], scales: Sequence[Tensor]) -> bool:
+    return enabled and all(native.takes(w, s, None) for w, s in zip(weights, scales))
 
 
 def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int) -> Tensor:

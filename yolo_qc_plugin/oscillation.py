@@ -78,7 +78,7 @@ class Oscillation:
         self._read(now)
         flat = before, now, self.change, self.direction, self.frequency
         rates = self.momentum, 1 - self.momentum, self._threshold
-        counts = kernels.follow_codes(self.frequency, *flat, self._numbers, *rates) or self._follow(before, now)
+        counts = kernels.follow_codes(*flat, self._numbers, *rates) or self._follow(before, now)
         self.flipped, self.oscillating = (found / self._numbers for found in counts)
         self.codes, self._spare = now, before
 
@@ -95,11 +95,11 @@ class Oscillation:
         for name, value in self.state_dict().items():
             value.copy_(state[name])
 
+    @torch.no_grad()
     def _read(self, codes: Tensor) -> None:
         scales, parts = [q.scale for q in self._quants], self.by_layer(codes)
         if not kernels.write_codes_all(self._weights, scales, self._ranges, parts):
-            with torch.no_grad():
-                torch._foreach_copy_(parts, to_codes_all(self._weights, scales, self._ranges))
+            torch._foreach_copy_(parts, to_codes_all(self._weights, scales, self._ranges))
 
     def _follow(self, before: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
         """Move change, direction and frequency on by tensor operations; counts of `flipped` and `oscillating`."""
