@@ -3,11 +3,11 @@
 
     python examples/bench_quantizer.py
 
-Forward reads x and writes xhat, backward reads the gradient and x and writes a gradient: five passes over memory, which
-x.clone() and then x + gradient make too, over as many bytes. They are the bound; 2.5 copies of x stand beside them. What
-is freed stays with the process: else, in the bound too, pages that the system hands out anew cost several times the
-passes themselves. Compiled passes, separate operations and torch's own learnable operator take turns in one run. Writes
-a JSON file, a Markdown page and a picture.
+Forward reads x and writes xhat, backward reads the gradient and x and writes a gradient: five passes over memory,
+which x.clone() and then x + gradient make too, over as many bytes. They are the bound; 2.5 copies of x stand beside
+them. What is freed stays with the process: else, in the bound too, pages that the system hands out anew cost several
+times the passes themselves. Compiled passes, separate operations and torch's own learnable operator take turns in one
+run. Writes a JSON file, a Markdown page and a picture.
 """
 
 from __future__ import annotations
