@@ -150,10 +150,15 @@ def identity(request: dict) -> dict:
     """What makes a cell the one it is, as its JSON file has it: no path of a machine, no device."""
     return {
         "options": request["options"],
-        "recipe": {k: v for k, v in request["recipe"].items() if k not in MACHINE},
+        "recipe": {k: v for k, v in named(request["recipe"]).items() if k not in MACHINE},
         "data": Path(request["data"]).name,
         "weights": Path(request["weights"]).name,
     }
+
+
+def named(recipe: dict) -> dict:
+    """The recipe with the names of files, such as a teacher's, in place of their paths."""
+    return {k: Path(v).name if isinstance(v, str) and Path(v).is_file() else v for k, v in recipe.items()}
 
 
 def start(request: dict, threads: int) -> bool:
@@ -186,7 +191,7 @@ def work(request: dict) -> None:
     found = correct(request) if request["source"] else train(request)
     result = {
         **identity(request),
-        "recipe": request["recipe"],
+        "recipe": named(request["recipe"]),
         **found,
         "seconds": round(time.time() - began, 1),
         "versions": {"yolo_qc_plugin": __version__, "ultralytics": ultralytics.__version__, "torch": torch.__version__},

@@ -9,6 +9,7 @@ it, else without. See cells.py for what is run again and what is not; `--assembl
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -69,11 +70,40 @@ def page(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def trials(folder: Path) -> str:
+    """The Markdown table of all trials; of the host's arguments those in which the trials of a width differ."""
+    found = {f: json.loads(f.read_text()) for f in sorted(folder.glob("trial-*/cells/*-seed*.json"))}
+    lines = [
+        "# Trials",
+        "",
+        "Written by `examples/presets.py trials` from the JSON files in `trial-*/cells/`. mAP50-95 in points on the "
+        "validation set, of the last epoch.",
+        "",
+        "| trial | data | bits | steps | start | without QC | with QC | options | host |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for file, r in found.items():
+        alike = [o["recipe"] for o in found.values() if o["options"]["bits"] == r["options"]["bits"]]
+        host = {k: v for k, v in r["recipe"].items() if any(o.get(k) != v for o in alike) and k != "device"}
+        options = {k: v for k, v in r["options"].items() if k != "bits"}
+        shown = [", ".join(f"{k}={v}" for k, v in values.items()) for values in (options, host)]
+        figures = [f"{100 * r['metrics'][kind]['map50_95']:.1f}" for kind in ("float", "qat", "qc")]
+        cells = [file.parts[-3].removeprefix("trial-"), r["data"], r["options"]["bits"], r["steps"], *figures, *shown]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Parse the command line and run."""
-    p = parser(__doc__, ("measure",))
-    p.add_argument("--name", required=True, help="folder of the results in --out")
+    p = parser(__doc__, ("measure", "trials"))
+    p.add_argument("--name", help="folder of the results in --out")
     args = p.parse_args()
+    if args.kind == "trials":
+        text = trials(args.out / "presets")
+        (args.out / "presets" / "trials.md").write_text(text, encoding="utf-8")
+        return print(text)
+    if not args.name:
+        p.error("--name is needed to measure")
     folder = args.out / "presets" / args.name
     args.runs /= args.name
     done = args.assemble or run(cells(), folder / "cells", args)
