@@ -213,6 +213,15 @@ def test_the_hard_level(folder: Path, tmp_path: Path):
     assert seen == {False, True}
 
 
+def test_the_wide_level(tmp_path: Path):
+    """The hard level's classes in sizes for every stride of a detector, the coarsest of 32 pixels among them."""
+    wide = digits.compose(tmp_path / "wide", 24, 1, IMGSZ, level="wide").parent
+    assert len(check_det_dataset(wide / "digits.yaml")["names"]) == 20
+    heights = np.concatenate([read_rows(f) for f in wide.glob("labels/*/*.txt")])[:, 4]
+    assert heights.min() < 0.12 and heights.max() > 0.6
+    assert 0.1 < np.mean(heights > 0.4) < 0.5
+
+
 def test_classes_are_folders(tmp_path: Path):
     data = digits.compose(tmp_path / "set", 24, 8, IMGSZ, task="classify")
     info = check_cls_dataset(data)
@@ -234,7 +243,7 @@ def test_classes_are_folders(tmp_path: Path):
         ({"imgsz": 100}, "imgsz=100.*multiple of 32"),
         ({"seed": -1}, "seed=-1"),
         ({"task": "depth"}, "task='depth'.*classify"),
-        ({"level": "easy"}, "level='easy'.*plain, hard"),
+        ({"level": "easy"}, "level='easy'.*plain, hard, wide"),
     ],
 )
 def test_bad_options_are_refused(tmp_path: Path, options: dict, message: str):
