@@ -17,6 +17,7 @@ from .checkpoint import AtomicPath, QuantRecord, record_of
 from .config import QCConfig, QCError
 from .deploy import deployed_convs
 from .distributed import alone, broadcast_quantizers
+from .equalization import equalize
 from .finish import finish, saying_what_is_kept, take_all_images, training_images
 from .inject import calibrate, inject, remove, share_quantizers
 from .layers import is_quantized
@@ -194,8 +195,10 @@ class QCCallbacks:
 
     def _calibrate(self, trainer: BaseTrainer, model) -> None:
         trainer._model_train()  # batch norms of frozen layers keep their statistics, as they will in training
-        images = training_images(trainer, self.config.calibration_batches)
-        calibrate(model, images, model, self.config.scale_init)
+        batches = self.config.calibration_batches
+        if self.config.act_equalize:
+            equalize(model, training_images(trainer, batches), model)
+        calibrate(model, training_images(trainer, batches), model, self.config.scale_init)
         trainer.train_loader.reset()  # the first epoch sees every image once, calibration or not
 
 

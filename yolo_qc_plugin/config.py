@@ -15,6 +15,7 @@ PRESETS = {
     "paper": {  # our reading: LSQ as published, QC per channel for an epoch; no learning rate is named
         "per_channel": False,
         "act_offset": False,
+        "act_equalize": False,
         "scale_init": "lsq",
         "edge_bits": 8,
         "output_bits": None,
@@ -24,7 +25,7 @@ PRESETS = {
         "correction_shift": True,
         "correction_epochs": 1,
     },
-    "best": {"per_channel": True},  # beside the defaults; docs/results/presets has the runs
+    "best": {"per_channel": True, "act_equalize": True},  # beside the defaults; docs/results/presets has the runs
 }
 
 
@@ -47,6 +48,8 @@ class QCConfig:
             Integer kernels give 8-bit outputs; the grid is set after QAT, before the correction.
         per_channel: One weight scale per output channel instead of one per tensor.
         act_offset: Learn an offset for activations (LSQ+); False is plain LSQ.
+        act_equalize: Multiply the channels of activations below 8 bits by powers of two, found before training, that
+            bring them to one size, and divide the weights that read them by these (`equalization`).
         scale_init: Start of the scales: "mse" (least squared error on the calibration batches) or "lsq"
             (2 * mean|x| / sqrt(quant_max), Esser et al. 2020).
         scale_lr: Learning rate of scales and offsets as a factor of `lr0`, above 0.
@@ -77,6 +80,7 @@ class QCConfig:
     output_bits: int | None = 8
     per_channel: bool = False
     act_offset: bool = True
+    act_equalize: bool = False
     scale_init: str = "mse"
     scale_lr: float = 1.0
     ema_decay: float = 0.99
@@ -110,8 +114,8 @@ class QCConfig:
                 _check_bits(name, getattr(self, name))
         for pattern, bits in self.layer_bits.items():
             _check_bits(f"layer_bits[{pattern!r}]", bits)
-        switches = "per_channel", "act_offset", "bn_reestimate", "correction_scale", "correction_shift", "telemetry"
-        for name in switches:
+        switches = "per_channel", "act_offset", "act_equalize", "bn_reestimate", "telemetry"
+        for name in (*switches, "correction_scale", "correction_shift"):
             if not isinstance(getattr(self, name), bool):
                 _refuse(name, getattr(self, name), "True or False")
         for name, choices in (("scale_init", SCALE_INITS), ("correction", CORRECTIONS)):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import QCError
-from .functional import to_codes, widen
+from .functional import along_channels, to_codes, widen
 from .layers import KeepWide, QuantActivation, QuantConv2d, QuantSiLU
 from .quantizer import ActQuantizer
 from .trace import traced_convolve, traced_quantize
@@ -36,23 +36,34 @@ class FixedQuantizer(nn.Module):
         zero_point: The code of 0.
         quant_min: Smallest code.
         quant_max: Largest code.
+        equalizer: What the channels of the input are multiplied by first, shape (1, channels, 1, 1), or None.
     """
 
     def __init__(self, quantizer: ActQuantizer):
         super().__init__()
+        equalizer = quantizer.equalizer
+        self.register_buffer("equalizer", None if equalizer is None else along_channels(equalizer).clone())
         self.bits, self.scale, self.zero_point = quantizer.bits, quantizer.scale.item(), quantizer.zero_point
         self.quant_min, self.quant_max = quantizer.quant_min, quantizer.quant_max
 
     def steps(self, x: Tensor) -> Tensor:
         """Codes minus the zero point, i.e. whole steps from 0, as floats of FP32 at least."""
         low, high = self.quant_min - self.zero_point, self.quant_max - self.zero_point
-        return to_codes(widen(x), self.scale, None, low, high)
+        return to_codes(self._equalized(widen(x)), self.scale, None, low, high)
+
+    def before(self, steps: Tensor) -> Tensor:
+        """An input whose `steps` these are."""
+        values = steps * self.scale
+        return values if self.equalizer is None else values / self.equalizer
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize x of any shape."""
         if torch.jit.is_tracing():
-            return traced_quantize(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
+            return traced_quantize(self._equalized(x), self.scale, self.zero_point, self.quant_min, self.quant_max)
         return self.steps(x).mul_(self.scale).to(x.dtype)
+
+    def _equalized(self, x: Tensor) -> Tensor:
+        return x if self.equalizer is None else x * self.equalizer.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"range=[{self.quant_min}, {self.quant_max}], scale={self.scale:.4g}, zero_point={self.zero_point}"
@@ -90,7 +101,7 @@ class DeployedConv2d(KeepWide, nn.Module):
         steps = self.act_quant.steps(x)
         sums = self.convolve(steps, self.weight_codes.to(steps.dtype))
         scale = (self.act_quant.scale * self.scale).to(steps.dtype)
-        return torch.addcmul(_along_channels(self.shift).to(steps.dtype), sums, _along_channels(scale)).to(x.dtype)
+        return torch.addcmul(along_channels(self.shift).to(steps.dtype), sums, along_channels(scale)).to(x.dtype)
 
     def positive_scale(self, lowest: int, highest: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes, scale and sign with scale > 0, for formats that want that.
@@ -182,7 +193,3 @@ def deploy_activation(act: QuantActivation) -> nn.Sequential:
 def deployed_convs(model: nn.Module) -> dict[str, DeployedConv2d]:
     """Name -> module of every deployed convolution, by the names they had when they were deployed."""
     return {m.name: m for m in model.modules() if isinstance(m, DeployedConv2d)}
-
-
-def _along_channels(v: Tensor) -> Tensor:
-    return v.view(1, -1, 1, 1)

@@ -20,11 +20,12 @@ from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
+from .layers import quant_convs
 from .quantizer import Quantizer
 
 
 def broadcast_quantizers(model: nn.Module) -> None:
-    """Give every rank the scales, offsets and ranges of rank 0; does nothing in a single process.
+    """Give every rank what rank 0 has set from data, scales and all; does nothing in a single process.
 
     To be called by all ranks.
 
@@ -38,6 +39,9 @@ def broadcast_quantizers(model: nn.Module) -> None:
         for tensor in state.values():
             dist.broadcast(tensor, src=0)
         quantizer.load_state_dict(state)  # reads the range, which it also keeps as plain numbers
+    for _, conv in quant_convs(model):
+        if conv.act_quant.equalizer is not None:  # the weight has been divided by it
+            dist.broadcast(conv.weight.detach(), src=0)
 
 
 @contextmanager

@@ -49,10 +49,10 @@ class ConstantEMA:
             copy.copy_(source)
 
     def _match(self, model: nn.Module) -> tuple[list, list, list, list]:
-        state = model.state_dict()
+        state = _tensors(model)
         averages, values, copies, sources = [], [], [], []
         # a tensor shared by two modules has two names and is to be moved once
-        own = {tensor.data_ptr(): (name, tensor) for name, tensor in self.ema.state_dict().items() if tensor.numel()}
+        own = {tensor.data_ptr(): (name, tensor) for name, tensor in _tensors(self.ema).items() if tensor.numel()}
         for name, tensor in own.values():
             floating = tensor.is_floating_point()
             (averages if floating else copies).append(tensor)
@@ -67,3 +67,10 @@ class ConstantEMA:
         for name in include:
             if hasattr(model, name) and name not in exclude:
                 setattr(self.ema, name, getattr(model, name))
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's own tensors, by the names of its state, which may hold copies (`layers.QuantConv2d`)."""
+    tensors = *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
+    saved = model.state_dict().keys()
+    return {name: tensor.detach() for name, tensor in tensors if name in saved}

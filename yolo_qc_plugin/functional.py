@@ -130,6 +130,11 @@ def per_slice(p: Tensor | None, x: Tensor) -> Tensor | None:
     return p if p is None or p.numel() == 1 else p.view(-1, *[1] * (x.dim() - 1))
 
 
+def along_channels(v: Tensor) -> Tensor:
+    """View (C,) values along the second axis of a tensor (batch, C, height, width)."""
+    return v.view(1, -1, 1, 1)
+
+
 def dot(a: Tensor, b: Tensor, slices: int) -> Tensor:
     """Sum of a * b over everything (slices = 1) or over each slice of the first axis; shape (slices,)."""
     if slices == 1:

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from .config import QCConfig, QCError
+from .config import MAX_BITS, QCConfig, QCError
 from .deploy import deployed_convs
 from .layers import (
     QuantActivation,
@@ -22,8 +22,8 @@ from .layers import (
     quant_convs,
     widen,
 )
-from .observers import SampleObserver
-from .quantizer import Quantizer
+from .observers import Observer, SampleObserver
+from .quantizer import ActQuantizer, Quantizer
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ def inject(
         raise QCError(f"QC: skip={list(config.skip)} leaves no convolution to quantize.")
 
     twins = {
-        convs[name]: QuantConv2d.from_float(convs[name], w, a, config.per_channel, config.act_offset)
+        convs[name]: QuantConv2d.from_float(
+            convs[name], w, a, config.per_channel, config.act_offset, config.act_equalize and a < MAX_BITS
+        )
         for name, (w, a) in plan.items()
     }
     replace_modules(model, twins)
@@ -231,9 +233,8 @@ def calibrate(
     """
     convs = dict(quant_convs(model))
     with quantizers_off(q for m in convs.values() for q in (m.weight_quant, m.act_quant)):
-        # a shared quantizer once, by its last reader's name
-        inputs = {name: quant for quant, name in {m.act_quant: name for name, m in convs.items()}.items()}
-        seen = _observe(model, inputs, batches, forward)
+        inputs = act_quantizers(model)
+        seen = observe(model, inputs, batches, forward)
     for name, quant in inputs.items():
         if not seen[name].samples:
             raise RuntimeError(f"QC: convolution {name} did not run on the calibration batches; add it to skip.")
@@ -254,22 +255,40 @@ def calibrate_outputs(model: nn.Module, batches: Iterable[object], forward: Call
     """
     acts = dict(quant_activations(model))
     with quantizers_off(m.quant for m in acts.values()):
-        seen = _observe(model, {name: m.quant for name, m in acts.items()}, batches, forward)
+        seen = observe(model, {name: m.quant for name, m in acts.items()}, batches, forward)
     for name, m in acts.items():
         if seen[name].samples:  # a head that training alone uses does not run here: any grid does
             m.calibrate(seen[name].values, seen[name].low, seen[name].high)
 
 
+def act_quantizers(model: nn.Module) -> dict[str, ActQuantizer]:
+    """Quantizers of the convolutions' inputs; a shared one once, by its last reader's name."""
+    last = {m.act_quant: name for name, m in quant_convs(model)}
+    return {name: quant for quant, name in last.items()}
+
+
 @torch.no_grad()
-def _observe(
-    model: nn.Module, watched: dict[str, nn.Module], batches: Iterable[object], forward: Callable[[object], object]
-) -> dict[str, SampleObserver]:
-    """What reaches the watched modules; see `calibrate` for the modes the model runs in."""
-    observers = {name: SampleObserver() for name in watched}
+def observe(
+    model: nn.Module,
+    watched: dict[str, ActQuantizer],
+    batches: Iterable[object],
+    forward: Callable[[object], object],
+    kind: Callable[[], Observer] = SampleObserver,
+) -> dict[str, Observer]:
+    """What reaches the watched quantizers, equalized; see `calibrate` for the modes the model runs in.
+
+    Args:
+        model: Injected model.
+        watched: Name -> quantizer.
+        batches: What `forward` takes, one at a time.
+        forward: Runs the model on one batch.
+        kind: Makes an observer for each.
+    """
+    observers = {name: kind() for name in watched}
     batch_norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     norms = {m: (m.training, m.track_running_stats) for m in batch_norms}
     hooks = [
-        m.register_forward_pre_hook(lambda _, args, seen=observers[name]: seen.update(args[0]))
+        m.register_forward_pre_hook(lambda m, args, seen=observers[name]: seen.update(m.equalized(args[0])))
         for name, m in watched.items()
     ]
     try:

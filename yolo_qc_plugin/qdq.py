@@ -93,6 +93,8 @@ class _Graph:
         self.graph, self.layers, self.kind = graph, layers, kind
         self.nodes: list = []  # of the new graph
         self.sources, self.readers = links(graph)
+        self.values = _constants(graph)
+        self.equalized: dict[tuple, str] = {}  # (tensor, factors) -> their product
         self.act_scale: dict[str, float] = {}  # fake-quantized tensor -> scale
         self.quantized: dict[tuple, str] = {}  # (tensor, grid) -> fake-quantized tensor, shared by all who read it
         self.renamed: dict[str, str] = {}
@@ -106,7 +108,8 @@ class _Graph:
             for i, name in enumerate(node.input):
                 node.input[i] = self.renamed.get(name, name)
             if node.domain != DOMAIN:
-                self.nodes.append(node)
+                if not self._written_before(node):
+                    self.nodes.append(node)
             elif node.op_type == QUANTIZE:
                 self.renamed[node.output[0]] = self._quantize(node)
             else:
@@ -117,6 +120,23 @@ class _Graph:
         written = {out for n in self.nodes for out in n.output}
         del self.graph.value_info[:]
         self.graph.value_info.extend(v for name, v in stale.items() if name in written)
+
+    def _written_before(self, node) -> bool:
+        """Whether the node equalizes a tensor for one of its readers as another node has done for another of them."""
+        equalizes = node.op_type == "Mul" and self._output_quantized(node.output[0])
+        if not (equalizes and (found := self._factors(node))):
+            return False
+        name, factors = found
+        first = self.equalized.setdefault((name, factors.shape, factors.tobytes()), node.output[0])
+        self.renamed[node.output[0]] = first
+        return first != node.output[0]
+
+    def _factors(self, node) -> tuple[str, np.ndarray] | None:
+        """Of a product with positive constants: the other tensor and these; else None."""
+        for name, other in zip(node.input, reversed(node.input)):
+            if name in self.values and (self.values[name] > 0).all():
+                return other, self.values[name]
+        return None
 
     def _quantize(self, node) -> str:
         """Q -> DQ in a container, and a Max where the container is wider below; the output's name."""
@@ -229,6 +249,8 @@ class _Graph:
             return a["alpha"] * min(self._low(inputs[0]), 0.0)
         if op == "Mul" and any(s in self.sources and self._is_sigmoid_of(s, inputs) for s in inputs):
             return SILU_MIN
+        if op == "Mul" and (found := self._factors(node)):
+            return float(found[1].max()) * min(self._low(found[0]), 0.0)
         if op in {"Sigmoid", "Relu", "Softmax"}:
             return 0.0
         if op in {"MaxPool", "Split", "Slice", "Reshape", "Transpose", "Identity"}:
@@ -266,6 +288,15 @@ class _Graph:
             self.graph.initializer.append(helper.make_tensor(name, kind, value.shape, raw, raw=True))
             self.constants.add(name)
         return name
+
+
+def _constants(graph) -> dict[str, np.ndarray]:
+    """Constant tensors of floats by name."""
+    from onnx import TensorProto, numpy_helper
+
+    tensors = {i.name: i for i in graph.initializer}
+    tensors |= {n.output[0]: n.attribute[0].t for n in graph.node if n.op_type == "Constant"}
+    return {name: numpy_helper.to_array(t) for name, t in tensors.items() if t.data_type == TensorProto.FLOAT}
 
 
 def _pack4(codes: torch.Tensor) -> bytes:

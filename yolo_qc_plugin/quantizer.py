@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .foreach import snap_all
-from .functional import fake_quantize, to_codes, widen
+from .functional import along_channels, fake_quantize, to_codes, widen
 from .observers import lsq_scale, mse_scale, mse_scale_offset
 
 
@@ -66,6 +66,8 @@ class Quantizer(nn.Module):
             if self._parameters.get(name) is not None:
                 tensor = self._parameters.pop(name).detach().fill_(value)
                 self.register_buffer(name, tensor)
+        if self._buffers.get("equalizer") is not None:
+            self.equalizer = None
 
     def keep(self, x: Tensor, result: Tensor, readers: int = 1) -> None:
         """Keep the result of x for so many calls to come."""
@@ -152,17 +154,25 @@ class ActQuantizer(Quantizer):
     Args:
         bits: Width, 2 to 8.
         offset: Learn an offset.
+        channels: Channels of the input, which are to be equalized (`equalization`); 0 leaves them as they are.
 
     Attributes:
         offset: Parameter of shape (1,), FP32, or None.
+        equalizer: Buffer of shape (channels,), FP32, positive powers of two: what each channel is multiplied by before
+            it is quantized. The weights that read it are divided by it. Or None.
         readers: Number of convolutions that this quantizer's tensor is quantized for.
     """
 
     readers = 1
 
-    def __init__(self, bits: int, offset: bool):
+    def __init__(self, bits: int, offset: bool, channels: int = 0):
         super().__init__(bits, signed=not offset)
         self.offset = nn.Parameter(torch.zeros(1)) if offset else None
+        self.register_buffer("equalizer", torch.ones(channels) if channels else None)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._buffers.setdefault("equalizer", None)  # checkpoints of before it was there
 
     @property
     def zero_point(self) -> int:
@@ -181,13 +191,18 @@ class ActQuantizer(Quantizer):
         """Keep what `grid_offset` would give, until scale or offset changes."""
         self._grid_offset = self._versions(), value
 
+    def equalized(self, x: Tensor) -> Tensor:
+        """x of shape (batch, channels, ...) times the equalizer, in x's dtype: what is quantized."""
+        return x if self.equalizer is None else x * along_channels(self.equalizer).to(x.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize activations of shape (batch, ...); for several readers of one tensor in turn, once."""
         if not self.enabled:
-            return x
+            return self.equalized(x)
         if (result := self._take_kept(x)) is None:
             grad_scale = (max(math.prod(x.shape[1:]), 1) * self.quant_max) ** -0.5
-            result = fake_quantize(x, self.scale, self.grid_offset(), self.quant_min, self.quant_max, grad_scale)
+            grid = self.scale, self.grid_offset(), self.quant_min, self.quant_max
+            result = fake_quantize(self.equalized(x), *grid, grad_scale)
             self.keep(x, result, self.readers - 1)
         return result
 
@@ -196,8 +211,8 @@ class ActQuantizer(Quantizer):
         """Start scale, offset and range from a sample.
 
         Args:
-            values: Sample of the activations, shape (n,).
-            low: Smallest activation seen, in the sample or not.
+            values: Sample of the activations, shape (n,), equalized.
+            low: Smallest of these seen, in the sample or not.
             method: "mse" or "lsq".
         """
         if self.offset is None:
@@ -214,11 +229,12 @@ class ActQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x`, int16, in its shape."""
-        return to_codes(widen(x), self.scale, self.grid_offset(), self.quant_min, self.quant_max).to(torch.int16)
+        x = self.equalized(widen(x))
+        return to_codes(x, self.scale, self.grid_offset(), self.quant_min, self.quant_max).to(torch.int16)
 
     @torch.no_grad()
     def clipped(self, x: Tensor) -> Tensor:
         """Share of `x` outside the range, rounding included: a 0-dim tensor in [0, 1]."""
-        x = widen(x)
+        x = self.equalized(widen(x))
         v = x / self.scale if self.offset is None else (x - self.grid_offset()) / self.scale
         return self._share_outside(v)

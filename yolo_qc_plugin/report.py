@@ -83,6 +83,7 @@ def describe(name: str, conv: QuantConv2d) -> dict:
         "weight_scale": weight.scale.tolist(),
         "act_scale": act.scale.item(),
         "act_offset": None if offset is None else offset.item(),
+        "act_equalizer": None if act.equalizer is None else act.equalizer.tolist(),
         "act_range": [act.quant_min, act.quant_max],
         "weight_codes": codes.unique().numel(),
         "weight_clipped": weight.clipped(conv.weight).item(),
