@@ -21,6 +21,8 @@ from yolo_qc_plugin.config import QCError  # noqa: E402
 from yolo_qc_plugin.deploy import FixedQuantizer, deployed_convs  # noqa: E402
 from yolo_qc_plugin.snap import MULTIPLIER_BITS  # noqa: E402
 
+EDGES = ["model.0.conv", *(f"model.24.{branch}.{i}.2" for branch in ("cv2", "cv3") for i in range(3))]
+
 
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
@@ -57,7 +59,7 @@ def test_the_int4_kind_passes_without_openvino(trained, digits, tmp_path):
 
 
 def test_openvino_gets_the_integer_graph(trained, digits, tmp_path):
-    """`format=openvino` as the host names it: all but the bare outputs and DFL run on 8-bit codes, and it predicts."""
+    """`format=openvino` as the host names it: all but the 8-bit edges and DFL run on 8-bit codes, and it predicts."""
     openvino = pytest.importorskip("openvino")
     checkpoint = tmp_path / "best.pt"
     shutil.copy(trained[0], checkpoint)
@@ -68,7 +70,8 @@ def test_openvino_gets_the_integer_graph(trained, digits, tmp_path):
         info = op.get_rt_info()
         if info["layerType"].astype(str) == "Convolution":
             kinds.append(info["runtimePrecision"].astype(str))
-    assert len(kinds) == 76 and kinds.count("u8") == 75
+    # weights of large codes, which would overflow in pairs on some processors, are computed in float
+    assert len(kinds) == 76 and kinds.count("u8") == 75 - len(EDGES)
     assert len(YOLO(folder)(str(digits.parent / "images" / "val"), imgsz=64, verbose=False)) == 8
 
 

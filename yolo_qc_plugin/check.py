@@ -227,6 +227,8 @@ class _Exported:
         differing = []
         for name, layer in layers.items():
             codes = self.values[self.weights[name]].astype(np.int16)
+            if self.values[self.weights[name]].dtype == np.uint8:
+                codes -= 128
             mine = [c.cpu().numpy() for c in (layer.weight_codes, layer.positive_scale(-128, 127)[0])]
             if not any(np.array_equal(codes, c) for c in mine):
                 differing.append(name)

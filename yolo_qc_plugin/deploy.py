@@ -49,7 +49,7 @@ class FixedQuantizer(nn.Module):
     def steps(self, x: Tensor) -> Tensor:
         """Codes minus the zero point, i.e. whole steps from 0, as floats of FP32 at least."""
         low, high = self.quant_min - self.zero_point, self.quant_max - self.zero_point
-        return to_codes(self._equalized(widen(x)), self.scale, None, low, high)
+        return to_codes(self.equalized(widen(x)), self.scale, None, low, high)
 
     def before(self, steps: Tensor) -> Tensor:
         """An input whose `steps` these are."""
@@ -59,10 +59,11 @@ class FixedQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize x of any shape."""
         if torch.jit.is_tracing():
-            return traced_quantize(self._equalized(x), self.scale, self.zero_point, self.quant_min, self.quant_max)
+            return traced_quantize(self.equalized(x), self.scale, self.zero_point, self.quant_min, self.quant_max)
         return self.steps(x).mul_(self.scale).to(x.dtype)
 
-    def _equalized(self, x: Tensor) -> Tensor:
+    def equalized(self, x: Tensor) -> Tensor:
+        """x of shape (batch, channels, height, width) times the equalizer."""
         return x if self.equalizer is None else x * self.equalizer.to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -10,6 +10,10 @@ Every convolution reads Q -> DQ of its input and DQ of its integer weight, with 
 Activation codes of a grid narrower than its container are shifted to the container's top (4 bits in UINT8: 240 to 255),
 so that saturation cuts off above, as the grid does. Below, a Max before Q does it, left out where the input cannot be
 that low: SiLU is never below -0.281, LeakyReLU never below its slope times the lowest code's value.
+
+Weights are signed and symmetric, in INT8; those with codes beyond +-64 in UINT8 with a zero point of 128. On processors
+without VNNI, runtimes add the products of UINT8 activations and INT8 weights in pairs of 16 bits, which 2 * 255 * 65
+overflows; for UINT8 weights they take a way that is exact.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from .trace import CONVOLVE, DOMAIN, QUANTIZE
 ONNX_KINDS = ("int8", "int4")
 INT4_OPSET = 21  # the first with 4-bit types
 MIN_OPSET = {"int8": 13, "int4": 18}  # per-channel DequantizeLinear; nodes that mean the same in opset 21
+PAIRED = 64  # the largest code of a weight for which the sum of two products with UINT8 codes fits into 16 bits
 SILU_MIN = -0.28097  # the least x * round(256 * sigmoid(x)) / 256, at x = -1.2844; a little below SiLU's own
 
 
@@ -184,7 +189,11 @@ class _Graph:
         narrow = self.kind == "int4" and layer.bits <= 4
         codes, scale, sign = layer.positive_scale(*((-8, 7) if narrow else (-128, 127)))
         scale = scale.float()
-        self._constant(f"{layer_name}.weight_codes", codes, TensorProto.INT4 if narrow else TensorProto.INT8)
+        kind = TensorProto.INT4 if narrow else TensorProto.INT8
+        if codes.abs().max() > PAIRED:
+            kind, codes = TensorProto.UINT8, codes + 128
+            self._constant(f"{layer_name}.weight_zero_point", torch.full_like(scale, 128), kind)
+        self._constant(f"{layer_name}.weight_codes", codes, kind)
         self._constant(f"{layer_name}.weight_scale", scale)
         weight = self._dequantize(f"{layer_name}.weight")
 
@@ -219,9 +228,13 @@ class _Graph:
         return self._dequantize(f"{layer_name}.bias")
 
     def _dequantize(self, name: str) -> str:
-        """NAME from the constants NAME_codes and NAME_scale, along axis 0; once for a layer that runs twice."""
+        """NAME from the constants NAME_codes, NAME_scale and any NAME_zero_point, along axis 0.
+
+        Once for a layer that runs twice.
+        """
         if name not in self.constants:
-            self._add("DequantizeLinear", [f"{name}_codes", f"{name}_scale"], name, axis=0)
+            parts = [f"{name}_{part}" for part in ("codes", "scale", "zero_point")]
+            self._add("DequantizeLinear", [part for part in parts if part in self.constants], name, axis=0)
             self.constants.add(name)
         return name
 
