@@ -19,7 +19,7 @@ from cells import Cell, conditions, mean_and_spread, parser, results, run
 from yolo_qc_plugin.config import PRESETS
 
 BITS = 4, 3, 2
-ASKED = {4: 99, 3: 96, 2: 85}  # percent of the float row that the preset "best" is to reach
+ASKED = {4: 99, 3: 96, 2: 85}  # percent of the float row that is to be reached
 
 
 def cells() -> list[Cell]:
@@ -33,9 +33,11 @@ def cells() -> list[Cell]:
 
 def page(folder: Path) -> str:
     """The Markdown table."""
-    found = {c.name: results(folder, c.name) for c in cells()}
+    names = {f.stem.partition("-seed")[0] for f in folder.glob("*-seed*.json")}
+    order = [c.name for c in cells()]
+    found = {name: results(folder, name) for name in [n for n in order if n in names] + sorted(names - set(order))}
     files = [r for runs in found.values() for r in runs.values()]
-    if not (files and found["float"]):
+    if not found.get("float"):
         return ""
     one, images = files[0], files[0]["images"]
     lines = [
@@ -47,26 +49,28 @@ def page(folder: Path) -> str:
         "",
         "mAP50-95 in points on the validation set, mean ± standard deviation over seeds, of the last epoch. `best.pt` "
         "is the better of the two columns before it in each run, as the plugin keeps it. The share is of the mean of "
-        "the float row over the same seeds.",
+        "the float row over the same seeds. Bits are those of weights / activations, 8 at the edges.",
         "",
         "| preset | bits | seeds | without QC | with QC | best.pt | of float | asked | options |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     trained = {seed: 100 * r["metrics"]["trained"]["map50_95"] for seed, r in found["float"].items()}
-    lines += [f"| float trained on | 32 | {len(trained)} | | | {mean_and_spread(trained.values())} | 100% | | |"]
-    for cell in cells()[1:]:
-        if runs := found[cell.name]:
+    lines += [f"| float trained on | 32 / 32 | {len(trained)} | | | {mean_and_spread(trained.values())} | 100% | | |"]
+    for cell, runs in found.items():
+        if cell != "float":
             figures = [
                 [100 * r["metrics"][kind or r["kept"]]["map50_95"] for r in runs.values()] for kind in ("qat", "qc", "")
             ]
             floats = [trained[seed] for seed in runs if seed in trained]
             same = len(floats) == len(runs)
             share = f"{100 * statistics.mean(figures[2]) / statistics.mean(floats):.1f}%" if same else ""
-            name, _, bits = cell.name.removesuffix("bit").partition("-")
-            asked = f"{ASKED[int(bits)]}%" if name == "best" else ""
-            options = ", ".join(f"{k}={v}" for k, v in cell.options.items() if k != "bits")
+            name, _, bits = cell.removesuffix("bit").rpartition("-")
+            asked = f"{ASKED[int(bits)]}%" if name != "paper" else ""
+            one = next(iter(runs.values()))["options"]
+            widths = f"{one.get('weight_bits', one['bits'])} / {one.get('act_bits', one['bits'])}"
+            options = ", ".join(f"{k}={v}" for k, v in one.items() if k not in {"bits", "act_bits"})
             shown = " | ".join(mean_and_spread(values) for values in figures)
-            lines.append(f"| {name} | {bits} | {len(runs)} | {shown} | {share} | {asked} | {options} |")
+            lines.append(f"| {name} | {widths} | {len(runs)} | {shown} | {share} | {asked} | {options} |")
     return "\n".join(lines) + "\n"
 
 

@@ -250,7 +250,9 @@ def test_a_preset_fills_what_is_not_given(preset):
     values = PRESETS[preset]
     assert QCConfig.from_options({"preset": preset, "bits": "3"}) == QCConfig(bits=3, **values)
     for name, value in values.items():
-        other = {"correction": "tensor", "scale_init": "mse", "correction_shift": False}.get(name, QCConfig().edge_bits)
+        other = {"correction": "tensor", "scale_init": "mse", "correction_shift": False, "act_bits": 4}.get(
+            name, QCConfig().edge_bits
+        )
         other = not value if isinstance(value, bool) else 0.5 if isinstance(value, float) else other
         given = QCConfig.from_options({"preset": preset, name: str(other)})
         assert getattr(given, name) == other and replace(given, **{name: value}) == QCConfig(**values)
@@ -260,10 +262,11 @@ def test_the_papers_preset_is_not_the_defaults():
     config = QCConfig.from_options({"preset": "paper"})
     assert (config.act_offset, config.output_bits, config.bits) == (False, None, 4) and config != QCConfig()
     best = QCConfig.from_options({"preset": "best"})
-    assert best.per_channel and best.output_bits == 8 and best != QCConfig()
+    assert best.per_channel and best.output_bits == 8 and best.body_bits == (4, 8)
+    assert QCConfig.from_options({"preset": "narrow", "bits": 3}).body_bits == (3, 3)
 
 
 @pytest.mark.parametrize("preset", ["", "Paper", "paper,best", None, ["paper"], 1])
 def test_an_unknown_preset_is_refused(preset):
-    with pytest.raises(QCError, match="preset=.*'paper' or 'best'"):
+    with pytest.raises(QCError, match="preset=.*'paper' or 'best' or 'narrow'"):
         QCConfig.from_options({"preset": preset})

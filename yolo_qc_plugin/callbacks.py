@@ -83,7 +83,11 @@ class QCCallbacks:
         if str(args.distill_model).endswith(".pt") and is_quantized(load_checkpoint(args.distill_model)[0]):
             raise QCError(f"QC: distill_model={args.distill_model} is quantized; give a float checkpoint.")
         if args.compile:
-            raise QCError(f"QC: compile={args.compile!r} does not work with quantizers yet; accepted: compile=False.")
+            raise QCError(
+                f"QC: compile={args.compile!r} does not work with quantizers: torch.compile cannot trace what layers keep "
+                "for backward and for others that read their input. Quantizers are compiled by themselves; accepted: "
+                "compile=False."
+            )
         if not args.resume and str(args.model).endswith(".pt") and is_quantized(load_checkpoint(args.model)[0]):
             raise QCError(
                 f"QC: model={args.model} is already quantized. Start callbacks=qc from a float checkpoint, or train "
@@ -235,8 +239,8 @@ def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConf
         model: An `ultralytics.YOLO` object with a float model (of a task in `host.MODELS`), or a trainer that has not
             started.
         config: The options; or give them by name:
-        **options: Fields of `QCConfig`, e.g. bits=4, with preset="paper" or "best" for those not given; or onnx="int8"
-            or "int4".
+        **options: Fields of `QCConfig`, e.g. bits=4, with preset="paper", "best" or "narrow" for those not given; or
+            onnx="int8" or "int4".
 
     Returns:
         The config in force; None for an export.
