@@ -152,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     digits.add_argument("--imgsz", type=int, default=160, help="image side in pixels, a multiple of 32 (160)")
     digits.add_argument("--seed", type=int, default=0)
     digits.add_argument("--task", default="detect", help="detect, segment, pose, obb or classify (detect)")
-    digits.add_argument("--level", default="plain", help="plain; hard: 20 classes, clutter, fainter; wide: hard in all sizes")
+    levels = "plain, hard (20 classes, clutter, fainter) or wide (hard in all sizes) (plain)"
+    digits.add_argument("--level", default="plain", help=levels)
 
     hook = commands.add_parser("hook", help="the start-up hook of `yolo`: needed by hand for editable installs only")
     hook.add_argument("action", choices=("install", "remove", "status"))
