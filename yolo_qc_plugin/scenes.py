@@ -57,7 +57,7 @@ class Level:
 LEVELS = {
     "plain": Level(),
     "hard": Level((4, 10), (1 / 14, 1 / 3), 25.0, (50.0, 160.0), (0.0, 10.0), clutter=(4, 10), hue=100.0),
-    # hard in all sizes: a detector needs all its strides, where "hard" at 160 px leaves the coarse ones without work
+    # hard in all sizes, for all strides of a detector
     "wide": Level((3, 8), (1 / 14, 3 / 4), 25.0, (50.0, 160.0), (0.0, 10.0), clutter=(3, 8), hue=100.0),
 }
 
