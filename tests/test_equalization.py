@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from conftest import TINY
 from torch import nn
 from ultralytics import YOLO
 
+from yolo_qc_plugin import add_qc_callbacks
 from yolo_qc_plugin.check import check
 from yolo_qc_plugin.deploy import deploy_conv
 from yolo_qc_plugin.ema import ConstantEMA
@@ -124,10 +126,6 @@ def test_quantizers_of_before_are_read_as_they_are():
 @pytest.fixture(scope="module")
 def run(digits, tmp_path_factory):
     """Folder of a real run at 3 bits, and the state of its model after calibration."""
-    from conftest import TINY
-
-    from yolo_qc_plugin import add_qc_callbacks
-
     folder, seen = tmp_path_factory.mktemp("equalized"), {}
     model = YOLO("yolov5n.yaml")
     add_qc_callbacks(model, bits=3, per_channel=True, act_equalize=True)
@@ -154,8 +152,6 @@ def test_one_model_one_number(run, digits, tmp_path):
     folder, _ = run
     for kind in ("int8", "int4"):
         yolo = YOLO(folder / "weights" / "qat.pt")
-        from yolo_qc_plugin import add_qc_callbacks
-
         add_qc_callbacks(yolo, onnx=kind)
         file = yolo.export(format="onnx", imgsz=64, simplify=True)
         found = check(folder / "weights" / "qat.pt", file, str(digits), images=4)
