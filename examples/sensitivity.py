@@ -35,7 +35,10 @@ BLOCK = re.compile(r"model\.\d+(\.(one2one_)?cv\d\.\d)?")
 
 def training_images(data: str, imgsz: int, count: int) -> list[torch.Tensor]:
     """Batches (16, 3, imgsz, imgsz) in 0..1 of the first training images, stretched to a square."""
-    files = sorted(Path(check_det_dataset(data)["train"]).glob("*.*"))[:count]
+    folder = check_det_dataset(data)["train"]
+    if not (isinstance(folder, str) and Path(folder).is_dir()):
+        raise SystemExit(f"--data {data}: its train is {folder!r}; a folder of images is accepted")
+    files = sorted(Path(folder).glob("*.*"))[:count]
     images = np.stack([cv2.resize(cv2.imread(str(f)), (imgsz, imgsz))[..., ::-1] for f in files])
     return list(torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255).split(16))
 
@@ -64,7 +67,7 @@ def page(result: dict) -> str:
         "",
         f"Written by `examples/sensitivity.py`. mAP50-95 in points at {result['imgsz']} px, without training: float "
         f"{result['float']:.1f}, all at 8 bits {result['eight']:.1f}, all at {result['bits']} bits "
-        f"{result['all']:.1f}. Each row: that block alone at {result['bits']} bits. "
+        f"{result['all']:.1f}, the edges always at 8 bits. Each row: that block alone at {result['bits']} bits. "
         + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
         "",
         "| block | weights | share of weights | mAP50-95 | loss |",
@@ -92,10 +95,11 @@ def main() -> None:
     model = YOLO(args.weights).model.float()
     images = training_images(args.data, args.imgsz, args.images)
     low, eight = (quantized(model, bits, images) for bits in (args.bits, 8))
-    weights: dict[str, int] = {}
-    for name, conv in quant_convs(eight):
-        block = BLOCK.match(name)[0]
-        weights[block] = weights.get(block, 0) + conv.weight.numel()
+    weights: dict[str, int] = {}  # of each block, without edges, which keep their width
+    for (name, conv), (_, narrow) in zip(quant_convs(eight), quant_convs(low)):
+        if conv.weight_quant.bits != narrow.weight_quant.bits:
+            block = BLOCK.match(name)[0]
+            weights[block] = weights.get(block, 0) + conv.weight.numel()
     result = {
         "weights": Path(args.weights).name, "data": Path(args.data).name, "imgsz": args.imgsz, "bits": args.bits,
         "versions": {"yolo_qc_plugin": __version__, "ultralytics": ultralytics.__version__, "torch": torch.__version__},

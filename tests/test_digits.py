@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -220,6 +221,14 @@ def test_the_wide_level(tmp_path: Path):
     heights = np.concatenate([read_rows(f) for f in wide.glob("labels/*/*.txt")])[:, 4]
     assert heights.min() < 0.12 and heights.max() > 0.6
     assert 0.1 < np.mean(heights > 0.4) < 0.5
+
+
+def test_the_largest_digits_fit_into_the_picture():
+    """Some scrambled scans of three quarters of the side, turned, are a pixel larger than the picture."""
+    scans = np.roll(scenes.load_scans(0)[0]["train"], (4, 4), (1, 2))[:200]
+    assert any(max(scenes._draw_glyph(scan, 0.75 * 320, 25.0).shape) > 320 for scan in scans)
+    most = SimpleNamespace(uniform=lambda low, high: high)
+    assert all(max(scenes._draw_random(most, scan, 320, scenes.LEVELS["wide"]).shape) <= 320 for scan in scans)
 
 
 def test_classes_are_folders(tmp_path: Path):

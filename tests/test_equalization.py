@@ -3,6 +3,7 @@
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from ultralytics import YOLO
 
 from yolo_qc_plugin import add_qc_callbacks
 from yolo_qc_plugin.check import check
-from yolo_qc_plugin.deploy import deploy_conv
+from yolo_qc_plugin.checkpoint import FORMAT, QuantRecord
+from yolo_qc_plugin.config import QCConfig
+from yolo_qc_plugin.deploy import FixedQuantizer, deploy_conv
 from yolo_qc_plugin.ema import ConstantEMA
 from yolo_qc_plugin.equalization import equalize, equalizing_factors
 from yolo_qc_plugin.layers import QuantConv2d, quant_convs
@@ -103,6 +106,28 @@ def test_the_average_moves_the_weights_themselves():
     torch.testing.assert_close(averaged[0].weight, before + (1 - ema.decay(1)))
 
 
+@pytest.mark.parametrize("also_in_training", [False, True])
+def test_an_average_that_is_not_finite_is_mended(also_in_training):
+    """As the host mends all others; it cannot reach these."""
+    _, q = twins(GEOMETRIES["plain"])
+    averaged = copy.deepcopy(q)
+    with torch.no_grad():
+        for weight in (averaged.weight, q.weight)[: 1 + also_in_training]:
+            weight[0, 0, 0, 0] = float("nan")
+    averaged.state_dict()["weight"].nan_to_num_()
+    assert not averaged.weight.isfinite().all()
+    ConstantEMA(nn.Sequential(averaged), 0.5).mend(nn.Sequential(q))
+    assert torch.equal(averaged.weight, q.weight.nan_to_num())
+    assert torch.equal(averaged.weight, q.weight) != also_in_training
+
+
+def test_without_equalizers_no_image_is_read():
+    model = nn.Sequential(twins(GEOMETRIES["plain"], equalized=False)[1])
+    before = copy.deepcopy(model.state_dict())
+    equalize(model, iter(lambda: pytest.fail("a batch was taken"), None), model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_the_deployed_form_is_the_same(geometry):
     _, q = twins(geometry)
@@ -123,11 +148,39 @@ def test_quantizers_of_before_are_read_as_they_are():
     assert torch.equal(old(uneven()), q.act_quant(uneven()))
 
 
+def test_deployed_quantizers_of_before_are_read_as_they_are():
+    fixed = FixedQuantizer(twins(GEOMETRIES["plain"], equalized=False)[1].act_quant)
+    state = fixed.__getstate__()
+    del state["_buffers"]["equalizer"]
+    old = FixedQuantizer.__new__(FixedQuantizer)
+    old.__setstate__(state)
+    assert torch.equal(old(uneven()), fixed(uneven()))
+
+
+@pytest.mark.parametrize("equalize", [False, True])
+def test_plugins_that_would_misread_a_checkpoint_refuse_it(equalize):
+    """Those of before equalizers know formats up to 1 and would leave the equalizers out."""
+    record = QuantRecord(QCConfig(act_equalize=equalize).to_dict())
+    assert record.format == 1 + equalize and pickle.loads(pickle.dumps(record)) == record
+    record.format = FORMAT + 1
+    with pytest.raises(RuntimeError, match="Upgrade yolo-qc-plugin"):
+        pickle.loads(pickle.dumps(record))
+
+
 @pytest.fixture(scope="module")
 def run(digits, tmp_path_factory):
-    """Folder of a real run at 3 bits, and the state of its model after calibration."""
+    """Folder of a real run at 3 bits, and the state of its model after calibration.
+
+    In each epoch a weight of its average becomes NaN.
+    """
     folder, seen = tmp_path_factory.mktemp("equalized"), {}
+
+    def poison(trainer):
+        with torch.no_grad():
+            trainer.ema.ema.get_submodule("model.3.conv").weight[0, 0, 0, 0] = float("nan")
+
     model = YOLO("yolov5n.yaml")
+    model.add_callback("on_train_batch_end", poison)
     add_qc_callbacks(model, bits=3, per_channel=True, act_equalize=True)
     model.add_callback("on_train_start", lambda t: seen.update(copy.deepcopy(t.model).state_dict()))
     model.train(data=str(digits), project=str(folder), name="run", **{**TINY, "epochs": 2, "batch": 16})
@@ -145,6 +198,11 @@ def test_a_run_equalizes_what_is_below_8_bits(run):
     for name, conv in quant_convs(model):  # fixed once they are found
         if conv.act_quant.equalizer is not None:
             assert torch.equal(conv.act_quant.equalizer, start[f"{name}.act_quant.equalizer"]), name
+
+
+def test_what_is_saved_is_finite(run):
+    for name in ("last.pt", "qat.pt"):
+        assert all(v.isfinite().all() for v in YOLO(run[0] / "weights" / name).model.state_dict().values())
 
 
 def test_one_model_one_number(run, digits, tmp_path):

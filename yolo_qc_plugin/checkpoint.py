@@ -26,7 +26,8 @@ from .config import QCConfig
 from .layers import WIDE, ChannelAffine, QuantActivation, QuantConv2d, QuantSiLU
 from .quantizer import ActQuantizer, WeightQuantizer
 
-FORMAT = 1  # raise it when a checkpoint of an older plugin cannot be read as it is
+# 2: equalizers. Raise it when older plugins would misread a checkpoint; one that they read right keeps its number.
+FORMAT = 2
 
 
 @dataclass
@@ -43,9 +44,12 @@ class QuantRecord:
 
     config: dict
     float_metrics: dict[str, float] = field(default_factory=dict)
-    format: int = FORMAT
+    format: int = field(init=False)
     plugin: str = __version__
     run: str = field(default_factory=lambda: uuid4().hex)
+
+    def __post_init__(self):
+        self.format = FORMAT if self.config.get("act_equalize") else 1
 
     def __setstate__(self, state: dict) -> None:
         if state["format"] > FORMAT:

@@ -46,6 +46,10 @@ class FixedQuantizer(nn.Module):
         self.bits, self.scale, self.zero_point = quantizer.bits, quantizer.scale.item(), quantizer.zero_point
         self.quant_min, self.quant_max = quantizer.quant_min, quantizer.quant_max
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._buffers.setdefault("equalizer", None)  # models pickled before it was there
+
     def steps(self, x: Tensor) -> Tensor:
         """Codes minus the zero point, i.e. whole steps from 0, as floats of FP32 at least."""
         low, high = self.quant_min - self.zero_point, self.quant_max - self.zero_point

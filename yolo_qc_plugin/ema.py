@@ -59,6 +59,17 @@ class ConstantEMA:
             (values if floating else sources).append(state[name])
         return averages, values, copies, sources
 
+    @torch.no_grad()
+    def mend(self, model: nn.Module) -> None:
+        """Replace averages that are not finite by the model's values, made finite, as the host does when it saves.
+
+        It reaches tensors through `state_dict`; here are those of which that holds copies.
+        """
+        values, reached = _tensors(model), self.ema.state_dict()
+        for name, average in _tensors(self.ema).items():
+            if reached[name].data_ptr() != average.data_ptr() and not average.isfinite().all():
+                average.copy_(values[name].nan_to_num())
+
     def update(self, model: nn.Module) -> None:
         """The host's call inside its optimizer step; the average is moved by `step` at on_train_batch_end instead."""
 

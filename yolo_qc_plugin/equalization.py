@@ -8,7 +8,8 @@ than one or two of a low-bit grid's steps. As SmoothQuant has it (Xiao et al., I
 cross-layer equalization (Nagel et al., ICCV 2019), but all the way to the weights, whose scales are learned, and in
 powers of two: x * e has the digits of x, so that nothing is rounded twice and codes agree in every runtime.
 
-It costs one multiplication per value of an equalized tensor, in training and at inference.
+It costs one multiplication per value of an equalized tensor in training. At inference it costs more where the runtime
+would compute activation functions in integers: ONNX Runtime does not where a product follows (docs/deployment.md).
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def equalize(model: nn.Module, batches: Iterable[object], forward: Callable[[obj
     """
     convs = dict(quant_convs(model))
     inputs = {name: q for name, q in act_quantizers(model).items() if q.equalizer is not None}
+    if not inputs:
+        return
     with quantizers_off(q for m in convs.values() for q in (m.weight_quant, m.act_quant)):
         seen = observe(model, inputs, batches, forward, ChannelObserver)
     for name, quant in inputs.items():

@@ -90,7 +90,7 @@ class QuantConv2d(KeepWide, nn.Conv2d):
     def to_float(self) -> nn.Conv2d:
         """The float convolution this was made from: the same parameters, without quantizers.
 
-        The weight takes back what an equalizer of the input has divided it by.
+        The weight, in place, takes back what an equalizer of the input has divided it by: this module is spent then.
         """
         if self.act_quant.equalizer is not None:
             self.multiply_inputs(self.act_quant.equalizer)
@@ -120,7 +120,8 @@ class QuantConv2d(KeepWide, nn.Conv2d):
         return by_group.reshape(self.out_channels, -1, 1, 1)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        # the weight of a float convolution, which any model can take up: powers of two come and go without a trace
+        # the weight of a float convolution, which any model can take up: powers of two come and go without a trace.
+        # It is a copy; what is done to it in place does not reach this module (`ConstantEMA.mend`)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.act_quant.equalizer is not None:
             destination[f"{prefix}weight"] = destination[f"{prefix}weight"] * self._per_input(self.act_quant.equalizer)

@@ -66,7 +66,11 @@ def write_qdq(file: str | Path, layers: Mapping[str, DeployedConv2d], kind: str)
         model.ir_version = max(model.ir_version, 10)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, file)
-    return f"{len(layers)} integer convolutions ({kind}), {graph.clips} of {graph.quantizers} quantizers bounded"
+    unsigned = f"{len(graph.unsigned)} of them with UINT8 weights, which OpenVINO computes in float"
+    return (
+        f"{len(layers)} integer convolutions ({kind}), {unsigned}; "
+        f"{graph.clips} of {graph.quantizers} quantizers bounded"
+    )
 
 
 def check_kind(kind: str, opset: int = INT4_OPSET) -> None:
@@ -105,6 +109,7 @@ class _Graph:
         self.renamed: dict[str, str] = {}
         self.constants: set[str] = set()
         self.lows: dict[str, float] = {}
+        self.unsigned: set[str] = set()  # layers
         self.quantizers = self.clips = 0
 
     def rewrite(self) -> None:
@@ -192,6 +197,7 @@ class _Graph:
         kind = TensorProto.INT4 if narrow else TensorProto.INT8
         if codes.abs().max() > PAIRED:
             kind, codes = TensorProto.UINT8, codes + 128
+            self.unsigned.add(layer_name)
             self._constant(f"{layer_name}.weight_zero_point", torch.full_like(scale, 128), kind)
         self._constant(f"{layer_name}.weight_codes", codes, kind)
         self._constant(f"{layer_name}.weight_scale", scale)

@@ -192,7 +192,7 @@ class ActQuantizer(Quantizer):
         self._grid_offset = self._versions(), value
 
     def equalized(self, x: Tensor) -> Tensor:
-        """x of shape (batch, channels, ...) times the equalizer, in x's dtype: what is quantized."""
+        """x of shape (batch, channels, height, width) times any equalizer, in x's dtype: what is quantized."""
         return x if self.equalizer is None else x * along_channels(self.equalizer).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

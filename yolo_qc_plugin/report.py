@@ -117,17 +117,20 @@ def model_size(model: nn.Module) -> dict[str, float]:
     """Size of the deployed parameters in MB (1e6 bytes): all in FP32, and with quantized weights at their bits.
 
     Both count weights, one scale and one bias per output channel of a quantized convolution (BN and QC folded in), and
-    everything else in FP32. What training alone needs, a second head say, is not counted.
+    everything else in FP32, equalizers in the second. What training alone needs, a second head say, is not counted.
     """
     deployed = deepcopy(model)
     deploy_model(deployed)
-    convs = deployed_convs(deployed).values()
+    found, quantized = deployed_convs(deployed), dict(quant_convs(model))
+    convs = found.values()
+    inputs = {id(q): q.equalizer for q in (quantized[name].act_quant for name in found)}
+    equalizers = 4 * sum(factors.numel() for factors in inputs.values() if factors is not None)
     inside = {id(p) for conv in convs for p in conv.parameters()}
     rest = 4 * sum(p.numel() for p in deployed.parameters() if id(p) not in inside)
     channels = sum(conv.out_channels for conv in convs)
     return {
         "float32": (rest + 4 * sum(c.weight_codes.numel() for c in convs) + 4 * channels) / 1e6,
-        "quantized": (rest + sum(c.weight_codes.numel() * c.bits for c in convs) / 8 + 8 * channels) / 1e6,
+        "quantized": (rest + equalizers + sum(c.weight_codes.numel() * c.bits for c in convs) / 8 + 8 * channels) / 1e6,
     }
 
 

@@ -177,9 +177,10 @@ def _paste_digits(
 
 
 def _draw_random(rng: np.random.Generator, scan: np.ndarray, imgsz: int, level: Level) -> np.ndarray:
-    """A scan (8, 8) in a random size, turn and strength, as opacity (h, w)."""
+    """A scan (8, 8) in a random size, turn and strength, as opacity (h, w), neither of which is above imgsz."""
     size = imgsz * np.exp(rng.uniform(*np.log(level.size)))
-    return _draw_glyph(scan, size, rng.uniform(-level.rotation, level.rotation)) * rng.uniform(*OPACITY)
+    glyph = _draw_glyph(scan, size, rng.uniform(-level.rotation, level.rotation)) * rng.uniform(*OPACITY)
+    return glyph[:imgsz, :imgsz]  # the largest, turned, reach a pixel further
 
 
 def _draw_glyph(scan: np.ndarray, size: float, degrees: float) -> np.ndarray:

@@ -94,6 +94,7 @@ class Steps:
     def end_epoch(self, trainer: BaseTrainer) -> None:
         """Follow the step of a last batch whose end the host did not tell; pass on what was recorded."""
         self._follow_step(trainer)
+        trainer.ema.mend(unwrap_model(trainer.model))
         if self.telemetry:
             self.telemetry.to_tensorboard(trainer.epoch + 1)
             self.telemetry.write(EVERY)
