@@ -24,12 +24,13 @@ from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import load_checkpoint
 
 from yolo_qc_plugin import add_qc_callbacks, host
-from yolo_qc_plugin.check import RUNTIMES, _compare_codes, _Exported
 from yolo_qc_plugin.checkpoint import QuantRecord
 from yolo_qc_plugin.cli import wrap_entrypoint
+from yolo_qc_plugin.codes import compare_codes
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.deploy import deployed_convs
 from yolo_qc_plugin.equalization import equalize
+from yolo_qc_plugin.exported import RUNTIMES, Exported
 from yolo_qc_plugin.inject import calibrate, calibrate_outputs, inject, quantize_outputs
 from yolo_qc_plugin.layers import quant_convs
 from yolo_qc_plugin.qdq import ONNX_KINDS, write_qdq
@@ -501,7 +502,7 @@ def test_all_codes_agree_end_to_end(family, yaml, kind, runtime):
     snap(model.float())
     model.fuse(verbose=False)
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
-    found = _compare_codes(model, _Exported(Path(file)), runtime, x)
+    found = compare_codes(model, Exported(Path(file)), runtime, x)
     assert found["changed_end_to_end"] == found["changed"] == found["steps"] == 0, found
 
 

@@ -18,13 +18,13 @@ overflows; for UINT8 weights they take a way that is exact.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .bounds import LowerBounds
 from .config import QCError
 from .deploy import DeployedConv2d
 from .trace import CONVOLVE, DOMAIN, QUANTIZE
@@ -33,7 +33,6 @@ ONNX_KINDS = ("int8", "int4")
 INT4_OPSET = 21  # the first with 4-bit types
 MIN_OPSET = {"int8": 13, "int4": 18}  # per-channel DequantizeLinear; nodes that mean the same in opset 21
 PAIRED = 64  # the largest code of a weight for which the sum of two products with UINT8 codes fits into 16 bits
-SILU_MIN = -0.28097  # the least x * round(256 * sigmoid(x)) / 256, at x = -1.2844; a little below SiLU's own
 
 
 def write_qdq(file: str | Path, layers: Mapping[str, DeployedConv2d], kind: str) -> str:
@@ -102,13 +101,12 @@ class _Graph:
         self.graph, self.layers, self.kind = graph, layers, kind
         self.nodes: list = []  # of the new graph
         self.sources, self.readers = links(graph)
-        self.values = _constants(graph)
+        self.bounds = LowerBounds(graph, self.sources)
         self.equalized: dict[tuple, str] = {}  # (tensor, factors) -> their product
         self.act_scale: dict[str, float] = {}  # fake-quantized tensor -> scale
         self.quantized: dict[tuple, str] = {}  # (tensor, grid) -> fake-quantized tensor, shared by all who read it
         self.renamed: dict[str, str] = {}
         self.constants: set[str] = set()
-        self.lows: dict[str, float] = {}
         self.unsigned: set[str] = set()  # layers
         self.quantizers = self.clips = 0
 
@@ -134,19 +132,12 @@ class _Graph:
     def _written_before(self, node) -> bool:
         """Whether the node equalizes a tensor for one of its readers as another node has done for another of them."""
         equalizes = node.op_type == "Mul" and self._output_quantized(node.output[0])
-        if not (equalizes and (found := self._factors(node))):
+        if not (equalizes and (found := self.bounds.factors(node))):
             return False
         name, factors = found
         first = self.equalized.setdefault((name, factors.shape, factors.tobytes()), node.output[0])
         self.renamed[node.output[0]] = first
         return first != node.output[0]
-
-    def _factors(self, node) -> tuple[str, np.ndarray] | None:
-        """Of a product with positive constants: the other tensor and these; else None."""
-        for name, other in zip(node.input, reversed(node.input)):
-            if name in self.values and (self.values[name] > 0).all():
-                return other, self.values[name]
-        return None
 
     def _quantize(self, node) -> str:
         """Q -> DQ in a container, and a Max where the container is wider below; the output's name."""
@@ -167,7 +158,7 @@ class _Graph:
         shift = top - high  # codes move to the container's top
         name = node.output[0]
         self.quantizers += 1
-        if low + shift > 0 and self._low(x) < (low - a["zero_point"] - 0.5) * scale:
+        if low + shift > 0 and self.bounds.of(x) < (low - a["zero_point"] - 0.5) * scale:
             bound = self._constant(f"{name}_low", (low - a["zero_point"]) * scale)
             # Max, not Clip: ONNX Runtime 1.32 fails where it fuses a Clip with a 4-bit QuantizeLinear
             self._add("Max", [x, bound], f"{name}_clipped")
@@ -248,46 +239,6 @@ class _Graph:
         readers = self.readers.get(name, [])
         return bool(readers) and all(n.domain == DOMAIN and n.op_type == QUANTIZE for n in readers)
 
-    def _low(self, name: str) -> float:
-        """A lower bound of a tensor's values, -inf where none is known."""
-        if name not in self.lows:
-            self.lows[name] = -math.inf  # should the graph have a cycle
-            self.lows[name] = self._find_low(self.sources.get(name))
-        return self.lows[name]
-
-    def _find_low(self, node) -> float:
-        from onnx import helper
-
-        if node is None:
-            return -math.inf
-        op, inputs = node.op_type, list(node.input)
-        a = {p.name: helper.get_attribute_value(p) for p in node.attribute}
-        if op == QUANTIZE:
-            return (a["quant_min"] - a["zero_point"]) * a["scale"]
-        if op == "LeakyRelu" and a["alpha"] > 0:
-            return a["alpha"] * min(self._low(inputs[0]), 0.0)
-        if op == "Mul" and any(s in self.sources and self._is_sigmoid_of(s, inputs) for s in inputs):
-            return SILU_MIN
-        if op == "Mul" and (found := self._factors(node)):
-            return float(found[1].max()) * min(self._low(found[0]), 0.0)
-        if op in {"Sigmoid", "Relu", "Softmax"}:
-            return 0.0
-        if op in {"MaxPool", "Split", "Slice", "Reshape", "Transpose", "Identity"}:
-            return self._low(inputs[0])
-        if op == "Resize" and a.get("mode") == b"nearest":
-            return self._low(inputs[0])
-        if op == "Concat":
-            return min(map(self._low, inputs))
-        if op == "Add":
-            return sum(map(self._low, inputs))
-        return -math.inf
-
-    def _is_sigmoid_of(self, name: str, operands: list[str]) -> bool:
-        node = self.sources[name]
-        if node.op_type == QUANTIZE:  # of QuantSiLU
-            node = self.sources.get(node.input[0], node)
-        return node.op_type == "Sigmoid" and node.input[0] in operands
-
     def _add(self, op: str, inputs: list[str], output: str, **attributes) -> None:
         from onnx import helper
 
@@ -307,15 +258,6 @@ class _Graph:
             self.graph.initializer.append(helper.make_tensor(name, kind, value.shape, raw, raw=True))
             self.constants.add(name)
         return name
-
-
-def _constants(graph) -> dict[str, np.ndarray]:
-    """Constant tensors of floats by name."""
-    from onnx import TensorProto, numpy_helper
-
-    tensors = {i.name: i for i in graph.initializer}
-    tensors |= {n.output[0]: n.attribute[0].t for n in graph.node if n.op_type == "Constant"}
-    return {name: numpy_helper.to_array(t) for name, t in tensors.items() if t.data_type == TensorProto.FLOAT}
 
 
 def _pack4(codes: torch.Tensor) -> bytes:
