@@ -51,7 +51,7 @@ def brevitas_trainer():
     from torch import nn
     from ultralytics.models.yolo.detect import DetectionTrainer
 
-    from yolo_qc_plugin import host
+    from yolo_qc_plugin import architecture
 
     class Weight(Int8WeightPerTensorFloat):
         scaling_impl_type = "parameter_from_stats"
@@ -59,7 +59,7 @@ def brevitas_trainer():
     class BrevitasTrainer(DetectionTrainer):
         def get_model(self, *args, **kwargs):
             model = super().get_model(*args, **kwargs)
-            edges, fixed = host.edge_convs(model), host.fixed_convs(model)
+            edges, fixed = architecture.edge_convs(model), architecture.fixed_convs(model)
             for name, m in list(model.named_modules()):
                 if type(m) is not nn.Conv2d or name in fixed:
                     continue

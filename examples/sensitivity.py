@@ -23,7 +23,7 @@ import ultralytics
 from ultralytics import YOLO
 from ultralytics.data.utils import check_det_dataset
 
-from yolo_qc_plugin import __version__, host
+from yolo_qc_plugin import __version__, architecture
 from yolo_qc_plugin.callbacks import attach
 from yolo_qc_plugin.config import QCConfig
 from yolo_qc_plugin.inject import calibrate, inject, replace_modules, share_quantizers
@@ -46,8 +46,8 @@ def training_images(data: str, imgsz: int, count: int) -> list[torch.Tensor]:
 def quantized(model: torch.nn.Module, bits: int, images: list[torch.Tensor]) -> torch.nn.Module:
     """A copy of a float model at `bits`, its scales set from images."""
     copy = deepcopy(model)
-    inject(copy, QCConfig(bits=bits, per_channel=True), host.edge_convs(copy), host.fixed_convs(copy))
-    share_quantizers(copy, host.blank_image(copy))
+    inject(copy, QCConfig(bits=bits, per_channel=True), architecture.edge_convs(copy), architecture.fixed_convs(copy))
+    share_quantizers(copy, architecture.blank_image(copy))
     calibrate(copy, images, copy)
     return copy
 

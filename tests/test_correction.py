@@ -10,7 +10,7 @@ from torch import nn
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import DetectionModel
 
-from yolo_qc_plugin import host
+from yolo_qc_plugin import architecture
 from yolo_qc_plugin.config import QCConfig
 from yolo_qc_plugin.correction import (
     corrected_in_norms,
@@ -40,7 +40,7 @@ def quantized():
             m.momentum = 1.0
     model(data["img"])
     model.criterion = None
-    inject(model, QCConfig(bits=4), host.edge_convs(model), host.fixed_convs(model))
+    inject(model, QCConfig(bits=4), architecture.edge_convs(model), architecture.fixed_convs(model))
     model.model[3].register_module("drop", nn.Dropout(0.5))  # to see that freezing reaches it
     calibrate(model, [data["img"]], model, "mse")
     return model
@@ -223,7 +223,8 @@ def test_correction_within_batch_norm(model, per_channel):
     for i, p in enumerate(trained):
         p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype)
     image = batch()["img"].double()
-    places = {n: (m.conv.correction, m.bn) for n, m in model.named_modules() if m in set(host.output_blocks(model))}
+    blocks = architecture.output_blocks(model)
+    places = {n: (m.conv.correction, m.bn) for n, m in model.named_modules() if m in blocks}
     assert len(places) > 50
 
     def gradients():
@@ -231,7 +232,7 @@ def test_correction_within_batch_norm(model, per_channel):
         return loss.detach(), torch.autograd.grad(loss, trained)
 
     plain = gradients()
-    with pytest.raises(ZeroDivisionError), corrected_in_norms(host.output_blocks(model)):
+    with pytest.raises(ZeroDivisionError), corrected_in_norms(blocks):
         assert all(model.get_submodule(n).conv.correction is None for n in places)
         joined = gradients()
         raise ZeroDivisionError

@@ -11,7 +11,7 @@ from ultralytics.nn.modules import Conv, Conv2, ConvTranspose, RepConv
 from ultralytics.nn.modules.block import RepVGGDW
 from ultralytics.nn.tasks import BaseModel, DetectionModel
 
-from yolo_qc_plugin import host
+from yolo_qc_plugin import architecture
 from yolo_qc_plugin.callbacks import attach
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.correction import insert_correction
@@ -67,10 +67,10 @@ def build(yaml, change=None, quantize=True, corrected=True, outputs=False, **opt
     randomize(model).half().float().eval()  # as read from a checkpoint
     if quantize:
         config = QCConfig(**{"scale_init": "lsq", **options})
-        inject(model, config, host.edge_convs(model), host.fixed_convs(model))
+        inject(model, config, architecture.edge_convs(model), architecture.fixed_convs(model))
         calibrate(model, [images(2)], model, config.scale_init)
         if outputs:
-            quantize_outputs(host.output_blocks(model), 8)
+            quantize_outputs(architecture.output_blocks(model), 8)
             calibrate_outputs(model, [images(2)], model)
         if corrected:
             correct(model)

@@ -10,9 +10,9 @@ from torch import nn
 from ultralytics.nn.modules import DFL
 from ultralytics.nn.tasks import DetectionModel
 
+from yolo_qc_plugin.architecture import blank_image, edge_convs, fixed_convs
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.correction import insert_correction
-from yolo_qc_plugin.host import blank_image, edge_convs, fixed_convs
 from yolo_qc_plugin.inject import calibrate, inject, quantizers_off, remove, share_quantizers
 from yolo_qc_plugin.layers import QuantConv2d, WideConv2d, quant_convs
 from yolo_qc_plugin.observers import SampleObserver

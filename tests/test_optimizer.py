@@ -11,7 +11,7 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.optim import MuSGD
 
-from yolo_qc_plugin import host
+from yolo_qc_plugin import architecture
 from yolo_qc_plugin.callbacks import attach
 from yolo_qc_plugin.checkpoint import QuantRecord
 from yolo_qc_plugin.config import QCConfig
@@ -41,7 +41,7 @@ def case(request, float_model):
 def quantized(float_model, **options):
     """The model as a run has it when the host builds its optimizer."""
     model, config = copy.deepcopy(float_model), QCConfig(**options)
-    inject(model, config, host.edge_convs(model), host.fixed_convs(model))
+    inject(model, config, architecture.edge_convs(model), architecture.fixed_convs(model))
     model.qc = QuantRecord(config.to_dict())
     return model
 

@@ -23,7 +23,7 @@ from ultralytics import YOLO, cfg
 from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import load_checkpoint
 
-from yolo_qc_plugin import add_qc_callbacks, host
+from yolo_qc_plugin import add_qc_callbacks, architecture
 from yolo_qc_plugin.checkpoint import QuantRecord
 from yolo_qc_plugin.cli import wrap_entrypoint
 from yolo_qc_plugin.codes import compare_codes
@@ -268,7 +268,7 @@ def stack_of(blocks, options, output_bits, correction, seed):
 
 def write_onnx(stack, x, kind, file):
     """Deploy a stack in place, write its ONNX file, and return it."""
-    host.deploy_model(stack)
+    architecture.deploy_model(stack)
     torch.onnx.export(stack, x, file, dynamo=False, opset_version=18)
     write_qdq(file, deployed_convs(stack), kind)
     return file
@@ -284,7 +284,7 @@ def test_three_forms_of_a_stack_agree(tmp_path_factory, blocks, options, output_
     double = copy.deepcopy(stack).double()
     with torch.no_grad():
         wanted = double(x.double())
-        host.deploy_model(double)
+        architecture.deploy_model(double)
         assert deviation(double(x.double()), wanted) < DOUBLE
     for kind in ONNX_KINDS:
         deployed = copy.deepcopy(stack)

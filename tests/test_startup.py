@@ -189,14 +189,14 @@ def test_restricted_loading_in_a_fresh_process(site, digits, tmp_path):
     import torch
     from ultralytics.nn.tasks import DetectionModel
 
-    from yolo_qc_plugin import QCConfig, host
+    from yolo_qc_plugin import QCConfig, architecture
     from yolo_qc_plugin.checkpoint import QuantRecord, write_checkpoint
     from yolo_qc_plugin.correction import insert_correction
     from yolo_qc_plugin.inject import inject, quantize_outputs
 
     model = DetectionModel("yolov5n.yaml", nc=10, verbose=False).eval()
-    inject(model, QCConfig(), host.edge_convs(model), host.fixed_convs(model))
-    quantize_outputs(host.output_blocks(model), 8)
+    inject(model, QCConfig(), architecture.edge_convs(model), architecture.fixed_convs(model))
+    quantize_outputs(architecture.output_blocks(model), 8)
     insert_correction(model, per_channel=True)
     model.qc, model.args, model.names = QuantRecord(QCConfig().to_dict()), {}, dict(enumerate("0123456789"))
     file = tmp_path / "best.pt"

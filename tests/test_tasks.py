@@ -14,12 +14,12 @@ from ultralytics import RTDETR, YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
 from yolo_qc_plugin import QCConfig, add_qc_callbacks
+from yolo_qc_plugin.architecture import edge_convs, fixed_convs
 from yolo_qc_plugin.callbacks import QCCallbacks
 from yolo_qc_plugin.check import check
 from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.deploy import deployed_convs
 from yolo_qc_plugin.digits import compose
-from yolo_qc_plugin.host import edge_convs, fixed_convs
 from yolo_qc_plugin.layers import quant_convs
 
 FIGURES = {

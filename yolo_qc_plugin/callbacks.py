@@ -12,7 +12,7 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
-from . import compat, host
+from . import architecture, compat, host
 from .checkpoint import AtomicPath, QuantRecord, record_of
 from .config import QCConfig, QCError
 from .deploy import deployed_convs
@@ -74,7 +74,7 @@ class QCCallbacks:
         """Refuse what cannot work, before any training time is spent."""
         compat.check_trainer(trainer, compat.AT_START)
         args = trainer.args
-        host.check_task(args.task)
+        architecture.check_task(args.task)
         if args.quantize is not None:
             raise QCError(
                 f"QC: quantize={args.quantize!r} is Ultralytics' own quantization and cannot be combined with "
@@ -96,9 +96,9 @@ class QCCallbacks:
 
     def on_model_setup(self, trainer: BaseTrainer) -> None:
         """Inject the quantizers; on resume, with the options and the state that the checkpoint holds."""
-        model = host.student(trainer.model)
-        host.check_model(model)
-        host.check_weights(model)
+        model = architecture.student(trainer.model)
+        architecture.check_model(model)
+        architecture.check_weights(model)
         resumed = trainer.qc_checkpoint
         if resumed:
             self._take_options(record_of(resumed["ema"]).options)
@@ -107,14 +107,14 @@ class QCCallbacks:
                 f"QC: {trainer.args.model} is no unfinished run of callbacks=qc and cannot be resumed as one; start "
                 "from a float checkpoint without resume."
             )
-        injection = inject(model, self.config, host.edge_convs(model), host.fixed_convs(model))
-        shared = share_quantizers(model, host.blank_image(model))
+        injection = inject(model, self.config, architecture.edge_convs(model), architecture.fixed_convs(model))
+        shared = share_quantizers(model, architecture.blank_image(model))
         model.qc = QuantRecord(self.config.to_dict())
         trainer.wdir = AtomicPath(trainer.wdir)
         trainer.last, trainer.best = trainer.wdir / trainer.last.name, trainer.wdir / trainer.best.name
         if resumed:
             trainer.qc_state = read_state(trainer, resumed)
-            averaged = host.student(resumed["ema"])
+            averaged = architecture.student(resumed["ema"])
             model.qc.float_metrics, model.qc.run = averaged.qc.float_metrics, averaged.qc.run
             model.load_state_dict(averaged.float().state_dict())
             if not trainer.qc_state and not fits(resumed, model):
@@ -130,7 +130,7 @@ class QCCallbacks:
         model = unwrap_model(trainer.model)
         if not trainer.qc_checkpoint:
             LOGGER.info(f"{host.PREFIX}measuring the float model that training starts from")
-            float_model = host.student(deepcopy(model))
+            float_model = architecture.student(deepcopy(model))
             remove(float_model)
             record = record_of(model)
             record.float_metrics = validate(trainer, float_model)
@@ -140,8 +140,8 @@ class QCCallbacks:
             folder = trainer.save_dir / "qc"
             for stale in (trainer.wdir / "qat.pt", folder / "report.json", folder / FILE):  # of an earlier run here
                 stale.unlink(missing_ok=True)
-            averaged = host.student(trainer.ema.ema)
-            averaged.load_state_dict(host.student(model).state_dict())
+            averaged = architecture.student(trainer.ema.ema)
+            averaged.load_state_dict(architecture.student(model).state_dict())
             averaged.qc = record
         self.steps = Steps(trainer, self.config)
         watch_mosaic(trainer)
@@ -236,8 +236,8 @@ def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConf
     With `onnx=` alone, and a quantized model: choose the kind of graph that `model.export(format="onnx")` writes.
 
     Args:
-        model: An `ultralytics.YOLO` object with a float model (of a task in `host.MODELS`), or a trainer that has not
-            started.
+        model: An `ultralytics.YOLO` object with a float model (of a task in `architecture.MODELS`), or a trainer that
+            has not started.
         config: The options; or give them by name:
         **options: Fields of `QCConfig`, e.g. bits=4, with preset="paper", "best" or "narrow" for those not given; or
             onnx="int8" or "int4".
@@ -263,8 +263,8 @@ def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConf
     attach()
     module = getattr(model, "model", None)
     if hasattr(module, "modules"):
-        host.check_model(module)
-        host.check_weights(module)
+        architecture.check_model(module)
+        architecture.check_weights(module)
         if is_quantized(module):
             raise QCError("QC: the model is already quantized; start from a float checkpoint.")
     QCCallbacks(config).register(model)

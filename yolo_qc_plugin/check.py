@@ -33,6 +33,7 @@ from .config import QCError
 from .deploy import deployed_convs
 from .evaluate import evaluate, load_model
 from .exported import RUNTIMES, Exported, Run, batched, session
+from .layers import is_quantized
 from .report import figures_of
 
 MAX_STEPS = 1  # largest difference of a code that passes, given the same input
@@ -162,7 +163,7 @@ def _load_quantized(model: str | Path, graph: Exported):
         raise QCError(f"QC: {e}") from None
     except Exception as e:  # a truncated or foreign file: torch, zip and pickle errors alike
         raise QCError(f"QC: model={model} cannot be read as a checkpoint: {e}") from None
-    if not isinstance(yolo.model, nn.Module) or not host.is_quantized(yolo.model):
+    if not isinstance(yolo.model, nn.Module) or not is_quantized(yolo.model):
         raise QCError(f"QC: model={model} is not quantized; accepted: checkpoints trained with callbacks=qc.")
     if "end2end" in graph.metadata and hasattr(yolo.model, "end2end"):
         yolo.model.end2end = graph.metadata["end2end"] == "True"

@@ -19,7 +19,7 @@ from ultralytics.nn.tasks import load_checkpoint, torch_safe_load
 from ultralytics.utils import LOGGER, TQDM
 from ultralytics.utils.torch_utils import autocast
 
-from . import host
+from . import architecture, host
 from .checkpoint import replacing, write_checkpoint
 from .config import QCConfig
 from .correction import (
@@ -163,7 +163,7 @@ def reestimate_norms(trainer: BaseTrainer, model: nn.Module) -> None:
 
 def set_outputs(trainer: BaseTrainer, model: nn.Module, config: QCConfig) -> None:
     """Quantize the convolutions' outputs of a finished model, in place, with grids from training batches."""
-    quantize_outputs(host.output_blocks(model), config.output_bits)
+    quantize_outputs(architecture.output_blocks(model), config.output_bits)
     calibrate_outputs(model, training_images(trainer, config.calibration_batches), model)
     snap(model)
 
@@ -202,7 +202,7 @@ def correct(trainer: BaseTrainer, config: QCConfig, source: Path) -> nn.Module:
     epochs = (_progress(trainer, epoch, config.correction_epochs, shown) for epoch in range(config.correction_epochs))
     accumulate = max(trainer.world_size, 1)  # batches of one device make one of the run
     steps = config.correction_epochs * math.ceil(len(trainer.train_loader) / accumulate)
-    with weights_quantized_once(model), corrected_in_norms(host.output_blocks(model)):
+    with weights_quantized_once(model), corrected_in_norms(architecture.output_blocks(model)):
         train_correction(parameters, epochs, loss, config.correction_lr, steps, scaler, accumulate)
     model.criterion, model.args = None, record_args
     snap(model)

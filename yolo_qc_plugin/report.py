@@ -15,10 +15,10 @@ import ultralytics
 from torch import Tensor, nn
 
 from . import __version__
+from .architecture import deploy_model
 from .checkpoint import record_of, replacing
 from .config import QCConfig
 from .deploy import deployed_convs
-from .host import deploy_model
 from .layers import QuantConv2d, quant_activations, quant_convs
 
 FIGURES = {  # the host's key -> ours, and the heading in the console; those that a task has are reported

@@ -10,7 +10,7 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
-from . import host
+from . import architecture
 from .config import QCConfig
 from .dampening import Dampening
 from .ema import ConstantEMA
@@ -44,7 +44,7 @@ class Steps:
         self._averaged = 0  # steps that were followed
         self._batches = 0  # begun in this epoch
         self._progress = 0.0  # share of the run that was done when the present step's first micro-batch began
-        model = host.student(trainer.model)
+        model = architecture.student(trainer.model)
         recorded = config.telemetry and RANK in {-1, 0}
         self._freezing = Freezing(model, config.body_bits[0]) if config.freeze_threshold else None
         self.oscillation = self._freezing or (Oscillation(model) if recorded else None)
@@ -52,7 +52,7 @@ class Steps:
         self._offsets = OffsetsTogether(model)
         self._dampening = None
         if config.dampening_weight:
-            summed = host.loss_is_summed(trainer.args.task)
+            summed = architecture.loss_is_summed(trainer.args.task)
             self._dampening = Dampening(unwrap_model(trainer.model), self._weights, summed)
         self.telemetry = Telemetry(model, self.oscillation, Path(trainer.save_dir) / "qc") if recorded else None
         self._follow(trainer)
@@ -62,14 +62,14 @@ class Steps:
         if not isinstance(trainer.ema, ConstantEMA):
             trainer.ema = ConstantEMA(trainer.ema.ema, self.config.ema_decay, trainer.ema.updates)
         if self._steps is None or self._steps.optimizer is not trainer.optimizer:
-            self._steps, self._averaged = ScaleSteps(trainer.optimizer, host.student(trainer.model)), 0
+            self._steps, self._averaged = ScaleSteps(trainer.optimizer, architecture.student(trainer.model)), 0
 
     def begin_epoch(self, trainer: BaseTrainer) -> None:
         """Start from what the host has now, which may be older weights."""
         self._follow(trainer)
         self._batches = 0
         self._weights.forget()
-        for quantizer in (m for m in host.student(trainer.model).modules() if isinstance(m, Quantizer)):
+        for quantizer in (m for m in architecture.student(trainer.model).modules() if isinstance(m, Quantizer)):
             quantizer.forget()  # what a forward pass that ended in an error has left
         self.accumulation.settle(trainer)
         self._put_back_frozen(trainer)
@@ -138,4 +138,4 @@ class Steps:
 
 def _models(trainer: BaseTrainer) -> tuple[nn.Module, nn.Module]:
     """The model in training and its average."""
-    return host.student(trainer.model), host.student(trainer.ema.ema)
+    return architecture.student(trainer.model), architecture.student(trainer.ema.ema)

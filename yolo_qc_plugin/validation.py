@@ -15,7 +15,7 @@ from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.engine.validator import BaseValidator
 
-from .host import deploy_model, student
+from .architecture import deploy_model, student
 from .layers import scale_parameters
 from .report import figures_of
 
