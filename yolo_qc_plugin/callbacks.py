@@ -200,8 +200,7 @@ class QCCallbacks:
     def _calibrate(self, trainer: BaseTrainer, model) -> None:
         trainer._model_train()  # batch norms of frozen layers keep their statistics, as they will in training
         batches = self.config.calibration_batches
-        if self.config.act_equalize:
-            equalize(model, training_images(trainer, batches), model)
+        equalize(model, training_images(trainer, batches), model)
         calibrate(model, training_images(trainer, batches), model, self.config.scale_init)
         trainer.train_loader.reset()  # the first epoch sees every image once, calibration or not
 

@@ -123,8 +123,8 @@ def model_size(model: nn.Module) -> dict[str, float]:
     deploy_model(deployed)
     found, quantized = deployed_convs(deployed), dict(quant_convs(model))
     convs = found.values()
-    inputs = {id(q): q.equalizer for q in (quantized[name].act_quant for name in found)}
-    equalizers = 4 * sum(factors.numel() for factors in inputs.values() if factors is not None)
+    inputs = {quantized[name].act_quant for name in found}  # one for all that read the same tensor
+    equalizers = 4 * sum(q.equalizer.numel() for q in inputs if q.equalizer is not None)
     inside = {id(p) for conv in convs for p in conv.parameters()}
     rest = 4 * sum(p.numel() for p in deployed.parameters() if id(p) not in inside)
     channels = sum(conv.out_channels for conv in convs)
