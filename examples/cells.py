@@ -18,7 +18,7 @@ import time
 from ast import literal_eval
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # of every run unless `--train` says otherwise; the float row too
@@ -44,11 +44,15 @@ class Cell:
         name: Of its files.
         options: Of the plugin; None trains in float.
         source: Name of the cell whose run is corrected with these options, instead of training.
+        teacher: Name of the float cell whose best.pt, of the same seed, is the host's distill_model.
+        recipe: Further arguments of the host.
     """
 
     name: str
     options: dict | None
     source: str | None = None
+    teacher: str | None = None
+    recipe: dict = field(default_factory=dict)
 
 
 def parser(description: str, kinds: tuple[str, ...]) -> argparse.ArgumentParser:
@@ -107,22 +111,30 @@ def run(cells: list[Cell], folder: Path, args: argparse.Namespace) -> bool:
     missing = [r for r in requests if not is_done(r)]
     done = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        for wave in [r for r in missing if not r["source"]], [r for r in missing if r["source"]]:
-            done += pool.map(lambda r: start(r, args.threads), wave)
+        for waits in False, True:  # some need what the run of another cell has left
+            done += pool.map(lambda r: start(r, args.threads), [r for r in missing if bool(r["needs"]) is waits])
     return all(done)
 
 
 def request(cell: Cell, seed: int, folder: Path, args: argparse.Namespace) -> dict:
     """All that a process needs to know of a cell: plain values."""
     name = f"{cell.name}-seed{seed}"
+
+    def weights_of(other: str, file: str) -> str:
+        return str((args.runs / f"{other}-seed{seed}" / "weights" / file).resolve())
+
+    source = cell.source and weights_of(cell.source, "qat.pt")
+    teacher = cell.teacher and weights_of(cell.teacher, "best.pt")
+    taught = {"distill_model": teacher} if teacher else {}
     size = {"device": args.device, "epochs": args.epochs, "imgsz": args.imgsz}
     return {
         "options": cell.options and {**cell.options, **({} if cell.source else pairs(args.qc))},
-        "recipe": {**RECIPE, **size, **pairs(args.train), "seed": seed},
+        "recipe": {**RECIPE, **size, **cell.recipe, **taught, **pairs(args.train), "seed": seed},
         "data": str(Path(args.data).resolve()) if Path(args.data).exists() else args.data,
         "weights": str(Path(args.weights).resolve()) if Path(args.weights).exists() else args.weights,
         "run": str((args.runs / name).resolve()),
-        "source": cell.source and str((args.runs / f"{cell.source}-seed{seed}" / "weights" / "qat.pt").resolve()),
+        "source": source,
+        "needs": source or teacher,
         "target": str((folder / f"{name}.json").resolve()),
     }
 
@@ -158,11 +170,14 @@ def identity(request: dict) -> dict:
 
 def named(recipe: dict) -> dict:
     """The recipe with the names of files, such as a teacher's, in place of their paths."""
-    return {k: Path(v).name if isinstance(v, str) and Path(v).is_file() else v for k, v in recipe.items()}
+    return {k: Path(v).name if isinstance(v, str) and os.sep in v else v for k, v in recipe.items()}
 
 
 def start(request: dict, threads: int) -> bool:
     """Run a cell in a process of its own; says how it went and returns whether it is done."""
+    if request["needs"] and not Path(request["needs"]).exists():
+        print(f"{Path(request['run']).name}: FAILED: {request['needs']} is missing: repeat the cell that made it")
+        return False
     folder = Path(request["run"])
     folder.mkdir(parents=True, exist_ok=True)
     file, log = folder / "request.json", folder.with_suffix(".log")
@@ -238,8 +253,6 @@ def correct(request: dict) -> dict:
     from yolo_qc_plugin import correct
 
     source, folder = Path(request["source"]), Path(request["run"])
-    if not source.exists():
-        raise SystemExit(f"{source} is missing: the run that this cell corrects; move its JSON file away to repeat it")
     place = {"project": str(folder.parent), "name": folder.name, "exist_ok": True}
     machine = {k: v for k, v in request["recipe"].items() if k in MACHINE}
     report = correct(source, request["data"], **request["options"], **place, **machine)

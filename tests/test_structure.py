@@ -21,7 +21,7 @@ PACKAGE = Path(yolo_qc_plugin.__file__).parent
 # A file may import, at module level, files above it only.
 ORDER = """config models native kernels functional foreach observers quantizer offsets layers weights
            oscillation dampening freezing trace deploy snap inject equalization optimizer ema distributed
-           correction reestimation bounds qdq exported codes architecture compat checkpoint host telemetry
+           correction reestimation bounds qdq exported codes distillation architecture compat checkpoint host telemetry
            report validation randomness resume finish steps standalone callbacks evaluate check plot scenes
            digits hook cli""".split()
 WITHOUT_HOST = ORDER[: ORDER.index("codes") + 1]

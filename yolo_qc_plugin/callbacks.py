@@ -16,6 +16,7 @@ from . import architecture, compat, host
 from .checkpoint import AtomicPath, QuantRecord, record_of
 from .config import QCConfig, QCError
 from .deploy import deployed_convs
+from .distillation import check_teacher
 from .distributed import alone, broadcast_quantizers
 from .equalization import equalize
 from .finish import finish, saying_what_is_kept, take_all_images, training_images
@@ -99,6 +100,8 @@ class QCCallbacks:
         model = architecture.student(trainer.model)
         architecture.check_model(model)
         architecture.check_weights(model)
+        if trainer.args.distill_model and self.config.distill_outputs:
+            check_teacher(model, load_checkpoint(trainer.args.distill_model)[0])
         resumed = trainer.qc_checkpoint
         if resumed:
             self._take_options(record_of(resumed["ema"]).options)

@@ -60,6 +60,8 @@ class QCConfig:
             least 0; 0 is off.
         freeze_threshold: Final frequency of oscillation above which a weight's code is fixed (iterative weight
             freezing), in (0, 1), or None for off.
+        distill_outputs: Weight of a loss that draws class scores and box sides to those of the host's teacher, where
+            `distill_model` names one, at least 0; 0 is off.
         bn_reestimate: Measure batch norm statistics again after training, before the outputs are quantized.
         correction: QC factors per "channel", per "tensor", or "off".
         correction_scale: Learn QC's scale gamma.
@@ -88,6 +90,7 @@ class QCConfig:
     ema_decay: float = 0.99
     dampening_weight: float = 0.0
     freeze_threshold: float | None = None
+    distill_outputs: float = 1.0
     bn_reestimate: bool = False
     correction: str = "channel"
     correction_scale: bool = True
@@ -132,8 +135,9 @@ class QCConfig:
                 _refuse(name, getattr(self, name), "a number above 0")
         if not _is_number(self.ema_decay) or not 0 <= self.ema_decay < 1:
             _refuse("ema_decay", self.ema_decay, "a number in [0, 1); 0 is plain LSQ without EMA")
-        if not _is_number(self.dampening_weight) or not 0 <= self.dampening_weight < float("inf"):
-            _refuse("dampening_weight", self.dampening_weight, "a number of at least 0; 0 is off")
+        for name in ("dampening_weight", "distill_outputs"):
+            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < float("inf"):
+                _refuse(name, getattr(self, name), "a number of at least 0; 0 is off")
         threshold = self.freeze_threshold
         if threshold is not None and not (_is_number(threshold) and 0 < threshold < 1):
             _refuse("freeze_threshold", threshold, "a number in (0, 1), or None for off")

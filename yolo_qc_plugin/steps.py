@@ -13,6 +13,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from . import architecture
 from .config import QCConfig
 from .dampening import Dampening
+from .distillation import Distillation
 from .ema import ConstantEMA
 from .freezing import Freezing, freeze_threshold
 from .offsets import OffsetsTogether
@@ -54,6 +55,10 @@ class Steps:
         if config.dampening_weight:
             summed = architecture.loss_is_summed(trainer.args.task)
             self._dampening = Dampening(unwrap_model(trainer.model), self._weights, summed)
+        self._distillation = None
+        if config.distill_outputs and trainer.args.distill_model:
+            args = trainer.args
+            self._distillation = Distillation(unwrap_model(trainer.model), config.distill_outputs, args.cls, args.dfl)
         self.telemetry = Telemetry(model, self.oscillation, Path(trainer.save_dir) / "qc") if recorded else None
         self._follow(trainer)
 
@@ -77,7 +82,7 @@ class Steps:
             self.telemetry.follow(*_models(trainer))
 
     def begin_batch(self, trainer: BaseTrainer) -> None:
-        """Quantize all weights at once, bring all offsets to their grids, and have oscillation dampened."""
+        """Quantize all weights at once, bring all offsets to their grids, and add what is to join the loss."""
         if not self.accumulation.pending:
             self._progress = (trainer.epoch + self._batches / len(trainer.train_loader)) / trainer.epochs
         self._batches += 1
@@ -85,6 +90,8 @@ class Steps:
         self._offsets.prepare()
         if self._dampening:
             self._dampening.prepare(annealed(0.0, self.config.dampening_weight, self._progress), quantized)
+        if self._distillation:
+            self._distillation.prepare()
 
     def end_batch(self, trainer: BaseTrainer) -> None:
         """Count the micro-batch, and follow the step that it may have ended in."""
