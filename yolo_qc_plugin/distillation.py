@@ -115,16 +115,10 @@ class Distillation:
 
     def loss(self) -> Tensor:
         """The loss, before its weight, of what both heads gave in the pass."""
-        student, teacher = (self._branches(self._outputs[name]) for name in ("student", "teacher"))
+        student, teacher = (branches(self._outputs[name]) for name in ("student", "teacher"))
         reg_max = detector(self.model.student_model).reg_max
         losses = [outputs_loss(student[k], teacher[k], reg_max, **self.gains) for k in student.keys() & teacher.keys()]
         return torch.stack(losses).mean()
-
-    def _branches(self, output) -> dict[str, dict]:
-        found = {branch: self.model.decouple_outputs(output, branch) for branch in ("one2many", "one2one")}
-        if found["one2many"] is found["one2one"]:  # a head without branches
-            del found["one2one"]
-        return found
 
     def _keep(self, name: str, head: nn.Module, args: tuple, output) -> None:
         self._outputs[name] = output
@@ -140,6 +134,12 @@ class Distillation:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._outputs = [], {}
+
+
+def branches(output: dict | tuple) -> dict[str, dict]:
+    """Branch -> raw outputs, of what the host's head returns in training or (decoded, raw) in inference."""
+    raw = output[1] if isinstance(output, tuple) else output
+    return raw if "one2one" in raw else {"one2many": raw}
 
 
 def detector(model: nn.Module) -> Detect:
