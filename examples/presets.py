@@ -20,6 +20,7 @@ from yolo_qc_plugin.config import PRESETS
 
 BITS = 4, 3, 2
 ASKED = {4: 99, 3: 96, 2: 85}  # percent of the float row that is to be reached
+TEACHER = " The teacher of what is distilled is the best.pt of the float row's run of the same seed."
 TAUGHT = {"dis": 0}  # the host's own comparison of features, which costs accuracy here, is off
 
 
@@ -54,8 +55,8 @@ def page(folder: Path) -> str:
         "",
         "mAP50-95 in points on the validation set, mean ± standard deviation over seeds, of the last epoch. `best.pt` "
         "is the better of the two columns before it in each run, as the plugin keeps it. The share is of the mean of "
-        "the float row over the same seeds. Bits are those of weights / activations, 8 at the edges. The teacher of "
-        "what is distilled is the best.pt of the float row's run of the same seed.",
+        "the float row over the same seeds. Bits are those of weights / activations, 8 at the edges."
+        + (TEACHER if any("distilled" in name for name in found) else ""),
         "",
         "| preset | bits | seeds | without QC | with QC | best.pt | of float | asked | options |",
         "|---|---|---|---|---|---|---|---|---|",
