@@ -16,11 +16,12 @@ import paper  # noqa: E402
 from conftest import TINY  # noqa: E402
 
 
-def request_of(digits, tmp_path, **options) -> dict:
+def request_of(digits, tmp_path, cell: cells.Cell | None = None, **options) -> dict:
     given = {k: v for k, v in TINY.items() if k not in {"imgsz", "epochs", "device"}} | {"epochs": 2}
     args = Namespace(data=str(digits), weights="yolov5n.yaml", device="cpu", epochs=2, imgsz=64, qc=[], runs=tmp_path)
     args.train = [f"{k}={v}" for k, v in given.items()]
-    return cells.request(cells.Cell("EMA-4bit", {"bits": 4, "ema_decay": 0.99, **options}), 0, tmp_path, args)
+    cell = cell or cells.Cell("EMA-4bit", {"bits": 4, "ema_decay": 0.99, **options})
+    return cells.request(cell, 0, tmp_path, args)
 
 
 def test_a_killed_cell_goes_on_and_fills_its_row(train, digits, tmp_path):
@@ -52,6 +53,17 @@ def test_a_cell_that_fails_says_why(digits, tmp_path, capsys):
     assert not cells.start(request_of(digits, tmp_path, bitz=4), threads=1)
     said = capsys.readouterr().out
     assert "EMA-4bit-seed0: FAILED" in said and "unknown option 'bitz'" in said and said.count("\n") == 1
+
+
+def test_a_cell_is_taught_by_the_float_cell_of_its_seed(digits, tmp_path, capsys):
+    """Once that has run; no path of the teacher is part of what the cell is."""
+    cell = cells.Cell("taught-4bit", {"bits": 4}, teacher="float", recipe={"dis": 0})
+    request = request_of(digits, tmp_path, cell)
+    teacher = tmp_path / "float-seed0" / "weights" / "best.pt"
+    assert request["recipe"]["distill_model"] == str(teacher) and request["recipe"]["dis"] == 0
+    assert cells.identity(request)["recipe"]["distill_model"] == "best.pt"
+    assert not cells.start(request, threads=1)
+    assert f"taught-4bit-seed0: FAILED: {teacher} is missing" in capsys.readouterr().out
 
 
 def test_pages_from_files(tmp_path):
