@@ -16,6 +16,7 @@ NAMES = [f.name for f in fields(QCConfig)]
 # option -> (what the message must contain beside the option's name, values to refuse)
 BITS = ("2 to 8", [1, 0, 9, 16, -4, 4.0, True, "4", "four", NAN, [4]])
 FACTOR = ("above 0", [0, -0.1, NAN, INF, -INF, True, "1", None])
+WEIGHT = ("at least 0", [-0.1, NAN, INF, -INF, True, "0.1", None])
 COUNT = ("at least 1", [0, -1, 1.0, 1.5, True, "1", None, INF])
 FLAG = ("True or False", [0, 1, None, "true", "yes", 1.0])
 REFUSED = {
@@ -36,7 +37,8 @@ REFUSED = {
     "correction_epochs": COUNT,
     "calibration_batches": COUNT,
     "ema_decay": ("[0, 1)", [-0.1, 1, 1.0, 1.5, NAN, INF, -INF, True, "0.9", None]),
-    "dampening_weight": ("at least 0", [-0.1, NAN, INF, -INF, True, "0.1", None]),
+    "dampening_weight": WEIGHT,
+    "distill_outputs": WEIGHT,
     "freeze_threshold": ("(0, 1)", [0, -0.1, 1, 1.0, NAN, INF, True, "0.01"]),
     "bn_reestimate": FLAG,
     "telemetry": FLAG,
@@ -70,7 +72,8 @@ def test_layer_bits_refusal_names_the_pattern(value):
         *((n, b) for n in ("bits", "edge_bits", "weight_bits", "act_bits") for b in range(2, 9)),
         ("weight_bits", None), ("act_bits", None), ("output_bits", None),
         ("ema_decay", 0), ("ema_decay", 0.0), ("ema_decay", 0.9999),
-        ("dampening_weight", 0), ("dampening_weight", 100.0), ("freeze_threshold", 1e-9), ("freeze_threshold", 0.999),
+        ("dampening_weight", 0), ("dampening_weight", 100.0), ("distill_outputs", 0), ("distill_outputs", 100.0),
+        ("freeze_threshold", 1e-9), ("freeze_threshold", 0.999),
         ("scale_lr", 1e-9), ("scale_lr", 3), ("correction_lr", 1e9),
         ("correction_epochs", 1), ("calibration_batches", 1000),
         ("scale_init", "lsq"), ("correction", "tensor"), ("correction", "off"),
@@ -113,7 +116,8 @@ def test_body_bits(options, expected):
     ("scale_init", "lsq", "lsq"), ("scale_init", " mse ", "mse"), ("correction", "tensor", "tensor"),
     ("correction_scale", "false", False), ("correction_shift", "0", False),
     ("scale_lr", "0.5", 0.5), ("correction_lr", "1e-4", 1e-4), ("ema_decay", "0", 0.0), ("ema_decay", ".999", 0.999),
-    ("dampening_weight", "1e-1", 0.1), ("freeze_threshold", "0.01", 0.01), ("freeze_threshold", "none", None),
+    ("dampening_weight", "1e-1", 0.1), ("distill_outputs", "2", 2.0),
+    ("freeze_threshold", "0.01", 0.01), ("freeze_threshold", "none", None),
     ("bn_reestimate", "true", True), ("telemetry", "false", False), ("correction_epochs", "2", 2),
     ("calibration_batches", "16", 16),
     ("skip", "", ()), ("skip", "model.9.*", ("model.9.*",)), ("skip", "a, b.*", ("a", "b.*")),
@@ -175,6 +179,7 @@ configs = st.builds(
     scale_lr=st.floats(1e-6, 100),
     ema_decay=st.floats(0, 1, exclude_max=True),
     dampening_weight=st.floats(0, 100),
+    distill_outputs=st.floats(0, 100),
     freeze_threshold=st.none() | st.floats(0, 1, exclude_min=True, exclude_max=True),
     bn_reestimate=st.booleans(),
     telemetry=st.booleans(),
