@@ -44,7 +44,7 @@ CALLED = {
     (torch_utils.ModelEMA, "update"): ["model"],
     (torch_utils.ModelEMA, "update_attr"): ["model", "include", "exclude"],
 }
-ARGUMENTS = "task model resume device amp compile quantize distill_model format plots save_json".split()
+ARGUMENTS = "task model resume device amp compile quantize distill_model cls dfl format plots save_json".split()
 EVENTS = """on_pretrain_routine_start on_pretrain_routine_end on_train_epoch_start on_train_batch_start
             on_train_batch_end on_train_epoch_end on_train_end on_val_start on_val_batch_end
             on_export_start""".split()
