@@ -166,7 +166,7 @@ def test_outputs_are_compared_in_a_run_unless_they_are_not_to_be(train, teacher)
     """The host's own loss off, what results.csv shows is ours; and training follows another path."""
     losses, weights = [], []
     for weight in (1.0, 0.0):
-        yolo = train({**OPTIONS, "distill_outputs": weight}, distill_model=str(teacher), dis=0.0, exist_ok=True)
+        yolo = train({**OPTIONS, "distill_outputs": weight}, distill_model=str(teacher), dis=0.0, nbs=8, exist_ok=True)
         losses.append(last_epoch(yolo.trainer.save_dir)["train/dis_loss"])
         weights.append(yolo.trainer.model.student_model.model[1].conv.weight.detach().clone())
     assert losses[0] > 0 and losses[1] == 0
