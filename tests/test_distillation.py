@@ -14,6 +14,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 
+from yolo_qc_plugin.callbacks import QCCallbacks
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.distillation import Distillation, outputs_loss
 from yolo_qc_plugin.inject import inject
@@ -171,6 +172,23 @@ def test_outputs_are_compared_in_a_run_unless_they_are_not_to_be(train, teacher)
         weights.append(yolo.trainer.model.student_model.model[1].conv.weight.detach().clone())
     assert losses[0] > 0 and losses[1] == 0
     assert not torch.equal(*weights)
+
+
+def test_a_resumed_run_goes_on_with_its_own_options(train, tmp_path):
+    """One whose teacher has other outputs and is compared by features alone, resumed with the plugin's defaults."""
+    torch.save({"model": DetectionModel("yolov5n.yaml", nc=3, verbose=False)}, tmp_path / "other.pt")
+
+    def kill(trainer):
+        if trainer.epoch == 1:
+            raise KeyboardInterrupt
+
+    options = {**OPTIONS, "distill_outputs": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        train(options, {"on_train_batch_start": kill}, distill_model=str(tmp_path / "other.pt"), epochs=2, nbs=8)
+    resumed = YOLO(tmp_path / "run" / "weights" / "last.pt")
+    QCCallbacks(QCConfig()).register(resumed)  # as callbacks=qc on the command line does
+    resumed.train(resume=True)
+    assert resumed.trainer.epoch == 1
 
 
 def test_a_teacher_of_other_outputs_is_refused(train, tmp_path):

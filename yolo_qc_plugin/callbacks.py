@@ -81,8 +81,6 @@ class QCCallbacks:
                 f"QC: quantize={args.quantize!r} is Ultralytics' own quantization and cannot be combined with "
                 "callbacks=qc; leave it out (widths are qc_bits, qc_weight_bits and qc_act_bits)."
             )
-        if str(args.distill_model).endswith(".pt") and is_quantized(load_checkpoint(args.distill_model)[0]):
-            raise QCError(f"QC: distill_model={args.distill_model} is quantized; give a float checkpoint.")
         if args.compile:
             raise QCError(
                 f"QC: compile={args.compile!r} does not work with quantizers: torch.compile cannot trace what layers "
@@ -100,8 +98,6 @@ class QCCallbacks:
         model = architecture.student(trainer.model)
         architecture.check_model(model)
         architecture.check_weights(model)
-        if trainer.args.distill_model and self.config.distill_outputs:
-            check_teacher(model, load_checkpoint(trainer.args.distill_model)[0])
         resumed = trainer.qc_checkpoint
         if resumed:
             self._take_options(record_of(resumed["ema"]).options)
@@ -110,6 +106,8 @@ class QCCallbacks:
                 f"QC: {trainer.args.model} is no unfinished run of callbacks=qc and cannot be resumed as one; start "
                 "from a float checkpoint without resume."
             )
+        if trainer.args.distill_model:
+            check_teacher(trainer.args.distill_model, model, self.config.distill_outputs > 0)
         injection = inject(model, self.config, architecture.edge_convs(model), architecture.fixed_convs(model))
         shared = share_quantizers(model, architecture.blank_image(model))
         model.qc = QuantRecord(self.config.to_dict())

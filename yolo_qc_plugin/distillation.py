@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.modules import Detect
+from ultralytics.nn.tasks import load_checkpoint
 
 from .config import QCError
+from .layers import is_quantized
 
 
 def scores_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -147,12 +149,22 @@ def detector(model: nn.Module) -> Detect:
     return model.model[-1]
 
 
-def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
-    """Refuse a teacher whose outputs cannot be compared with the student's place by place.
+def check_teacher(file: str, student: nn.Module, outputs: bool) -> None:
+    """Refuse a teacher that is quantized, or whose outputs cannot be compared with the student's place by place.
+
+    Args:
+        file: Checkpoint of the teacher.
+        student: The model to train.
+        outputs: Whether outputs are to be compared.
 
     Raises:
-        QCError: Naming what differs and what is accepted.
+        QCError: Naming what is wrong and what is accepted.
     """
+    teacher, _ = load_checkpoint(file)
+    if is_quantized(teacher):
+        raise QCError(f"QC: distill_model={file} is quantized; give a float checkpoint.")
+    if not outputs:
+        return
     for name, meaning in {"nc": "classes", "reg_max": "bins of a box side", "stride": "strides"}.items():
         ours, theirs = (torch.as_tensor(getattr(detector(m), name, 0)).tolist() for m in (student, teacher))
         if ours != theirs:
