@@ -9,7 +9,7 @@ PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile
 SOURCES := $(shell find yolo_qc_plugin -type f -not -path '*/__pycache__/*')
 
 # What touches the host and torch most, for the matrix.
-QUICK := $(addprefix tests/test_, structure.py compat.py kernels.py optimizer.py inject.py startup.py train.py faults.py)
+QUICK := tests/test_structure.py tests/host/test_compat.py tests/quant tests/qat/test_scale_steps.py tests/startup tests/run/test_train.py tests/run/test_faults.py
 OLDEST_PYTHON ?= python3.10
 OLDEST := 'ultralytics==8.4.150' 'torch==2.4.0' 'torchvision==0.19.0'
 NEWEST := --upgrade 'ultralytics<8.5' torch torchvision

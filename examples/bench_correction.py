@@ -24,8 +24,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     import torch
     from ultralytics import YOLO
 
-    from yolo_qc_plugin import add_qc_callbacks, finish
-    from yolo_qc_plugin.digits import compose
+    from yolo_qc_plugin import add_qc_callbacks
+    from yolo_qc_plugin.data.digits import compose
+    from yolo_qc_plugin.run import finish
 
     torch.set_num_threads(args.threads)
     data = compose(folder / "digits", train=args.batches * args.batch, val=8, imgsz=args.imgsz, seed=0)

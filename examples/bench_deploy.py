@@ -32,8 +32,8 @@ import ultralytics
 from ultralytics import YOLO
 
 from yolo_qc_plugin import __version__, add_qc_callbacks
-from yolo_qc_plugin.digits import compose
-from yolo_qc_plugin.qdq import links
+from yolo_qc_plugin.data.digits import compose
+from yolo_qc_plugin.deploy.qdq import links
 
 TURN = 6  # calls of one file before the next one's turn
 SETTLE = 4  # calls at the start of a turn that are not counted: the file before left its threads and caches

@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from bench_deploy import cpu_name
 
-from yolo_qc_plugin import __version__, kernels
-from yolo_qc_plugin.functional import fake_quantize
+from yolo_qc_plugin import __version__
+from yolo_qc_plugin.quant import kernels
+from yolo_qc_plugin.quant.functional import fake_quantize
 
 SIZES = [10_000 * 10 ** (n / 3) for n in range(13)]  # bytes of FP32
 

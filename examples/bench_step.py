@@ -51,7 +51,7 @@ def brevitas_trainer():
     from torch import nn
     from ultralytics.models.yolo.detect import DetectionTrainer
 
-    from yolo_qc_plugin import architecture
+    from yolo_qc_plugin.host import architecture
 
     class Weight(Int8WeightPerTensorFloat):
         scaling_impl_type = "parameter_from_stats"
@@ -249,7 +249,7 @@ def main() -> None:
     args = p.parse_args()
     if args.variant:
         return child(args)
-    from yolo_qc_plugin.digits import compose
+    from yolo_qc_plugin.data.digits import compose
 
     with tempfile.TemporaryDirectory() as folder:
         data = compose(Path(folder) / "digits", train=4 * args.batch, val=8, imgsz=args.imgsz, seed=0)

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from yolo_qc_plugin.digits import compose
+from yolo_qc_plugin.data.digits import compose
 
 # A small set of small images, so that two cores suffice; AdamW learns it from scratch in a few minutes.
 DATA = {"train": 400, "val": 200, "imgsz": 160, "seed": 0}

@@ -42,7 +42,7 @@ IMAGES = 4  # over which outputs and codes are compared
 
 def data_of(out: Path, task: str) -> Path:
     """The set of a task."""
-    from yolo_qc_plugin.digits import compose
+    from yolo_qc_plugin.data.digits import compose
 
     return compose(out / "data" / task, **DATA, task=task)
 
@@ -62,7 +62,7 @@ def start(name: str, data: Path, task: str, file: Path) -> None:
     import torch
     from ultralytics import YOLO
 
-    from yolo_qc_plugin.models import MODELS, model_yaml
+    from yolo_qc_plugin.cfg import MODELS, model_yaml
 
     torch.manual_seed(0)
     yaml = model_yaml(name) if name in MODELS else f"{name}.yaml"
@@ -127,7 +127,7 @@ def measure(run: dict) -> dict:
     result |= compare_deployed(run)
     file = YOLO(run["file"]).export(format="onnx", imgsz=RUN["imgsz"], device="cpu")
 
-    from yolo_qc_plugin.check import check
+    from yolo_qc_plugin.tools.check import check
 
     checked = check(run["file"], file, run["data"], images=IMAGES, conf=CONF)
     return result | {k: checked[k] for k in ("weights", "checkpoint", "pytorch", "runtimes", "passed")}

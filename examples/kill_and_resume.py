@@ -31,10 +31,11 @@ from ultralytics.data.utils import check_det_dataset
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import load_checkpoint
 
-from yolo_qc_plugin import __version__, add_qc_callbacks, callbacks, finish, host
-from yolo_qc_plugin.checkpoint import AtomicPath
-from yolo_qc_plugin.digits import compose
-from yolo_qc_plugin.layers import quant_convs
+from yolo_qc_plugin import __version__, add_qc_callbacks
+from yolo_qc_plugin.data.digits import compose
+from yolo_qc_plugin.files import AtomicPath
+from yolo_qc_plugin.quant.layers import quant_convs
+from yolo_qc_plugin.run import callbacks, finish, resume
 
 # a phase -> the function in whose course the run is killed
 PHASES = {
@@ -43,7 +44,7 @@ PHASES = {
     "training of QC": (finish, "train_correction"),
     "resume.pt": (callbacks, "write_state"),
     "validation": (BaseTrainer, "validate"),
-    "stripping": (host, "strip"),
+    "stripping": (resume, "strip"),
     "report": (finish, "build_report"),
     "qat.pt": (finish, "write_like"),
     "last writes": (finish, "conclude"),

@@ -18,8 +18,8 @@ from pathlib import Path
 from ultralytics import YOLO
 
 from yolo_qc_plugin import add_qc_callbacks
-from yolo_qc_plugin.check import check, format_check
-from yolo_qc_plugin.qdq import ONNX_KINDS
+from yolo_qc_plugin.deploy.qdq import ONNX_KINDS
+from yolo_qc_plugin.tools.check import check, format_check
 
 
 def measure(checkpoint: Path, name: str, args: argparse.Namespace) -> dict:

@@ -23,11 +23,14 @@ import ultralytics
 from ultralytics import YOLO
 from ultralytics.data.utils import check_det_dataset
 
-from yolo_qc_plugin import __version__, architecture
-from yolo_qc_plugin.callbacks import attach
+from yolo_qc_plugin import __version__
 from yolo_qc_plugin.config import QCConfig
-from yolo_qc_plugin.inject import calibrate, inject, replace_modules, share_quantizers
-from yolo_qc_plugin.layers import quant_convs
+from yolo_qc_plugin.host import architecture
+from yolo_qc_plugin.quant.calibrate import calibrate
+from yolo_qc_plugin.quant.inject import inject, share_quantizers
+from yolo_qc_plugin.quant.layers import quant_convs
+from yolo_qc_plugin.quant.modules import replace_modules
+from yolo_qc_plugin.run.callbacks import attach
 
 # a stage of the backbone or neck; of a head, each branch at each stride
 BLOCK = re.compile(r"model\.\d+(\.(one2one_)?cv\d\.\d)?")

@@ -35,7 +35,7 @@ def last_epoch(run: Path) -> dict[str, float]:
 
 def steps_of(trainer):
     """The run's Steps."""
-    from yolo_qc_plugin.callbacks import QCCallbacks
+    from yolo_qc_plugin.run.callbacks import QCCallbacks
 
     owners = (getattr(c, "__self__", None) for c in trainer.callbacks["on_train_end"])
     return next(owner for owner in owners if isinstance(owner, QCCallbacks)).steps
@@ -44,7 +44,7 @@ def steps_of(trainer):
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
     """YAML of a digits data set: 24 training and 8 validation images of 64 px."""
-    from yolo_qc_plugin.digits import compose
+    from yolo_qc_plugin.data.digits import compose
 
     return compose(tmp_path_factory.mktemp("data") / "digits", train=24, val=8, imgsz=64, seed=0)
 

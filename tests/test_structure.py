@@ -1,13 +1,17 @@
 # yolo_qc_plugin, AGPL-3.0
-"""The package's shape: who imports whom, what an import costs, docstrings, version."""
+"""The package's shape: which folder may import which, what an import costs, docstrings, version."""
+
+from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import json
 import re
 import subprocess
 import sys
 from dataclasses import fields
+from graphlib import TopologicalSorter
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -18,68 +22,94 @@ from yolo_qc_plugin.config import QCConfig
 
 PACKAGE = Path(yolo_qc_plugin.__file__).parent
 
-# A file may import, at module level, files above it only.
-ORDER = """config models native kernels functional foreach observers quantizer offsets layers weights
-           oscillation dampening freezing trace deploy snap inject equalization optimizer ema distributed
-           correction reestimation bounds qdq exported codes distillation architecture compat checkpoint host telemetry
-           report validation randomness resume finish steps standalone callbacks evaluate check plot scenes
-           digits hook cli""".split()
-WITHOUT_HOST = ORDER[: ORDER.index("codes") + 1]
-LATE = {("checkpoint", "callbacks")}  # imported in a function, though below
-FREE = {"cli", "__init__"}  # import what they need when they need it
+# folder, or file beside the folders -> those that it may import beside itself
+MAY_IMPORT = {
+    "config": set(),
+    "files": set(),
+    "cfg": {"config"},
+    "startup": set(),
+    "quant": {"config", "files"},
+    "qat": {"config", "files", "quant"},
+    "deploy": {"config", "files", "quant"},
+    "host": {"config", "files", "quant", "qat", "deploy"},
+    "run": {"config", "files", "quant", "qat", "deploy", "host"},
+    "data": {"config", "files"},
+    "tools": {"config", "files", "quant", "qat", "deploy", "host", "run"},
+    "cli": {"config", "cfg", "files", "startup", "data", "tools", "run"},
+    "_build": set(),
+}
+WITHOUT_ULTRALYTICS = {"config", "files", "cfg", "startup", "quant", "qat", "deploy", "cli", "_build"}
+LATE = {"cli"}  # imports what a command needs when it is called; all others import at the top of the file
 
-SOURCES = {p.stem: ast.parse(p.read_text(encoding="utf-8")) for p in sorted(PACKAGE.glob("*.py"))}
+# module name, relative to the package -> its source
+SOURCES = {
+    ".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): ast.parse(p.read_text("utf-8"))
+    for p in sorted(PACKAGE.rglob("*.py"))
+    if p.name != "_yolo_qc_startup.py"  # not of the package: it is copied to the root of site-packages
+}
+MODULES = sorted(set(SOURCES) - {"__init__"})
 
 
-def imports(name):
-    """(module, whether at module level) of everything that a file imports; the package's own as '.name'."""
+def room(module: str) -> str:
+    """The folder that a module is in, or the file itself beside the folders."""
+    return module.partition(".")[0]
+
+
+def imports(name: str):
+    """(module, whether at module level) of all that a file imports; the package's own relative to it, after a dot."""
     tree = SOURCES[name]
-    inside = {
-        id(n)
-        for f in ast.walk(tree)
-        if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-        for n in ast.walk(f)
-    }
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, functions) for n in ast.walk(f)}
+    package = name if (PACKAGE / name.replace(".", "/") / "__init__.py").exists() else name.rpartition(".")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level:
-            found = [f".{node.module}"] if node.module else [f".{a.name}" for a in node.names]
+            parts = package.split(".") if package and name != "__init__" else []
+            base = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
+            # names are modules where there are such, else what a module defines
+            found = [f".{base}.{a.name}".replace("..", ".") for a in node.names]
+            found = [m if m[1:] in SOURCES else f".{base}" for m in found]
         elif isinstance(node, ast.ImportFrom):
             found = [node.module]
         else:
             continue
         for module in found:
-            own = re.fullmatch(r"yolo_qc_plugin(?:\.(\w+))?.*", module)
-            yield (f".{own[1] or ''}" if own else module), id(node) not in inside
+            assert not module.startswith("yolo_qc_plugin"), f"{name} imports {module} by its absolute name"
+            yield module, id(node) not in inside
 
 
-def test_the_list_of_files_is_complete():
-    assert set(SOURCES) == {*ORDER, "__init__", "_build"}
-    assert {m for name in SOURCES for m, _ in imports(name) if m.startswith(".")} <= {
-        ".__version__", *(f".{name}" for name in ORDER)
-    }  # fmt: skip
+def test_the_table_has_every_folder():
+    assert {room(name) for name in MODULES} == set(MAY_IMPORT)
+    assert {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"} <= set(MAY_IMPORT)
+    assert all(allowed <= set(MAY_IMPORT) for allowed in MAY_IMPORT.values())
+    list(TopologicalSorter(MAY_IMPORT).static_order())  # raises where folders could import each other in a circle
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_file_imports_files_above_it_only(name):
-    above = {f".{n}" for n in ORDER[: ORDER.index(name)]} | {".__version__"}
-    own = [(m, top) for m, top in imports(name) if m.startswith(".")]
-    assert {m for m, top in own if top} <= above
-    late = {(name, m[1:]) for m, top in own if not top}
-    assert name in FREE or late <= LATE
-    assert {pair for pair in LATE if pair[0] == name} <= late  # the list of exceptions is not longer than needed
+@pytest.mark.parametrize("name", MODULES)
+def test_a_file_imports_what_its_folder_may(name):
+    for module, at_top in imports(name):
+        if module == ".":  # the package itself: its version alone
+            continue
+        if module.startswith("."):
+            assert room(module[1:]) in MAY_IMPORT[room(name)] | {room(name)}, f"{name} imports {module}"
+            assert at_top or room(name) in LATE, f"{name} imports {module} within a function"
 
 
-def test_init_and_build_import_nothing_of_the_package():
-    for name in ("__init__", "_build"):
-        assert not [m for m, _ in imports(name) if m.startswith((".", "torch", "ultralytics"))]
+def test_no_circle_of_files():
+    graph = {name: {m[1:] for m, _ in imports(name) if m.startswith(".") and m != "."} for name in MODULES}
+    list(TopologicalSorter(graph).static_order())  # raises on a circle
 
 
-@pytest.mark.parametrize("name", WITHOUT_HOST)
-def test_the_core_does_not_know_the_host(name):
-    assert not [m for m, _ in imports(name) if m.partition(".")[0] == "ultralytics"]
-    assert "ultralytics" in {m.partition(".")[0] for m, _ in imports("host")}  # the search finds what is there
+def test_the_package_itself_imports_nothing():
+    assert [m for m, _ in imports("__init__")] == ["__future__", "importlib"]
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if room(n) in WITHOUT_ULTRALYTICS])
+def test_the_core_does_not_know_ultralytics(name):
+    at_top = [m for m, top in imports(name) if m.partition(".")[0] == "ultralytics" and (top or room(name) != "cli")]
+    assert not at_top
+    assert "ultralytics" in {m.partition(".")[0] for m, _ in imports("host.patches")}  # the search finds what is there
 
 
 def loaded_after(statement):
@@ -97,7 +127,8 @@ def loaded_after(statement):
     ("import yolo_qc_plugin; yolo_qc_plugin.QCConfig(bits=3); dir(yolo_qc_plugin)", []),
     ("import yolo_qc_plugin.cli", []),
     ("import yolo_qc_plugin; yolo_qc_plugin.QuantConv2d", ["torch", "numpy"]),
-    ("import yolo_qc_plugin.correction, yolo_qc_plugin.inject, yolo_qc_plugin.ema", ["torch", "numpy"]),
+    ("import yolo_qc_plugin.qat.correction, yolo_qc_plugin.quant.inject", ["torch", "numpy"]),
+    ("import yolo_qc_plugin.deploy.qdq, yolo_qc_plugin.deploy.snap", ["torch", "numpy"]),
 ])  # fmt: skip
 def test_what_an_import_loads(statement, expected):
     found = loaded_after(statement)
@@ -108,8 +139,9 @@ def test_what_an_import_loads(statement, expected):
 @pytest.mark.parametrize("name", [n for n in yolo_qc_plugin.__all__ if n != "__version__"])
 def test_a_public_name_stays_itself_whatever_was_imported_before(name):
     """Importing a submodule binds its name in the package, over a function of the same name."""
-    for module in ORDER:
-        import_module(f"yolo_qc_plugin.{module}")
+    for module in MODULES:
+        if module != "_build":
+            import_module(f"yolo_qc_plugin.{module}")
     assert callable(getattr(yolo_qc_plugin, name)) and getattr(yolo_qc_plugin, name).__name__ == name
 
 
@@ -117,6 +149,23 @@ def test_public_names():
     assert set(dir(yolo_qc_plugin)) == set(yolo_qc_plugin.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'missing'"):
         yolo_qc_plugin.missing
+
+
+def test_a_checkpoint_names_its_classes_by_the_package_alone():
+    """Every module class of ours that can be in a saved model, and the record."""
+    from torch import nn
+
+    from yolo_qc_plugin.host.record import QuantRecord
+    from yolo_qc_plugin.qat.correction import CorrectedNorm
+    from yolo_qc_plugin.quant.quantizer import Quantizer
+
+    of_the_core = [importlib.import_module(f"yolo_qc_plugin.{m}") for m in MODULES if m.startswith(("quant.", "qat."))]
+    classes = {c for m in of_the_core for c in vars(m).values() if inspect.isclass(c) and issubclass(c, nn.Module)}
+    ours = {c for c in classes if c.__module__.startswith("yolo_qc_plugin")} - {Quantizer, CorrectedNorm}
+    stored = {getattr(yolo_qc_plugin, name) for name in yolo_qc_plugin._STORED}
+    assert stored <= ours | {QuantRecord}
+    assert ours | {QuantRecord} == stored | {yolo_qc_plugin.QuantConv2d}
+    assert {c.__module__ for c in ours | {QuantRecord}} == {"yolo_qc_plugin"}
 
 
 def public(tree, prefix=""):

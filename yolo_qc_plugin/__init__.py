@@ -8,25 +8,39 @@ from __future__ import annotations
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # public name -> module that defines it; none is named as its module, which would hide it once imported
-_EXPORTS = {
+_PUBLIC = {
     "QCConfig": "config",
-    "add_qc_callbacks": "callbacks",
-    "correct": "standalone",
-    "QuantConv2d": "layers",
-    "remove": "inject",
-    "compose": "digits",
-    "model_yaml": "models",
+    "add_qc_callbacks": "run.callbacks",
+    "correct": "run.standalone",
+    "QuantConv2d": "quant.layers",
+    "remove": "quant.inject",
+    "compose": "data.digits",
+    "model_yaml": "cfg",
+}
+# Classes that a checkpoint is made of. It names them as `yolo_qc_plugin.NAME`, wherever they are defined
+# (`quant.precision.stored`), so that a file opens whatever the layout.
+_STORED = {
+    "QuantRecord": "run.opening",  # every checkpoint has one: with it the process gets what opening takes
+    "ActQuantizer": "quant.quantizer",
+    "WeightQuantizer": "quant.quantizer",
+    "ChannelAffine": "quant.layers",
+    "QuantActivation": "quant.activations",
+    "QuantSiLU": "quant.activations",
+    "WideBatchNorm2d": "quant.precision",
+    "WideConv2d": "quant.precision",
+    "WideConvTranspose2d": "quant.precision",
+    "WideLinear": "quant.precision",
 }
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str):
     """Import a public name on first use (PEP 562)."""
-    module = _EXPORTS.get(name)
+    module = _PUBLIC.get(name) or _STORED.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{module}", __name__), name)

@@ -9,6 +9,7 @@ from pathlib import Path
 from setuptools.command.build_py import build_py
 
 STARTUP = Path(__file__).with_name("startup")
+FILES = ("_yolo_qc_startup.py", "yolo_qc_plugin.pth", "yolo_qc_plugin.start")
 
 
 class BuildPy(build_py):
@@ -18,8 +19,7 @@ class BuildPy(build_py):
         """Map each start-up file's place in the wheel to its source; an editable install copies none."""
         if self.editable_mode:
             return {}
-        sources = sorted(p for p in STARTUP.iterdir() if p.suffix in {".pth", ".py", ".start"})
-        return {str(Path(self.build_lib, p.name)): str(p) for p in sources}
+        return {str(Path(self.build_lib, name)): str(STARTUP / name) for name in FILES}
 
     def run(self) -> None:
         """Build the package, then add the start-up files."""

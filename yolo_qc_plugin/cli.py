@@ -11,8 +11,8 @@ from dataclasses import fields
 from functools import partial, wraps
 from pathlib import Path
 
+from .cfg import with_our_models
 from .config import QCConfig, QCError
-from .models import with_our_models
 
 CALLBACKS = ("qc",)
 OPTION = "qc_"
@@ -98,7 +98,7 @@ def _with_callbacks(options: QCConfig | dict, command) -> None:
     """Run a command whose YOLO object is made with the plugin's callbacks among the host's default ones."""
     from ultralytics.utils.callbacks.base import default_callbacks
 
-    from .callbacks import QCCallbacks, attach, export_events
+    from .run.callbacks import QCCallbacks, attach, export_events
 
     attach()
     events = QCCallbacks(options).events() if isinstance(options, QCConfig) else export_events(**options)
@@ -194,7 +194,7 @@ def _correct(args: argparse.Namespace) -> None:
     options = _options(args.pairs, kinds)
     if "model" not in options:
         raise ValueError("give model=RUN/weights/qat.pt")
-    from .standalone import correct
+    from .run.standalone import correct
 
     correct(**options)
 
@@ -205,7 +205,7 @@ def _check(args: argparse.Namespace) -> bool:
     )
     if missing := {"model", "onnx", "data"} - options.keys():
         raise ValueError(f"give {', '.join(f'{k}=' for k in sorted(missing))}")
-    from .check import check, format_check
+    from .tools.check import check, format_check
 
     target = options.pop("json", None)
     result = check(**options)
@@ -220,14 +220,14 @@ def _eval(args: argparse.Namespace) -> None:
     options = _options(args.pairs, kinds)
     target = options.pop("json", None)
     if {"annotations", "detections"} <= options.keys():
-        from .evaluate import coco_metrics
+        from .tools.evaluate import coco_metrics
 
         if extra := options.keys() - {"annotations", "detections", "max_det"}:
             raise ValueError(f"{', '.join(sorted(extra))} is not accepted with annotations= and detections=")
         result = coco_metrics(**options)
         print("\n".join(f"{k:<8}{'-' if v is None else f'{v:.4f}'}" for k, v in result.items() if k != "per_class"))
     elif {"model", "data"} <= options.keys():
-        from .evaluate import evaluate, format_table
+        from .tools.evaluate import evaluate, format_table
 
         result = evaluate(**options)
         print(format_table(result))
@@ -241,20 +241,20 @@ def _plot(args: argparse.Namespace) -> None:
     options = _options([r for r in args.runs if r not in runs], dict(out=str, steps=int))
     if not runs:
         raise ValueError("give the folder of a run")
-    from .plot import plot
+    from .tools.plot import plot
 
     table, files = plot(runs, **options)
     print("\n".join([table, *(f"written to {file}" for file in files)]))
 
 
 def _digits(args: argparse.Namespace) -> None:
-    from .digits import compose
+    from .data.digits import compose
 
     print(compose(args.out, args.train, args.val, args.imgsz, args.seed, args.task, args.level))
 
 
 def _hook(args: argparse.Namespace) -> None:
-    from . import hook
+    from .startup import hook
 
     if args.action == "status":
         print(hook.status())

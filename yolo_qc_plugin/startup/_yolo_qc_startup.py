@@ -70,7 +70,7 @@ def wrap(module):
 def allow(module):
     """Import what adds our layers to those that a restricted load builds, where Ultralytics is to load so."""
     if module.SAFE_LOAD:
-        import yolo_qc_plugin.checkpoint  # noqa: F401
+        import yolo_qc_plugin.run.opening  # noqa: F401
 
 
 def main():

@@ -1,0 +1,53 @@
+# yolo_qc_plugin, AGPL-3.0
+"""QC alone, on a finished run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from ultralytics.nn.tasks import load_checkpoint, torch_safe_load
+
+from yolo_qc_plugin import correct
+from yolo_qc_plugin.cli import main
+from yolo_qc_plugin.config import QCError
+from yolo_qc_plugin.host.record import write_checkpoint
+from yolo_qc_plugin.quant.layers import quant_convs
+
+
+def state_of(file) -> dict:
+    return load_checkpoint(file)[0].state_dict()
+
+
+def test_a_finished_run_is_corrected_again(train, bccd, tmp_path):
+    """From a corrected checkpoint too: the correction is undone, so what it starts from is qat.pt, bit by bit."""
+    data, weights = bccd
+    small = {"imgsz": 96, "data": str(data), "nbs": 8, "lr0": 1e-3, "optimizer": "Adam"}
+    run = train({"ema_decay": 0.5, "correction": "off"}, model=weights, **small).trainer
+    first = json.loads((run.save_dir / "qc" / "report.json").read_text())
+    checkpoint, _ = torch_safe_load(run.best)
+    for _, conv in quant_convs(checkpoint["model"]):
+        if conv.correction:
+            conv.correction.gamma.mul_(1.1)
+    corrected = run.wdir / "corrected.pt"
+    write_checkpoint(checkpoint, corrected)
+
+    options = ["correction=tensor", "correction_shift=False", f"project={tmp_path}", "name=again"]
+    assert main(["correct", f"model={corrected}", *options]) == 0
+    report = json.loads((tmp_path / "again" / "qc" / "report.json").read_text())
+    before, copied = state_of(run.wdir / "qat.pt"), state_of(tmp_path / "again" / "weights" / "qat.pt")
+    assert before.keys() == copied.keys() and all(torch.equal(before[k], copied[k]) for k in before)
+    assert report["metrics"]["qat"] == pytest.approx(first["metrics"]["qat"])
+    assert report["metrics"]["qc"] != report["metrics"]["qat"]
+    assert report["config"] == {**first["config"], "correction": "tensor", "correction_shift": False}
+    assert load_checkpoint(tmp_path / "again" / "weights" / "best.pt")[0].qc.config == report["config"]
+
+
+def test_what_cannot_be_corrected_is_refused(bccd, capsys):
+    _, weights = bccd
+    with pytest.raises(QCError, match="is not quantized"):
+        correct(weights)
+    assert main(["correct", "correction=tensor"]) == 1
+    assert main(["correct", f"model={weights}", "correction_shape=1"]) == 1
+    assert "correction_shift" in capsys.readouterr().err

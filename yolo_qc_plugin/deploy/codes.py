@@ -1,0 +1,108 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Codes of a deployed model in PyTorch beside those of a runtime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import QCError
+from .exported import Exported, batched, session
+from .fold import DeployedConv2d, deployed_convs
+
+
+@torch.no_grad()
+def compare_codes(model: nn.Module, graph: Exported, name: str, images: Tensor) -> dict[str, Any]:
+    """Codes of PyTorch and of a runtime: layer by layer on the runtime's own codes, and end to end.
+
+    Args:
+        model: In the deployed form.
+        graph: What was exported of it.
+        name: One of exported.RUNTIMES.
+        images: Shape (n, 3, h, w), in 0..1.
+
+    Returns:
+        "steps", the largest difference of a code layer by layer; "changed" and "changed_end_to_end", shares of codes;
+        "output", the largest difference end to end, in the outputs' own units.
+
+    Raises:
+        QCError: If the file's outputs have other shapes than the model's.
+    """
+    instrumented, names = graph.with_codes()
+    run = batched(session(instrumented, name), graph.fixed_batch)
+    total = changed = changed_end_to_end = steps = 0
+    output = 0.0
+    for image in images.split(graph.fixed_batch or 1):
+        count = len(graph.model.graph.output)
+        values = run(image.numpy())
+        theirs = dict(zip(names, values[count:]))
+        forced = _Codes(model, graph, theirs, force=True)
+        with forced:
+            model(image)
+        free = _Codes(model, graph, theirs, force=False)
+        with free:
+            mine = model(image)
+        mine = mine[0] if isinstance(mine, (tuple, list)) else mine  # what follows are the training loss' inputs
+        mine = mine if isinstance(mine, (tuple, list)) else (mine,)
+        shapes = [tuple(v.shape) for v in mine], [v.shape for v in values[:count]]
+        if shapes[0] != shapes[1]:
+            raise QCError(
+                f"QC: onnx={graph.path} gives outputs of shape {shapes[1]}, the model {shapes[0]}; "
+                "accepted: files exported without nms=True."
+            )
+        output = max(output, *(float((a - torch.from_numpy(b)).abs().max()) for a, b in zip(mine, values)))
+        total, changed = total + forced.total, changed + forced.changed
+        changed_end_to_end, steps = changed_end_to_end + free.changed, max(steps, forced.steps)
+    return {
+        "steps": steps,
+        "changed": changed / total,
+        "changed_end_to_end": changed_end_to_end / total,
+        "output": output,
+    }
+
+
+class _Codes:
+    """Hooks that compare a model's codes with those of a runtime, and let it go on with the latter if `force`.
+
+    Attributes:
+        total: Codes compared.
+        changed: Codes that differ.
+        steps: Largest difference.
+    """
+
+    def __init__(self, model: nn.Module, graph: Exported, theirs: dict[str, np.ndarray], force: bool):
+        self.layers, self.graph, self.theirs, self.force = deployed_convs(model), graph, theirs, force
+        self.total = self.changed = self.steps = 0
+
+    def __enter__(self):
+        self.hooks = []
+        for name, layer in self.layers.items():
+            self.hooks.append(layer.register_forward_pre_hook(self._input))
+            if name in self.graph.outputs:
+                self.hooks.append(layer.register_forward_hook(self._output))
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+    def _input(self, layer: DeployedConv2d, args):
+        tensor, zero_point = self.graph.codes[layer.name]
+        theirs = torch.from_numpy(self.theirs[tensor].astype(np.int16)) - zero_point
+        self._count(layer.act_quant.steps(args[0]), theirs)
+        return (layer.act_quant.before(theirs),) if self.force else None
+
+    def _output(self, layer: DeployedConv2d, args, y):
+        tensor, scale, zero_point = self.graph.outputs[layer.name]
+        theirs = torch.from_numpy(self.theirs[tensor].astype(np.int16)) - zero_point
+        self._count((y / scale).round().clamp(-zero_point, 255 - zero_point), theirs)
+        return theirs * scale if self.force else None
+
+    def _count(self, mine: Tensor, theirs: Tensor) -> None:
+        difference = (mine - theirs).abs()
+        self.total += difference.numel()
+        self.changed += int((difference > 0).sum())
+        self.steps = max(self.steps, int(difference.max()))

@@ -1,0 +1,161 @@
+# yolo_qc_plugin, AGPL-3.0
+"""An exported ONNX file: what it holds, and what a runtime makes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ..config import QCError
+from .fold import DeployedConv2d
+from .qdq import links
+
+RUNTIMES = ("onnxruntime", "onnxruntime, not optimised", "openvino")
+
+Run = Callable[[np.ndarray], list[np.ndarray]]  # images (b, 3, h, w) -> the graph's outputs
+
+
+class Exported:
+    """An ONNX file of ours: its shape, its quantizers, its weights.
+
+    Args:
+        path: Of the file.
+
+    Attributes:
+        codes: Layer name -> (tensor of its input's codes, zero point).
+        outputs: Layer name -> (tensor of its output's codes, scale, zero point), where the output is quantized.
+        weights: Layer name -> tensor of its weight's codes.
+        values: Constant name -> array.
+
+    Raises:
+        QCError: If the file cannot be read, or was not exported from a quantized checkpoint.
+    """
+
+    def __init__(self, path: Path):
+        import onnx
+        from onnx import numpy_helper
+
+        self.path = path
+        if not path.is_file():
+            raise QCError(f"QC: onnx={path} does not exist.")
+        try:
+            self.model = onnx.load(path)
+            onnx.checker.check_model(self.model)
+            image = next(i for i in self.model.graph.input if i.name == "images")
+        except Exception as e:  # protobuf, checker and OS each have errors of their own
+            lines = str(e).strip().splitlines()
+            raise QCError(f"QC: onnx={path} is no ONNX model of Ultralytics: {lines[0] if lines else type(e).__name__}")
+        self.metadata = {p.key: p.value for p in self.model.metadata_props}
+        sides = [d.dim_value for d in image.type.tensor_type.shape.dim]
+        self.fixed_batch = sides[0]  # 0: any
+        try:
+            self.imgsz = sides[2] or max(json.loads(self.metadata["imgsz"]))
+            self.batch = self.fixed_batch or 16
+        except (KeyError, ValueError):
+            raise QCError(
+                f"QC: onnx={path} has no metadata of Ultralytics; accepted: files of `yolo export`."
+            ) from None
+
+        nodes = self.model.graph.node
+        self.values = {i.name: numpy_helper.to_array(i) for i in self.model.graph.initializer}
+        sources, readers = links(self.model.graph)
+        self.codes, self.outputs, self.weights = {}, {}, {}
+        for conv in (n for n in nodes if n.op_type == "Conv"):
+            weight, dequantize = sources.get(conv.input[1]), sources.get(conv.input[0])
+            if weight is None or dequantize is None or {weight.op_type, dequantize.op_type} != {"DequantizeLinear"}:
+                continue
+            layer = weight.input[0].removesuffix(".weight_codes")
+            self.weights[layer] = weight.input[0]
+            self.codes[layer] = dequantize.input[0], int(self.values[dequantize.input[2]])
+            for n in readers.get(conv.output[0], []):
+                if n.op_type == "QuantizeLinear":
+                    scale, zero_point = (self.values[name] for name in n.input[1:3])
+                    self.outputs[layer] = n.output[0], float(scale), int(zero_point)
+        if not self.codes:
+            raise QCError(f"QC: onnx={path} has no quantized convolution; accepted: exports of a quantized checkpoint.")
+        self.int4 = any(self.values[z].dtype.name == "uint4" for n in nodes if n.op_type == "QuantizeLinear"
+                        for z in n.input[2:3])  # fmt: skip
+
+    def match(self, layers: dict[str, DeployedConv2d]) -> None:
+        """Refuse a file of another model."""
+        ours = {name: tuple(m.weight_codes.shape) for name, m in layers.items()}
+        theirs = {name: self.values[codes].shape for name, codes in self.weights.items()}
+        if ours != theirs:
+            odd = sorted(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n))
+            raise QCError(
+                f"QC: onnx={self.path} was not exported from this model: they differ in {len(odd)} convolutions, "
+                f"{', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}."
+            )
+
+    def differing_weights(self, layers: dict[str, DeployedConv2d]) -> list[str]:
+        """Names of layers whose integer weights are not the checkpoint's (up to the sign that a scale may carry)."""
+        differing = []
+        for name, layer in layers.items():
+            codes = self.values[self.weights[name]].astype(np.int16)
+            if self.values[self.weights[name]].dtype == np.uint8:
+                codes -= 128
+            mine = [c.cpu().numpy() for c in (layer.weight_codes, layer.positive_scale(-128, 127)[0])]
+            if not any(np.array_equal(codes, c) for c in mine):
+                differing.append(name)
+        return differing
+
+    def openvino_obstacle(self, installed: bool) -> str | None:
+        """Why OpenVINO is not tried, or None."""
+        if not installed:
+            return "not installed"
+        return "not tried: OpenVINO 2026.4 crashes on 4-bit activations" if self.int4 else None
+
+    def with_codes(self) -> tuple[bytes, list[str]]:
+        """The model with all codes as further outputs, and their names."""
+        import onnx
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        names = list(dict.fromkeys([t for t, _ in self.codes.values()] + [t for t, *_ in self.outputs.values()]))
+        if self.int4:  # NumPy has no 4-bit type: read such codes as floats
+            model.graph.initializer.append(onnx.helper.make_tensor("one", onnx.TensorProto.FLOAT, [], [1.0]))
+        for name in names:
+            shown = name
+            if self.int4:
+                shown = f"{name}_shown"
+                model.graph.node.append(onnx.helper.make_node("DequantizeLinear", [name, "one"], [shown]))
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(shown))
+        return onnx.shape_inference.infer_shapes(model).SerializeToString(), names
+
+
+def session(model: bytes, name: str) -> Run:
+    """A session of a runtime, one of RUNTIMES, with a serialized model."""
+    if name == "openvino":
+        import io
+
+        import openvino as ov
+
+        compiled = ov.compile_model(ov.Core().read_model(io.BytesIO(model)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return lambda images: [np.array(v) for v in compiled([images]).to_tuple()]
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if name != "onnxruntime":
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images})
+
+
+def batched(run: Run, size: int) -> Run:
+    """`run` for any number of images with a graph for `size` of them (0: any)."""
+
+    def call(images: np.ndarray) -> list[np.ndarray]:
+        if not size:
+            return run(images)
+        parts = []
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), 0)])
+            parts.append([v[: len(part)] for v in run(padded)])
+        return [np.concatenate(v) for v in zip(*parts)]
+
+    return call

@@ -1,0 +1,202 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The deployed form: a quantized convolution and all that follows it in one scale and one bias per output channel.
+
+With xhat = act_scale * (code_x - zero_point), what = s * code_w, the correction's gamma and beta, and batch norm's
+a = bn.weight / sqrt(var + eps):
+
+    BN(gamma * (conv(xhat, what) + bias) + beta) = act_scale * scale * conv(code_x - zero_point, code_w) + shift
+        scale = a * gamma * s                                         per output channel, negative where a * gamma is
+        shift = a * (gamma * bias + beta - mean) + bn.bias
+
+The integer codes never move, which folding batch norm into the weight (as for a float convolution) would do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import QCError
+from ..quant.activations import QuantActivation, QuantSiLU
+from ..quant.functional import along_channels, to_codes, widen
+from ..quant.layers import Deployed, QuantConv2d
+from ..quant.precision import KeepWide
+from ..quant.quantizer import ActQuantizer
+from .trace import traced_convolve, traced_quantize
+
+OFF = 2**30  # a channel is off where its shift is this many units of its integer sums
+
+
+class FixedQuantizer(nn.Module):
+    """An activation quantizer whose parameters are plain numbers, as a graph holds them.
+
+    Rounds x / scale and then adds the zero point, as QuantizeLinear does.
+
+    Attributes:
+        bits: Width.
+        scale: Positive.
+        zero_point: The code of 0.
+        quant_min: Smallest code.
+        quant_max: Largest code.
+        equalizer: What the channels of the input are multiplied by first, shape (1, channels, 1, 1), or None.
+    """
+
+    def __init__(self, quantizer: ActQuantizer):
+        super().__init__()
+        equalizer = quantizer.equalizer
+        self.register_buffer("equalizer", None if equalizer is None else along_channels(equalizer).clone())
+        self.bits, self.scale, self.zero_point = quantizer.bits, quantizer.scale.item(), quantizer.zero_point
+        self.quant_min, self.quant_max = quantizer.quant_min, quantizer.quant_max
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._buffers.setdefault("equalizer", None)  # models pickled before it was there
+
+    def steps(self, x: Tensor) -> Tensor:
+        """Codes minus the zero point, i.e. whole steps from 0, as floats of FP32 at least."""
+        low, high = self.quant_min - self.zero_point, self.quant_max - self.zero_point
+        return to_codes(self.equalized(widen(x)), self.scale, None, low, high)
+
+    def before(self, steps: Tensor) -> Tensor:
+        """An input whose `steps` these are."""
+        values = steps * self.scale
+        return values if self.equalizer is None else values / self.equalizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize x of any shape."""
+        if torch.jit.is_tracing():
+            return traced_quantize(self.equalized(x), self.scale, self.zero_point, self.quant_min, self.quant_max)
+        return self.steps(x).mul_(self.scale).to(x.dtype)
+
+    def equalized(self, x: Tensor) -> Tensor:
+        """x of shape (batch, channels, height, width) times the equalizer."""
+        return x if self.equalizer is None else x * self.equalizer.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"range=[{self.quant_min}, {self.quant_max}], scale={self.scale:.4g}, zero_point={self.zero_point}"
+
+
+class DeployedConv2d(Deployed, KeepWide, nn.Module):
+    """Integer codes convolved, then one scale and one shift per output channel.
+
+    The convolution of codes is exact in FP32 (its sums stay far below 2^24 for layers of YOLO's sizes), so that this is
+    what integer hardware computes. Parameters of the convolution (stride, padding, ...) are those of nn.Conv2d.
+
+    Attributes:
+        name: The layer's name in its model.
+        bits: Width of the weight.
+        act_quant: FixedQuantizer of the input.
+        weight_codes: int8, shape of the weight.
+        scale: Shape (out_channels,): weight scale, correction and batch norm; of either sign.
+        shift: Shape (out_channels,).
+    """
+
+    def __init__(self, conv: QuantConv2d, scale: Tensor, shift: Tensor, name: str):
+        super().__init__()
+        self.name, self.bits = name, conv.weight_quant.bits
+        self.act_quant = FixedQuantizer(conv.act_quant)
+        for key in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+            setattr(self, key, getattr(conv, key))
+        # parameters, so that a model's summary counts them; floats first, because the host reads a model's dtype there
+        self.scale, self.shift = nn.Parameter(scale, False), nn.Parameter(shift, False)
+        self.weight_codes = nn.Parameter(conv.weight_codes(), False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x of shape (batch, in, height, width)."""
+        if torch.jit.is_tracing():
+            return traced_convolve(self.act_quant(x), self)
+        steps = self.act_quant.steps(x)
+        sums = self.convolve(steps, self.weight_codes.to(steps.dtype))
+        scale = (self.act_quant.scale * self.scale).to(steps.dtype)
+        return torch.addcmul(along_channels(self.shift).to(steps.dtype), sums, along_channels(scale)).to(x.dtype)
+
+    def positive_scale(self, lowest: int, highest: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scale and sign with scale > 0, for formats that want that.
+
+        A channel of negative scale gets negated codes. Where one of those would leave [lowest, highest] (that of -8 in
+        a 4-bit container, say), all codes stay and the sign is to be multiplied to the convolution's output.
+
+        A channel that is switched off (of zero scale, or one whose sums vanish beside its shift, which then has no
+        place in an INT32 bias) gets zero codes, and a scale of which its shift is a whole multiple.
+
+        Returns:
+            Codes (int16, shape of the weight), scale (out_channels,), sign (out_channels,) of +1 and -1, or None.
+        """
+        unit, size = self.act_quant.scale * self.scale.double().abs(), self.shift.double().abs()
+        off = (unit == 0) | (size >= unit * OFF)
+        whole = torch.where(size > 0, size / self.act_quant.scale, 1.0).to(self.scale.dtype)
+        scale = torch.where(off, whole, self.scale.abs())
+        sign = torch.where(self.scale < 0, -1, 1).to(torch.int16)
+        codes = self.weight_codes.to(torch.int16) * ~off.view(-1, 1, 1, 1)
+        negated = codes * sign.view(-1, 1, 1, 1)
+        if negated.min() >= lowest and negated.max() <= highest:
+            return negated, scale, None
+        return codes, scale, sign.to(scale.dtype)
+
+    @property
+    def pads(self) -> list[int]:
+        """Zeros added at top, left, bottom and right."""
+        if self.padding == "same":
+            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size)]
+            return [*(n // 2 for n in total), *(n - n // 2 for n in total)]
+        return [0, 0, 0, 0] if self.padding == "valid" else [*self.padding, *self.padding]
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The plain convolution with this layer's stride, padding, dilation and groups."""
+        return nn.functional.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"groups={self.groups}, bits={self.bits}"
+        )
+
+
+def fold(conv: QuantConv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
+    """Scale and shift of the header's formula, FP64, shape (out_channels,) each."""
+    wide = torch.float64  # folding is done once: no digit is lost in it
+    one = torch.ones(conv.out_channels, dtype=wide, device=conv.weight.device)
+    gamma, beta = (1, 0) if conv.correction is None else (conv.correction.gamma.to(wide), conv.correction.beta.to(wide))
+    bias = 0 if conv.bias is None else conv.bias.to(wide)
+    scale, shift = one * gamma * conv.weight_quant.scale.to(wide), one * (gamma * bias + beta)
+    if bn is not None:
+        a = batch_norm_scale(bn)
+        scale, shift = a * scale, a * (shift - bn.running_mean.to(wide)) + bn.bias.to(wide)
+    return scale, shift
+
+
+def batch_norm_scale(bn: nn.BatchNorm2d) -> Tensor:
+    """What a batch norm in eval mode multiplies by, FP64, shape (channels,)."""
+    return bn.weight.double() / torch.sqrt(bn.running_var.double() + bn.eps)
+
+
+@torch.no_grad()
+def deploy_conv(conv: QuantConv2d, bn: nn.BatchNorm2d | None, name: str) -> DeployedConv2d:
+    """The deployed form of a quantized convolution; `conv` is left as it is.
+
+    Args:
+        conv: Quantized convolution, corrected or not.
+        bn: The batch norm that reads its output, in eval mode, or None; with it bn is to be left out.
+        name: The layer's name in its model.
+
+    Returns:
+        A module whose output equals bn's (or the convolution's, without bn).
+
+    Raises:
+        QCError: If the convolution pads with anything but zeros.
+    """
+    if conv.padding_mode != "zeros":
+        raise QCError(f"QC: {name} pads by {conv.padding_mode!r}; only zero padding can be deployed. Add it to skip.")
+    scale, shift = fold(conv, bn)
+    return DeployedConv2d(conv, scale.to(conv.weight.dtype), shift.to(conv.weight.dtype), name).train(conv.training)
+
+
+def deploy_activation(act: QuantActivation) -> nn.Sequential:
+    """The deployed form of an activation with a quantized input."""
+    function = QuantSiLU(FixedQuantizer(act.function.quant)) if isinstance(act.function, QuantSiLU) else act.function
+    return nn.Sequential(FixedQuantizer(act.quant), function).train(act.training)
+
+
+def deployed_convs(model: nn.Module) -> dict[str, DeployedConv2d]:
+    """Name -> module of every deployed convolution, by the names they had when they were deployed."""
+    return {m.name: m for m in model.modules() if isinstance(m, DeployedConv2d)}

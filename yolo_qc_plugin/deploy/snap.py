@@ -1,0 +1,79 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Move a model's numbers, by 0.2% at most, to where every runtime computes the same codes.
+
+Float implementations of one graph differ in the order of their operations. That shows where a value lies within a
+rounding error of a threshold between two codes: one code moves, and a 4-bit network makes a tenth of all codes of it.
+So no value shall come that near:
+
+1. A convolution's output is m * (sum + b) steps of its 8-bit grid, of integer products' sum. b becomes whole, and m a
+   power of two over an odd number q. Then it is at least 1 / 2q of a step off every threshold n + 1/2.
+2. That grid's step is a power of two (`QuantActivation`). So the product of it and of whole 256ths, SiLU's sigmoid or
+   LeakyReLU's slope, is a multiple of a power of two, and FP32 holds it exactly, and concatenations and sums of
+   residuals too.
+3. An input's scale becomes an odd multiple of a yet smaller power of two, so that thresholds (n + 1/2) * scale lie half
+   a multiple off all those values.
+
+Weights and their codes stay as they are. Not covered: what attention computes, and activation functions other than
+SiLU, LeakyReLU and ReLU. Their values can be anywhere; a few codes in a million may move.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..quant.activations import QuantActivation
+from ..quant.layers import ChannelAffine, QuantConv2d, quant_convs
+from ..quant.quantizer import ActQuantizer
+from .fold import batch_norm_scale, fold
+
+MULTIPLIER_BITS = 10  # of q: a multiplier moves by one part in 2^9 at most; 1 / 2q is far above FP32's rounding
+SCALE_BITS = 19  # of an input's scale and its codes together: 2^-20 of the largest input is above FP32's rounding
+
+
+@torch.no_grad()
+def snap(model: nn.Module) -> None:
+    """Snap all that the header names, in place; done in the model, it is in every figure measured on it.
+
+    Args:
+        model: Quantized model; blocks whose `act` is a QuantActivation have a convolution `conv` and a batch norm `bn`.
+    """
+    for _, conv in quant_convs(model):
+        snap_scale(conv.act_quant)
+    for block in model.modules():
+        if isinstance(getattr(block, "act", None), QuantActivation):
+            snap_conv(block.conv, block.bn, block.act)
+
+
+def snap_scale(quant: ActQuantizer) -> None:
+    """Snap an input's scale, in place; the zero point stays."""
+    zero_point = quant.zero_point
+    unit = 2.0 ** (torch.log2(quant.scale).floor() - (SCALE_BITS - 1 - quant.bits))
+    quant.scale.copy_(_nearest_odd(quant.scale / unit) * unit)
+    if quant.offset is not None:
+        quant.offset.copy_(-zero_point * quant.scale)
+
+
+def snap_conv(conv: QuantConv2d, bn: nn.BatchNorm2d, act: QuantActivation) -> None:
+    """Snap a convolution's multipliers and biases, in place.
+
+    The correction takes that up (one is made where there is none), as it stays FP32 in checkpoints.
+    """
+    if conv.correction is None:
+        conv.correction = ChannelAffine(1).to(conv.weight.device)
+    conv.correction = conv.correction.widened(conv.out_channels)
+    scale, _ = fold(conv, bn)
+    multiplier = conv.act_quant.scale.double() * scale / act.quant.scale.double()
+    exponent = (torch.log2(multiplier.abs()) + MULTIPLIER_BITS - 1).ceil()
+    power = 2.0 ** exponent.clamp(min=0)  # below 1 it would spoil that q is odd
+    factor = power / _nearest_odd(power / multiplier) / multiplier
+    conv.correction.gamma.mul_(torch.where(factor.isfinite(), factor, 1.0))  # a channel of zero scale stays as it is
+
+    scale, shift = fold(conv, bn)
+    unit = conv.act_quant.scale.double() * scale
+    change = (torch.round(shift / unit) * unit - shift) / batch_norm_scale(bn)
+    conv.correction.beta.add_(torch.where(change.isfinite(), change, 0.0))
+
+
+def _nearest_odd(x: Tensor) -> Tensor:
+    return 2 * torch.floor(x / 2) + 1

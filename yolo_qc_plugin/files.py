@@ -1,0 +1,37 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Writing files as a whole: a reader sees the old file or the new one, never a part."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which then takes the place of `path`.
+
+    A reader sees the old file or the new one, never a part; an error leaves the old one, and an OSError names it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as e:
+        if e.errno:
+            e.filename = str(path)  # a write to a full disk names no file
+        raise
+    finally:
+        with suppress(OSError):  # of a folder that forbids writing; it would hide the first one
+            temporary.unlink(missing_ok=True)
+
+
+class AtomicPath(type(Path())):
+    """A path whose `write_bytes` replaces the file as a whole, and from which such paths are joined."""
+
+    def write_bytes(self, data: bytes) -> int:
+        """Write `data` atomically; returns their number."""
+        with replacing(Path(self)) as temporary:
+            return temporary.write_bytes(data)

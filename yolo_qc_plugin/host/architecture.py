@@ -1,0 +1,152 @@
+# yolo_qc_plugin, AGPL-3.0
+"""What is known of Ultralytics' models: which are accepted, where their edges are, how their blocks are deployed."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from ultralytics.nn.modules import DFL, Classify, Conv, Conv2, ConvTranspose, Detect, Proto, RepConv
+from ultralytics.nn.modules.block import RepVGGDW
+from ultralytics.nn.tasks import ClassificationModel, DetectionModel, OBBModel, PoseModel, SegmentationModel
+from ultralytics.utils.torch_utils import fuse_conv_and_bn, fuse_deconv_and_bn, unwrap_model
+
+from ..config import QCError
+from ..deploy.fold import deploy_activation, deploy_conv
+from ..quant.activations import quant_activations
+from ..quant.layers import QuantConv2d, quant_convs
+from ..quant.modules import evaluating, replace_modules
+
+MODELS = {  # task -> the model that is accepted; subclasses (RT-DETR, World, YOLOE) are not
+    "detect": DetectionModel,
+    "segment": SegmentationModel,
+    "pose": PoseModel,
+    "obb": OBBModel,
+    "classify": ClassificationModel,
+}
+
+
+def deploy_model(model: nn.Module) -> None:
+    """Bring a quantized model into its deployed form, in place.
+
+    Batch norm that follows a convolution goes into the scale of a quantized one and into the weight of a float one.
+    Blocks that would merge several convolutions (RepConv, RepVGGDW, Conv2) keep their branches: merged weights have
+    other codes than the trained ones.
+    """
+    names = {m: name for name, m in quant_convs(model)}
+    for m in list(model.modules()):
+        if isinstance(m, Conv) and hasattr(m, "bn") and not isinstance(m, Conv2):
+            quantized = m.conv in names
+            m.conv = deploy_conv(m.conv, m.bn, names[m.conv]) if quantized else fuse_conv_and_bn(m.conv, m.bn)
+            delattr(m, "bn")
+            m.forward = m.forward_fuse
+        elif isinstance(m, ConvTranspose) and hasattr(m, "bn"):
+            m.conv_transpose = fuse_deconv_and_bn(m.conv_transpose, m.bn)
+            delattr(m, "bn")
+            m.forward = m.forward_fuse
+    replace_modules(model, {m: deploy_conv(m, None, name) for name, m in quant_convs(model)})
+    replace_modules(model, {m: deploy_activation(m) for _, m in quant_activations(model)})
+
+
+def output_blocks(model: nn.Module) -> list[Conv]:
+    """Blocks whose convolution's output, after batch norm, can be quantized: those of a quantized convolution alone.
+
+    Blocks that add branches up before their activation (Conv2, RepConv, RepVGGDW) have no such place.
+    """
+    sums = {id(b) for m in model.modules() if isinstance(m, (RepConv, RepVGGDW)) for b in m.modules()}
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, Conv) and not isinstance(m, Conv2) and isinstance(m.conv, QuantConv2d) and id(m) not in sums
+    ]
+
+
+def student(model: nn.Module) -> nn.Module:
+    """The model that a trainer trains: inside distributed wrappers and, with distill_model, beside a teacher."""
+    model = unwrap_model(model)
+    return getattr(model, "student_model", model)
+
+
+def blank_image(model: nn.Module) -> torch.Tensor:
+    """A small image that a model takes, black."""
+    side = 2 * max(int(model.stride.max()), 32)  # a classifier states a stride of 1
+    return torch.zeros(1, model.yaml.get("channels", 3), side, side, device=next(model.parameters()).device)
+
+
+def loss_is_summed(task: str) -> bool:
+    """Whether the host's training loss of a task is summed over a batch's images; a classifier's is their mean."""
+    return task != "classify"
+
+
+def check_task(task: str) -> None:
+    """Refuse a task whose models are not supported.
+
+    Raises:
+        QCError: Naming the accepted ones.
+    """
+    if task not in MODELS:
+        raise QCError(f"QC: task={task!r} is not supported; accepted: {', '.join(MODELS)}.")
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what is not a YOLO model of one of the tasks in `MODELS`.
+
+    Raises:
+        QCError: Naming the model and what is accepted.
+    """
+    head = getattr(model, "model", [None])[-1]
+    if type(model) not in MODELS.values() or not isinstance(head, (Detect, Classify)):
+        raise QCError(
+            f"QC: {type(model).__name__} with head {type(head).__name__} is not supported; give a YOLO model "
+            f"(YOLOv5, v8, 11, 26, ...) of the task {', '.join(MODELS)}."
+        )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse a start that no training can mend.
+
+    Raises:
+        QCError: Naming the tensors that hold an infinity or a NaN.
+    """
+    bad = [name for name, v in model.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad:
+        raise QCError(
+            f"QC: the start model is not finite: inf or NaN in {len(bad)} tensors ({', '.join(bad[:3])}); give a sound "
+            "checkpoint."
+        )
+
+
+def edge_convs(model: nn.Module) -> set[str]:
+    """Names of the first convolution and of those that write the head's outputs.
+
+    These are its bare convolutions (without batch norm) and the last one of mask prototypes. A classifier's output is
+    written by a linear layer, which stays float.
+    """
+    convs = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    head_prefix = f"model.{len(model.model) - 1}."
+    last = set()
+    for name, m in model.named_modules():
+        if f"{name}.".startswith(head_prefix) and isinstance(m, (nn.Sequential, nn.ModuleList)):
+            last |= {f"{name}.{key}" for key, child in m.named_children() if isinstance(child, nn.Conv2d)}
+        elif isinstance(m, Proto):
+            last.add(f"{name}.cv3.conv")
+    return {*convs[:1], *last}
+
+
+@torch.no_grad()
+def fixed_convs(model: nn.Module) -> set[str]:
+    """Names of convolutions that are not to be quantized.
+
+    That is DFL's, a constant, and those that compute nothing but a part of the training loss (YOLO26: the spread of
+    keypoints, semantic masks).
+    """
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    ran: set[nn.Module] = set()
+    hooks = [m.register_forward_hook(lambda m, *_: ran.add(m)) for m in convs.values()]
+    try:
+        with evaluating(model):
+            model(blank_image(model))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    constant = {f"{name}.conv" for name, m in model.named_modules() if isinstance(m, DFL)}
+    return constant | {name for name, m in convs.items() if m not in ran}

@@ -1,0 +1,89 @@
+# yolo_qc_plugin, AGPL-3.0
+"""What the plugin uses of Ultralytics beside its patches, looked at before training: a host that differs is named."""
+
+from __future__ import annotations
+
+import inspect
+
+from ultralytics import __version__ as ULTRALYTICS_VERSION
+from ultralytics.data.build import InfiniteDataLoader
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.nn import tasks
+from ultralytics.nn.distill_model import DistillationModel
+from ultralytics.nn.modules import Conv, ConvTranspose, Detect
+from ultralytics.utils import DEFAULT_CFG_DICT, TQDM, torch_utils
+from ultralytics.utils.callbacks.base import default_callbacks
+
+from ..config import QCError
+
+# what is called, and the parameters that it is given
+CALLED = {
+    (BaseTrainer, "run_callbacks"): ["event"],
+    (BaseTrainer, "preprocess_batch"): ["batch"],
+    (BaseTrainer, "progress_string"): [],
+    (BaseTrainer, "_model_train"): [],
+    (BaseTrainer, "_setup_train"): [],
+    (BaseTrainer, "_do_train"): [],
+    (BaseTrainer, "_close_dataloader_mosaic"): [],
+    (BaseTrainer, "_get_memory"): [],
+    (tasks.BaseModel, "init_criterion"): [],
+    (tasks.BaseModel, "info"): ["verbose", "imgsz"],
+    (tasks, "load_checkpoint"): ["weight", "device"],
+    (tasks, "torch_safe_load"): ["weight"],
+    (DistillationModel, "__init__"): ["teacher_model", "student_model"],
+    (Conv, "forward_fuse"): ["x"],
+    (ConvTranspose, "forward_fuse"): ["x"],
+    (Detect, "fuse"): [],
+    (InfiniteDataLoader, "reset"): [],
+    (TQDM, "__init__"): ["iterable", "total"],
+    (TQDM, "set_description"): [],
+    (torch_utils, "autocast"): ["enabled", "device"],
+    (torch_utils, "unwrap_model"): [],
+    (torch_utils, "fuse_conv_and_bn"): ["conv", "bn"],
+    (torch_utils, "fuse_deconv_and_bn"): ["deconv", "bn"],
+    (torch_utils.ModelEMA, "update"): ["model"],
+    (torch_utils.ModelEMA, "update_attr"): ["model", "include", "exclude"],
+}
+ARGUMENTS = "task model resume device amp compile quantize distill_model cls dfl format plots save_json".split()
+EVENTS = """on_pretrain_routine_start on_pretrain_routine_end on_train_epoch_start on_train_batch_start
+            on_train_batch_end on_train_epoch_end on_train_end on_val_start on_val_batch_end
+            on_export_start""".split()
+AT_START = "args resume device world_size save_dir wdir last best callbacks validator metrics".split()
+WHEN_READY = """model amp ema.ema ema.updates optimizer.param_groups train_loader.reset train_loader._get_iterator
+                train_loader.generator.get_state test_loader validator.metrics validator.training
+                validator.args.quantize freeze_layer_names""".split()
+
+
+def differences() -> list[str]:
+    """What of the installed Ultralytics is not as the plugin uses it, in words."""
+    found = []
+    for (owner, name), parameters in CALLED.items():
+        where = f"{owner.__name__.rpartition('.')[2]}.{name}"
+        function = getattr(owner, name, None)
+        if function is None:
+            found.append(f"{where} is missing")
+        elif lacking := [p for p in parameters if p not in inspect.signature(function).parameters]:
+            found.append(f"{where} takes no {', '.join(lacking)}")
+    found += [f"there is no argument {name}" for name in ARGUMENTS if name not in DEFAULT_CFG_DICT]
+    return found + [f"there is no event {name}" for name in EVENTS if name not in default_callbacks]
+
+
+def check_trainer(trainer: BaseTrainer, names: list[str]) -> None:
+    """Refuse a trainer without what the plugin reads from it.
+
+    Args:
+        trainer: At the event whose list of names is given.
+        names: AT_START or WHEN_READY; a dot leads into an attribute.
+
+    Raises:
+        QCError: Naming what is missing.
+    """
+    for name in names:
+        owner = trainer
+        for part in name.split("."):
+            if not hasattr(owner, part):
+                raise QCError(
+                    f"QC: trainer.{name} is missing in {type(trainer).__name__} of ultralytics {ULTRALYTICS_VERSION}; "
+                    "this trainer, or this version, does not work with callbacks=qc."
+                )
+            owner = getattr(owner, part)

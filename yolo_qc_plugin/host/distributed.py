@@ -1,0 +1,76 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Several processes, one a device: what they take from rank 0, and what rank 0 does alone.
+
+The host's launcher starts them, and DistributedDataParallel gives every rank the float weights of rank 0 and, at every
+step, the sum of all gradients, those of scales and offsets included. So ranks that begin with equal scales keep equal
+scales. Every rank injects, measures the float model with the others and keeps its own EMA, as the host does.
+
+    calibration   rank 0, from its share of the training images; its scales, offsets and ranges are broadcast
+    correction    rank 0, after training, over all images, in batches of one device; gradients are summed to the global
+                  batch. The other ranks have left by then and wait for nothing, so that no time limit of a collective
+                  operation can end a long correction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..quant.layers import quant_convs
+from ..quant.quantizer import Quantizer
+
+
+def broadcast_quantizers(model: nn.Module) -> None:
+    """Give every rank what rank 0 has set from data, scales and all; does nothing in a single process.
+
+    To be called by all ranks.
+
+    Args:
+        model: Injected model, not wrapped.
+    """
+    if not dist.is_initialized():
+        return
+    for quantizer in (m for m in model.modules() if isinstance(m, Quantizer)):
+        state = quantizer.state_dict()
+        for tensor in state.values():
+            dist.broadcast(tensor, src=0)
+        quantizer.load_state_dict(state)  # reads the range, which it also keeps as plain numbers
+    for _, conv in quant_convs(model):
+        if conv.act_quant.equalizer is not None:  # the weight has been divided by it
+            dist.broadcast(conv.weight.detach(), src=0)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the context, collective operations wait for no other rank, and the world has one process.
+
+    For rank 0 once the others have left: the host's validator gathers from all ranks.
+    """
+    everyone = dist.group.WORLD if dist.is_initialized() else None
+    if everyone is None:
+        yield
+        return
+    dist.group.WORLD = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    try:
+        yield
+    finally:
+        dist.group.WORLD = everyone
+
+
+def whole(loader: DataLoader, shuffle: bool) -> DataLoader:
+    """A loader of all images, in the batches of `loader`, which gives this process its share of them."""
+    return type(loader)(
+        dataset=loader.dataset,
+        batch_size=loader.batch_size,
+        shuffle=shuffle,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        prefetch_factor=loader.prefetch_factor,
+        generator=loader.generator,
+    )

@@ -1,0 +1,99 @@
+# yolo_qc_plugin, AGPL-3.0
+"""What a quantized checkpoint carries beside its layers, and how one is written.
+
+A model of ours is Ultralytics' model with QuantConv2d layers and a `QuantRecord` as its attribute `qc`. A process that
+unpickles the record gets what opening a checkpoint takes (`run.opening`), so that it needs no import of ours.
+
+Importing this file lets a restricted load (ULTRALYTICS_SAFE_LOAD=1, or weights_only=True) build the classes that such a
+model is made of: plain modules and the record, which take their state and call nothing that a file could choose.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from torch import nn
+from ultralytics.utils.torch_utils import strip_optimizer
+
+from .. import __version__
+from ..config import QCConfig
+from ..files import AtomicPath, replacing
+from ..quant.activations import QuantActivation, QuantSiLU
+from ..quant.layers import ChannelAffine, QuantConv2d
+from ..quant.precision import WIDE
+from ..quant.quantizer import ActQuantizer, WeightQuantizer
+
+# 2: equalizers. Raise it when older plugins would misread a checkpoint; one that they read right keeps its number.
+FORMAT = 2
+
+
+@dataclass
+class QuantRecord:
+    """How a model was quantized.
+
+    Args:
+        config: Its options, `QCConfig.to_dict()`.
+        float_metrics: Figures of the float model that training began with (see report.figures_of), where measured.
+        format: Version of the checkpoint's form.
+        plugin: Version of the plugin that wrote it.
+        run: Id of the training run.
+    """
+
+    __module__ = "yolo_qc_plugin"  # by which checkpoints name it
+
+    config: dict
+    float_metrics: dict[str, float] = field(default_factory=dict)
+    format: int = field(init=False)
+    plugin: str = __version__
+    run: str = field(default_factory=lambda: uuid4().hex)
+
+    def __post_init__(self):
+        self.format = FORMAT if self.config.get("act_equalize") else 1
+
+    def __setstate__(self, state: dict) -> None:
+        if state["format"] > FORMAT:
+            raise RuntimeError(
+                f"QC: this checkpoint was written by yolo-qc-plugin {state['plugin']} in format {state['format']}; "
+                f"version {__version__} reads formats up to {FORMAT}. Upgrade yolo-qc-plugin."
+            )
+        self.__dict__.update(state)
+
+    @property
+    def options(self) -> QCConfig:
+        """The config as a checked object."""
+        return QCConfig.from_options(self.config)
+
+
+torch.serialization.add_safe_globals(
+    [QuantRecord, *WIDE.values(), QuantConv2d, QuantActivation, QuantSiLU, ChannelAffine, WeightQuantizer, ActQuantizer]
+)
+
+
+def record_of(model: nn.Module | None) -> QuantRecord | None:
+    """The record of a model of ours, or of one beside its teacher (the host's distill_model); else None."""
+    return getattr(getattr(model, "student_model", model), "qc", None)
+
+
+def write_checkpoint(checkpoint: dict, path: Path) -> None:
+    """Write a checkpoint atomically.
+
+    Raises:
+        OSError: If the disk is full or forbids it; the old file stays.
+    """
+    buffer = io.BytesIO()  # torch.save to a file hides why it failed
+    torch.save(checkpoint, buffer)
+    AtomicPath(path).write_bytes(buffer.getbuffer())
+
+
+def strip(file: AtomicPath, updates: dict | None = None) -> dict:
+    """Strip a checkpoint of what resuming takes, atomically; returns it, or {} and leaves the file if it is none."""
+    with replacing(file) as temporary:
+        stripped = strip_optimizer(file, temporary, updates)
+        if not stripped:
+            shutil.copyfile(file, temporary)
+    return stripped

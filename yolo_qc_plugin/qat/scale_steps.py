@@ -1,0 +1,111 @@
+# yolo_qc_plugin, AGPL-3.0
+"""How the host's optimizer treats scales and offsets: a parameter group of their own, and steps in proportion."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..config import QCError
+from ..quant.observers import TINY
+from ..quant.quantizer import Quantizer
+
+
+def separate_scales(optimizer: Optimizer, scales: list[nn.Parameter], lr_factor: float) -> dict | None:
+    """Move `scales` out of the groups they were sorted into and into a last group of their own.
+
+    The new group takes the settings of a group of 1-D parameters (never a matrix optimizer's), no weight decay, and the
+    smallest learning rate of all groups times `lr_factor`.
+
+    Args:
+        optimizer: Just built; holds no state yet.
+        scales: Parameters to move.
+        lr_factor: Above 0.
+
+    Returns:
+        The new group, or None where there is nothing to move.
+
+    Raises:
+        QCError: If no group is called "bn", as the host's is.
+    """
+    if not scales:
+        return None
+    moved = {id(p) for p in scales}
+    model_group = next((g for g in optimizer.param_groups if g.get("param_group") == "bn"), None)
+    if model_group is None:
+        found = [g.get("param_group") for g in optimizer.param_groups]
+        raise QCError(f"QC: the optimizer has parameter groups {found}; one called 'bn' is expected.")
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in moved]
+    settings = {k: v for k, v in model_group.items() if k not in {"params", "initial_lr"}}
+    if settings.get("foreach", True) is None and not settings.get("fused"):
+        settings["foreach"] = True  # as on CUDA by default: some two hundred tensors of one number each
+    lr = min(g["lr"] for g in optimizer.param_groups) * lr_factor
+    optimizer.add_param_group({**settings, "params": scales, "lr": lr, "weight_decay": 0.0, "param_group": "scale"})
+    return optimizer.param_groups[-1]
+
+
+class ScaleSteps:
+    """Keeps every optimizer step on scales and offsets in proportion to the scale, and every scale positive.
+
+    An adaptive optimizer (the Adam family, RMSprop) moves each parameter by about lr, whatever its size: at lr 1e-3
+    the scale of an 8-bit weight, about 2e-3, would change sign within two steps. Its step is therefore taken in units
+    of the scale: lr 1e-3 moves a scale by 0.1%, and an offset by a thousandth of a quantization step. The SGD family
+    follows LSQ's gradient, which the published gradient scale already brings into proportion, and is left as it is.
+    In either case one step at most halves or doubles a scale, and none falls below TINY. Our reading; the papers
+    train with SGD.
+
+    Args:
+        optimizer: Holds the parameters below; gets a pre- and a post-step hook.
+        model: Model with quantizers.
+    """
+
+    ADAPTIVE = ("Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop")
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module):
+        quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.learned]
+        with_offset = [i for i, q in enumerate(quantizers) if getattr(q, "offset", None) is not None]
+        self.scales = [q.scale.detach() for q in quantizers]
+        self.parameters = self.scales + [quantizers[i].offset.detach() for i in with_offset]
+        self.unit = [*range(len(quantizers)), *with_offset]  # index of the scale that each parameter is measured in
+        self.relative = type(optimizer).__name__ in self.ADAPTIVE
+        self.optimizer = optimizer
+        self._taken = 0
+        self._overflows: list[torch.Tensor] = []  # of steps of a fused optimizer, not yet read
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+
+    @property
+    def taken(self) -> int:
+        """Number of steps that moved something.
+
+        A fused optimizer is called for a step that GradScaler leaves out as well, with the overflow as a tensor on the
+        device. It is read here, where the host's progress bar has waited for the device already.
+        """
+        while self._overflows:
+            self._taken += not self._overflows.pop().item()
+        return self._taken
+
+    @taken.setter
+    def taken(self, number: int) -> None:
+        """Go on counting from what a resumed run had."""
+        self._taken = number
+
+    def _before(self, optimizer, args, kwargs) -> None:
+        self.old = torch._foreach_add(self.parameters, 0.0)
+
+    def _after(self, optimizer, args, kwargs) -> None:
+        if self.relative:
+            steps = torch._foreach_sub(self.parameters, self.old)
+            torch._foreach_mul_(steps, [self.old[i] for i in self.unit])
+            torch._foreach_copy_(self.parameters, torch._foreach_add(self.old, steps))
+        old = self.old[: len(self.scales)]
+        torch._foreach_maximum_(self.scales, torch._foreach_mul(old, 0.5))
+        torch._foreach_clamp_min_(self.scales, TINY)
+        torch._foreach_minimum_(self.scales, torch._foreach_mul(old, 2.0))
+        overflow = getattr(optimizer, "found_inf", None)  # set by GradScaler during the call of a fused optimizer
+        if overflow is None:
+            self._taken += 1
+        else:
+            self._overflows.append(overflow)

@@ -1,0 +1,121 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Start scales and offsets from data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .activations import quant_activations
+from .layers import quant_convs
+from .modules import evaluating
+from .observers import Observer, SampleObserver
+from .quantizer import ActQuantizer, Quantizer
+
+
+@contextmanager
+def quantizers_off(quantizers: Iterable[Quantizer]):
+    """Let values pass unquantized within the context."""
+    quantizers = list(quantizers)
+    was = [q.enabled for q in quantizers]
+    try:
+        for q in quantizers:
+            q.enabled = False
+        yield
+    finally:
+        for q, enabled in zip(quantizers, was):
+            q.enabled = enabled
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[object], forward: Callable[[object], object], method: str = "mse"
+) -> None:
+    """Start every scale and offset: weights from themselves, activations from batches run in float.
+
+    Batch norms in training mode use the batch's statistics, as in the training that follows (an untrained model has no
+    others), and keep their own undisturbed; everything else runs in eval mode. All modes are restored.
+
+    Args:
+        model: Injected model.
+        batches: What `forward` takes, one at a time.
+        forward: Runs the model on one batch.
+        method: "mse" or "lsq".
+
+    Raises:
+        RuntimeError: If a quantized convolution did not run on the batches.
+    """
+    convs = dict(quant_convs(model))
+    with quantizers_off(q for m in convs.values() for q in (m.weight_quant, m.act_quant)):
+        inputs = act_quantizers(model)
+        seen = observe(model, inputs, batches, forward)
+    for name, quant in inputs.items():
+        if not seen[name].samples:
+            raise RuntimeError(f"QC: convolution {name} did not run on the calibration batches; add it to skip.")
+        if not quant.learned:
+            continue
+        quant.calibrate(seen[name].values, seen[name].low, method)
+    for m in convs.values():
+        m.weight_quant.calibrate(m.weight, method)
+
+
+def calibrate_outputs(model: nn.Module, batches: Iterable[object], forward: Callable[[object], object]) -> None:
+    """Set the grids of all quantized outputs from batches run with everything else quantized.
+
+    Args:
+        model: Model with quantized outputs, in eval mode.
+        batches: What `forward` takes, one at a time.
+        forward: Runs the model on one batch.
+    """
+    acts = dict(quant_activations(model))
+    with quantizers_off(m.quant for m in acts.values()):
+        seen = observe(model, {name: m.quant for name, m in acts.items()}, batches, forward)
+    for name, m in acts.items():
+        if seen[name].samples:  # a head that training alone uses does not run here: any grid does
+            m.calibrate(seen[name].values, seen[name].low, seen[name].high)
+
+
+def act_quantizers(model: nn.Module) -> dict[str, ActQuantizer]:
+    """Quantizers of the convolutions' inputs; a shared one once, by its last reader's name."""
+    last = {m.act_quant: name for name, m in quant_convs(model)}
+    return {name: quant for quant, name in last.items()}
+
+
+@torch.no_grad()
+def observe(
+    model: nn.Module,
+    watched: dict[str, ActQuantizer],
+    batches: Iterable[object],
+    forward: Callable[[object], object],
+    kind: Callable[[], Observer] = SampleObserver,
+) -> dict[str, Observer]:
+    """What reaches the watched quantizers, equalized; see `calibrate` for the modes the model runs in.
+
+    Args:
+        model: Injected model.
+        watched: Name -> quantizer.
+        batches: What `forward` takes, one at a time.
+        forward: Runs the model on one batch.
+        kind: Makes an observer for each.
+    """
+    observers = {name: kind() for name in watched}
+    batch_norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    norms = {m: (m.training, m.track_running_stats) for m in batch_norms}
+    hooks = [
+        m.register_forward_pre_hook(lambda m, args, seen=observers[name]: seen.update(m.equalized(args[0])))
+        for name, m in watched.items()
+    ]
+    try:
+        with evaluating(model):
+            for m, (training, tracking) in norms.items():
+                m.training, m.track_running_stats = training, tracking and not training
+            for batch in batches:
+                forward(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for m, (_, tracking) in norms.items():
+            m.track_running_stats = tracking
+    return observers

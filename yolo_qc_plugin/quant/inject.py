@@ -1,0 +1,171 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Put quantizers into a model and take them out again; start them from data."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from ..config import MAX_BITS, QCConfig, QCError
+from .activations import QuantActivation, quant_activations
+from .layers import Deployed, QuantConv2d, is_quantized, quant_convs
+from .modules import evaluating, replace_modules
+from .precision import narrow, widen
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What `inject` touched.
+
+    Attributes:
+        quantized: Name -> (weight bits, activation bits).
+        skipped: Names of convolutions left in float by option or because they are fixed (DFL).
+    """
+
+    quantized: dict[str, tuple[int, int]]
+    skipped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        widths: dict[str, int] = {}
+        for w, a in self.quantized.values():
+            widths[f"W{w}A{a}"] = widths.get(f"W{w}A{a}", 0) + 1
+        shares = ", ".join(f"{n} at {k}" for k, n in widths.items())
+        return f"{len(self.quantized)} convolutions quantized ({shares}), {len(self.skipped)} left in float"
+
+
+def inject(
+    model: nn.Module, config: QCConfig, edges: Collection[str] = (), keep_float: Collection[str] = ()
+) -> Injection:
+    """Replace every nn.Conv2d of `model` by a QuantConv2d, in place; scales are not calibrated yet.
+
+    What is not quantized stays FP32 when the model is cast (see layers.WIDE).
+
+    Exact type nn.Conv2d: subclasses may compute something else. All checks come before the first change.
+
+    Args:
+        model: Any module.
+        config: Widths, granularity and patterns.
+        edges: Names of convolutions that get `config.edge_bits`.
+        keep_float: Names of convolutions that stay float whatever the options say.
+
+    Returns:
+        What was touched.
+
+    Raises:
+        QCError: If the model is quantized already, has no convolution to quantize, or a pattern matches nothing.
+    """
+    if is_quantized(model):
+        raise QCError("QC: the model is already quantized (it has QuantConv2d layers); start from a float checkpoint.")
+    convs = {name: m for name, m in model.named_modules() if type(m) is nn.Conv2d}
+    if not convs:
+        raise QCError(f"QC: {type(model).__name__} has no nn.Conv2d to quantize.")
+    for option, patterns in (("skip", config.skip), ("layer_bits", config.layer_bits)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in convs):
+                raise QCError(
+                    f"QC: {option}={pattern!r} matches no convolution; names look like {', '.join(list(convs)[:3])}."
+                )
+
+    plan: dict[str, tuple[int, int]] = {}
+    for name in convs:
+        if name in keep_float or any(fnmatchcase(name, p) for p in config.skip):
+            continue
+        plan[name] = (config.edge_bits, config.edge_bits) if name in edges else config.body_bits
+        for pattern, bits in config.layer_bits.items():
+            if fnmatchcase(name, pattern):
+                plan[name] = (bits, bits)
+    if not plan:
+        raise QCError(f"QC: skip={list(config.skip)} leaves no convolution to quantize.")
+
+    twins = {
+        convs[name]: QuantConv2d.from_float(
+            convs[name], w, a, config.per_channel, config.act_offset, config.act_equalize and a < MAX_BITS
+        )
+        for name, (w, a) in plan.items()
+    }
+    replace_modules(model, twins)
+    widen(model)
+    return Injection(plan, tuple(name for name in convs if name not in plan))
+
+
+@torch.no_grad()
+def share_quantizers(model: nn.Module, image: torch.Tensor) -> int:
+    """Give convolutions that read one tensor one quantizer of it, in place; to be done before calibration.
+
+    The tensor is then quantized once, in training and in an exported graph, where its producer becomes an integer
+    operation if one quantizer is all that reads it. Quantizers of different widths stay apart.
+
+    Those that read the image are not learned but fixed to the range [0, 1]: 8-bit codes are then the bytes it was made
+    of, and backward ends there (at the image, the gradient that a scale would need takes a sixteenth of the step).
+
+    Args:
+        model: Injected model.
+        image: What the model takes, of any size; it runs on it once, in eval mode.
+
+    Returns:
+        Number of quantizers that went.
+    """
+    readers: dict[tuple, list[QuantConv2d]] = {}
+    kept = []  # alive, lest two tensors have one id in turn
+
+    def note(conv: QuantConv2d, args: tuple) -> None:
+        kept.append(args[0])
+        readers.setdefault((id(args[0]), conv.act_quant.bits), []).append(conv)
+
+    hooks = [m.register_forward_pre_hook(note) for _, m in quant_convs(model)]
+    try:
+        with evaluating(model):
+            model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gone = 0
+    for (tensor, _), (first, *others) in readers.items():
+        if tensor == id(image):
+            first.act_quant.set_signed(False)
+            first.act_quant.fix(1 / first.act_quant.quant_max)
+        first.act_quant.readers = 1 + len(others)
+        for conv in others:
+            gone += conv.act_quant is not first.act_quant
+            conv.act_quant = first.act_quant
+    return gone
+
+
+def remove(model: nn.Module) -> int:
+    """Take the quantizers (and a correction) out, in place; the float parameters are the same objects.
+
+    Returns:
+        Number of convolutions restored.
+
+    Raises:
+        QCError: If the model is fused: its batch norms are gone.
+    """
+    if any(isinstance(m, Deployed) for m in model.modules()):
+        raise QCError("QC: the model is fused; load the checkpoint again and remove() before fuse().")
+    twins = {m: m.to_float() for _, m in quant_convs(model)}
+    replace_modules(model, twins)
+    replace_modules(model, {m: m.act for _, m in quant_activations(model)})
+    narrow(model)
+    return len(twins)
+
+
+def quantize_outputs(blocks: Iterable[nn.Module], bits: int) -> list[QuantActivation]:
+    """Quantize what blocks give to their activation function, in place; to be calibrated.
+
+    Args:
+        blocks: Modules with an attribute `act`.
+        bits: Width.
+
+    Returns:
+        The new activations, one for each block.
+    """
+    acts = []
+    for block in blocks:
+        device = next(block.parameters()).device
+        block.act = QuantActivation(block.act, bits).to(device).train(block.training).requires_grad_(False)
+        acts.append(block.act)
+    return acts

@@ -1,0 +1,155 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The quantized convolution: the float convolution with a quantized input and a quantized weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .functional import recomputed_in_backward
+from .precision import KeepWide
+from .quantizer import ActQuantizer, Quantizer, WeightQuantizer
+
+
+class ChannelAffine(nn.Module):
+    """y = gamma * x + beta, per output channel or for the whole tensor.
+
+    QC's correction (our reading of the paper: after the convolution and its bias, before BN).
+
+    Args:
+        channels: Length of gamma and beta: the layer's output channels, or 1.
+    """
+
+    __module__ = "yolo_qc_plugin"  # by which checkpoints name it
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to x of shape (batch, channels, height, width); keeps its dtype."""
+        return torch.addcmul(self.beta.view(1, -1, 1, 1), x, self.gamma.view(1, -1, 1, 1)).to(x.dtype)
+
+    def widened(self, channels: int) -> ChannelAffine:
+        """The same with one gamma and one beta per channel, without gradients."""
+        wide = ChannelAffine(channels).to(self.gamma).requires_grad_(False)
+        wide.gamma.copy_(self.gamma.expand(channels))
+        wide.beta.copy_(self.beta.expand(channels))
+        return wide
+
+
+class QuantConv2d(KeepWide, nn.Conv2d):
+    """nn.Conv2d whose input and weight are fake-quantized.
+
+    Made by `from_float`, undone by `to_float`; both share the very Parameter objects.
+
+    Attributes:
+        weight: Latent weight; `weight_quant(weight)` is what convolves.
+        weight_quant: WeightQuantizer.
+        act_quant: ActQuantizer of the input.
+        correction: ChannelAffine of the output, or None.
+    """
+
+    __module__ = "yolo_qc_plugin"  # by which checkpoints name it
+
+    weight_quant: WeightQuantizer
+    act_quant: ActQuantizer
+    correction: ChannelAffine | None
+
+    @classmethod
+    def from_float(
+        cls,
+        conv: nn.Conv2d,
+        weight_bits: int,
+        act_bits: int,
+        per_channel: bool,
+        act_offset: bool,
+        act_equalize: bool = False,
+    ) -> QuantConv2d:
+        """The quantized twin of `conv`: same parameters, same attributes, plus quantizers (not calibrated)."""
+        self = cls.__new__(cls)
+        self.__dict__ = _shared_state(conv)
+        self.weight_quant = WeightQuantizer(weight_bits, conv.out_channels if per_channel else 1)
+        self.act_quant = ActQuantizer(act_bits, act_offset, conv.in_channels if act_equalize else 0)
+        self.register_module("correction", None)
+        nn.Module.to(self.weight_quant, conv.weight.device)
+        nn.Module.to(self.act_quant, conv.weight.device)
+        return self
+
+    def to_float(self) -> nn.Conv2d:
+        """The float convolution this was made from: the same parameters, without quantizers.
+
+        The weight, in place, takes back what an equalizer of the input has divided it by: this module is spent then.
+        """
+        if self.act_quant.equalizer is not None:
+            self.multiply_inputs(self.act_quant.equalizer)
+        conv = nn.Conv2d.__new__(nn.Conv2d)
+        conv.__dict__ = _shared_state(self)
+        for name in ("weight_quant", "act_quant", "correction"):
+            conv._modules.pop(name)
+        return conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x of shape (batch, in, height, width)."""
+        weight = self.weight_quant(self.weight).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        x = self.act_quant(x)
+        with recomputed_in_backward(x, values=weight.requires_grad):  # what the weight's gradient is made of
+            y = self._conv_forward(x, weight, bias)
+        return y if self.correction is None else self.correction(y)
+
+    @torch.no_grad()
+    def multiply_inputs(self, factors: Tensor) -> None:
+        """Multiply the weight by one factor per input channel, shape (in_channels,), in place."""
+        self.weight.mul_(self._per_input(factors))
+
+    def _per_input(self, factors: Tensor) -> Tensor:
+        """Factors of input channels as they broadcast to the weight, (out, in / groups, height, width)."""
+        by_group = factors.view(self.groups, 1, -1).expand(-1, self.out_channels // self.groups, -1)
+        return by_group.reshape(self.out_channels, -1, 1, 1)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        # the weight of a float convolution, which any model can take up: powers of two come and go without a trace.
+        # It is a copy; what is done to it in place does not reach this module (`ConstantEMA.mend`)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.act_quant.equalizer is not None:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"] * self._per_input(self.act_quant.equalizer)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        key = f"{prefix}weight"
+        if self.act_quant.equalizer is not None and key in state_dict:
+            equalizer = state_dict.get(f"{prefix}act_quant.equalizer", self.act_quant.equalizer)
+            weight = state_dict[key]
+            state_dict = {**state_dict, key: weight / self._per_input(equalizer.to(weight))}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def weight_codes(self) -> Tensor:
+        """Integer codes of the weight, int8, shape of the weight."""
+        return self.weight_quant.codes(self.weight)
+
+
+def _shared_state(module: nn.Module) -> dict:
+    """A module's __dict__ with containers of its own and the same contents."""
+    return {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items()}
+
+
+class Deployed:
+    """Base of the layers that take the place of quantized ones in a deployed model; nothing undoes that."""
+
+
+def quant_convs(model: nn.Module) -> Iterator[tuple[str, QuantConv2d]]:
+    """Name and module of every quantized convolution, in model order."""
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, QuantConv2d))
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether the model has quantized convolutions (that are not deployed)."""
+    return any(True for _ in quant_convs(model))
+
+
+def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Scales and offsets of all quantizers, in model order."""
+    return [p for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters(recurse=False)]

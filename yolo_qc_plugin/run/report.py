@@ -1,0 +1,175 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The record of a run: qc/report.json and the table that ends the console output."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable
+from copy import deepcopy
+from itertools import islice
+from pathlib import Path
+
+import torch
+import ultralytics
+from torch import Tensor, nn
+
+from .. import __version__
+from ..config import QCConfig
+from ..deploy.fold import deployed_convs
+from ..files import replacing
+from ..host.architecture import deploy_model
+from ..host.record import record_of
+from ..quant.activations import quant_activations
+from ..quant.layers import QuantConv2d, quant_convs
+
+FIGURES = {  # the host's key -> ours, and the heading in the console; those that a task has are reported
+    "metrics/mAP50-95(B)": ("map50_95", "mAP50-95"),
+    "metrics/mAP50(B)": ("map50", "mAP50"),
+    "metrics/mAP50-95(M)": ("mask_map50_95", "mask 50-95"),
+    "metrics/mAP50(M)": ("mask_map50", "mask 50"),
+    "metrics/mAP50-95(P)": ("pose_map50_95", "pose 50-95"),
+    "metrics/mAP50(P)": ("pose_map50", "pose 50"),
+    "metrics/accuracy_top1": ("top1", "top1"),
+    "metrics/accuracy_top5": ("top5", "top5"),
+}
+CLIP_BATCHES = 4  # validation batches over which the share of clipped activations is counted
+
+
+def build_report(
+    model: nn.Module, config: QCConfig, metrics: dict[str, dict | None], kept: str, images: Iterable[Tensor]
+) -> dict:
+    """Collect the record.
+
+    Args:
+        model: The model that best.pt holds, in eval mode.
+        config: Options of the run.
+        metrics: Figures (see `figures_of`) of "float_outputs" (after QAT, outputs not quantized), "bn_reestimated" (the
+            same with batch norm statistics measured again, where they were), "qat" (with quantized outputs as well) and
+            "qc" (corrected, or None where that is off).
+        kept: "qat" or "qc".
+        images: Batches in [0, 1] on the model's device, for the share of clipped activations.
+
+    Returns:
+        A dict of plain values.
+    """
+    clipped = clipped_shares(model, images)
+    return {
+        "config": config.to_dict(),
+        "versions": {
+            "yolo_qc_plugin": __version__,
+            "ultralytics": ultralytics.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "metrics": {"float": record_of(model).float_metrics, **metrics},
+        "kept": kept,
+        "size_mb": model_size(model),
+        "layers": [{**describe(name, conv), "act_clipped": clipped[name]} for name, conv in quant_convs(model)],
+        "outputs": [
+            {"name": name, "bits": act.quant.bits, "scale": act.quant.scale.item(), "zero_point": act.quant.zero_point}
+            for name, act in quant_activations(model)
+        ],
+    }
+
+
+def describe(name: str, conv: QuantConv2d) -> dict:
+    """One layer's record: widths, scales, offset, codes in use and share of clipped weights."""
+    weight, act = conv.weight_quant, conv.act_quant
+    codes = conv.weight_codes()
+    offset = act.grid_offset()
+    return {
+        "name": name,
+        "weight_bits": weight.bits,
+        "act_bits": act.bits,
+        "weight_scale": weight.scale.tolist(),
+        "act_scale": act.scale.item(),
+        "act_offset": None if offset is None else offset.item(),
+        "act_equalizer": None if act.equalizer is None else act.equalizer.tolist(),
+        "act_range": [act.quant_min, act.quant_max],
+        "weight_codes": codes.unique().numel(),
+        "weight_clipped": weight.clipped(conv.weight).item(),
+    }
+
+
+def figures_of(results: dict[str, float]) -> dict[str, float]:
+    """A task's main figures out of the host's results, by our names, and fitness, which decides what is kept."""
+    figures = {name: float(results[key]) for key, (name, _) in FIGURES.items() if key in results}
+    return {**figures, "fitness": float(results["fitness"])}
+
+
+@torch.no_grad()
+def clipped_shares(model: nn.Module, images: Iterable[Tensor]) -> dict[str, float]:
+    """Share of each layer's input values that its quantizer clips, over the first `CLIP_BATCHES` batches."""
+    shares: dict[str, list[Tensor]] = {name: [] for name, _ in quant_convs(model)}
+    hooks = [
+        conv.register_forward_pre_hook(lambda m, args, seen=shares[name]: seen.append(m.act_quant.clipped(args[0])))
+        for name, conv in quant_convs(model)
+    ]
+    try:
+        for batch in islice(images, CLIP_BATCHES):
+            model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: float(torch.stack(seen).mean()) if seen else 0.0 for name, seen in shares.items()}
+
+
+def model_size(model: nn.Module) -> dict[str, float]:
+    """Size of the deployed parameters in MB (1e6 bytes): all in FP32, and with quantized weights at their bits.
+
+    Both count weights, one scale and one bias per output channel of a quantized convolution (BN and QC folded in), and
+    everything else in FP32, equalizers in the second. What training alone needs, a second head say, is not counted.
+    """
+    deployed = deepcopy(model)
+    deploy_model(deployed)
+    found, quantized = deployed_convs(deployed), dict(quant_convs(model))
+    convs = found.values()
+    inputs = {quantized[name].act_quant for name in found}  # one for all that read the same tensor
+    equalizers = 4 * sum(q.equalizer.numel() for q in inputs if q.equalizer is not None)
+    inside = {id(p) for conv in convs for p in conv.parameters()}
+    rest = 4 * sum(p.numel() for p in deployed.parameters() if id(p) not in inside)
+    channels = sum(conv.out_channels for conv in convs)
+    return {
+        "float32": (rest + 4 * sum(c.weight_codes.numel() for c in convs) + 4 * channels) / 1e6,
+        "quantized": (rest + equalizers + sum(c.weight_codes.numel() * c.bits for c in convs) / 8 + 8 * channels) / 1e6,
+    }
+
+
+def write_report(report: dict, folder: Path) -> Path:
+    """Write report.json into `folder`, atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.json"
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    return path
+
+
+def console_table(report: dict) -> str:
+    """The record as text: a row per layer, then float, QAT and QC side by side."""
+    head = ("bits", 7), ("w scale", 10), ("a scale", 10), ("offset", 10), ("w clip", 8), ("a clip", 8), ("codes", 7)
+    rows = [f"{'layer':<32}" + "".join(f"{title:>{width}}" for title, width in head)]
+    for x in report["layers"]:
+        scales = x["weight_scale"]
+        offset = "-" if x["act_offset"] is None else f"{x['act_offset']:.4f}"
+        rows.append(
+            f"{x['name']:<32}{_widths(x):>7}{sum(scales) / len(scales):>10.4g}"
+            f"{x['act_scale']:>10.4g}{offset:>10}{x['weight_clipped']:>8.2%}{x['act_clipped']:>8.2%}{x['weight_codes']:>7}"
+        )
+    size, metrics = report["size_mb"], report["metrics"]
+    columns = [(name, title) for name, title in FIGURES.values() if name in metrics["qat"]]
+    rows += ["", f"{'':<14}" + "".join(f"{title:>12}" for _, title in [*columns, ("", "MB")])]
+    for key, label, mb in (
+        ("float", "float start", size["float32"]),
+        ("qat", "QAT", size["quantized"]),
+        ("qc", "QAT + QC", size["quantized"]),
+    ):
+        if metrics.get(key):
+            mark = "  <- best.pt" if key == report["kept"] else ""
+            figures = "".join(f"{metrics[key][name]:>12.4f}" for name, _ in columns)
+            rows.append(f"{label:<14}{figures}{mb:>12.2f}{mark}")
+    return "\n".join(rows)
+
+
+def _widths(layer: dict) -> str:
+    return f"W{layer['weight_bits']}A{layer['act_bits']}"

@@ -1,0 +1,86 @@
+# yolo_qc_plugin, AGPL-3.0
+"""QC alone: correct the checkpoint of a finished run again, with other options, without training it again."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import fields
+from pathlib import Path
+
+from ultralytics import YOLO
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.nn.tasks import load_checkpoint
+
+from ..config import QCConfig, QCError
+from ..deploy.snap import snap
+from ..host import compat, log
+from ..host.record import record_of
+from ..quant.layers import quant_convs
+from .finish import correct_and_keep, write_like
+from .validation import validate
+
+OPTIONS = tuple(f.name for f in fields(QCConfig) if f.name.startswith("correction"))
+# of the run that the checkpoint is from: what is not to be taken over
+OTHERS = "model", "resume", "project", "name", "exist_ok", "save_dir", "distill_model"
+
+
+def correct(model: str | Path, data: str | Path | None = None, **arguments) -> dict:
+    """Train QC on the checkpoint of a finished run and write qat.pt, best.pt and qc/report.json to a folder of its own.
+
+    Images, loss, precision and validation are the stock trainer's, set up as for the run that the checkpoint is from.
+
+    Args:
+        model: RUN/weights/qat.pt, or best.pt, whose correction is undone first.
+        data: Data set YAML; by default the run's.
+        **arguments: Options of QC (`correction`, `correction_scale`, `correction_shift`, `correction_epochs`,
+            `correction_lr`), and arguments of `yolo train`, such as device, batch, seed and name; by default the run's.
+
+    Returns:
+        The report, with figures "qat" and "qc".
+
+    Raises:
+        QCError: If the checkpoint is not one of ours, or an option is not accepted.
+
+    Examples:
+        >>> from yolo_qc_plugin import correct
+        >>> correct("runs/detect/train/weights/qat.pt", correction="tensor", correction_shift=False)
+    """
+    yolo = YOLO(model)
+    record = record_of(yolo.model)
+    if record is None:
+        raise QCError(f"QC: model={model} is not quantized; give qat.pt or best.pt of a run of callbacks=qc.")
+    options = {name: arguments.pop(name) for name in OPTIONS if name in arguments}
+    config = QCConfig.from_options({**record.config, **options})
+    if config.correction == "off":
+        raise QCError("QC: correction='off' leaves nothing to do; give 'channel' or 'tensor'.")
+    of_run = {k: v for k, v in yolo.ckpt["train_args"].items() if k not in OTHERS}
+    overrides = {**of_run, "name": "correct", **arguments, "model": str(model), "mode": "train"}
+    if data is not None:
+        overrides["data"] = str(data)
+    trainer = yolo.task_map[yolo.task]["trainer"](overrides=overrides)
+    if trainer.ddp:
+        raise QCError(f"QC: device={trainer.args.device!r} is more than one; QC alone runs on one device.")
+    compat.check_trainer(trainer, compat.AT_START)
+    reports = []
+    trainer._do_train = lambda: reports.append(_correct(trainer, config, Path(model)))
+    trainer.train()  # the host's frame of a training: it cleans up
+    return reports[0]
+
+
+def _correct(trainer: BaseTrainer, config: QCConfig, source: Path) -> dict:
+    """What takes the place of the training loop."""
+    trainer._setup_train()
+    trainer.epoch = trainer.epochs - 1  # the loss and the images are those of the last epoch
+    if trainer.args.close_mosaic:
+        trainer._close_dataloader_mosaic()
+        trainer.train_loader.reset()
+    model, _ = load_checkpoint(source, device=trainer.device)
+    model.qc.config = config.to_dict()
+    for _, conv in quant_convs(model):  # of an earlier correction
+        conv.correction = None
+    snap(model)
+    log.info(f"measuring {source}")
+    metrics = {"qat": validate(trainer, deepcopy(model))}
+    qat = trainer.wdir / "qat.pt"
+    write_like(source, model, trainer.validator.metrics.results_dict, qat)
+    return correct_and_keep(trainer, config, metrics, qat, trainer.best)

@@ -1,0 +1,148 @@
+# yolo_qc_plugin, AGPL-3.0
+"""What the plugin does around each optimizer step of the host's loop, and the state that it takes from step to step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.utils import RANK
+from ultralytics.utils.torch_utils import unwrap_model
+
+from ..config import QCConfig
+from ..host import architecture
+from ..host.distillation import Distillation
+from ..qat.dampening import Dampening
+from ..qat.ema import ConstantEMA
+from ..qat.freezing import Freezing, freeze_threshold
+from ..qat.offsets import OffsetsTogether
+from ..qat.oscillation import Oscillation, annealed
+from ..qat.scale_steps import ScaleSteps
+from ..qat.weights import WeightsTogether
+from ..quant.quantizer import Quantizer
+from .resume import Accumulation
+from .telemetry import EVERY, Telemetry
+
+
+class Steps:
+    """Prepares the quantizers for each micro-batch; after a real step freezes, averages and records.
+
+    Args:
+        trainer: Set up, its scales calibrated; its EMA is taken over.
+        config: The options of the run.
+
+    Attributes:
+        accumulation: Which micro-batches wait for a step.
+        oscillation: Follows the codes of the weights, where something needs it.
+        telemetry: Of rank 0, where it is on.
+    """
+
+    def __init__(self, trainer: BaseTrainer, config: QCConfig):
+        self.config = config
+        self.accumulation = Accumulation()
+        self._steps: ScaleSteps | None = None  # of the optimizer; counts its real steps
+        self._averaged = 0  # steps that were followed
+        self._batches = 0  # begun in this epoch
+        self._progress = 0.0  # share of the run that was done when the present step's first micro-batch began
+        model = architecture.student(trainer.model)
+        recorded = config.telemetry and RANK in {-1, 0}
+        self._freezing = Freezing(model, config.body_bits[0]) if config.freeze_threshold else None
+        self.oscillation = self._freezing or (Oscillation(model) if recorded else None)
+        self._weights = WeightsTogether(model, self._freezing and self._freezing.by_layer(self._freezing.free))
+        self._offsets = OffsetsTogether(model)
+        self._dampening = None
+        if config.dampening_weight:
+            summed = architecture.loss_is_summed(trainer.args.task)
+            self._dampening = Dampening(unwrap_model(trainer.model), self._weights, summed)
+        self._distillation = None
+        if config.distill_outputs and trainer.args.distill_model:
+            args = trainer.args
+            self._distillation = Distillation(unwrap_model(trainer.model), config.distill_outputs, args.cls, args.dfl)
+        self.telemetry = Telemetry(model, self.oscillation, Path(trainer.save_dir) / "qc") if recorded else None
+        self._follow(trainer)
+
+    def _follow(self, trainer: BaseTrainer) -> None:
+        """Take over what the host replaced in recovering: the EMA (NaN loss), the optimizer (lack of memory)."""
+        if not isinstance(trainer.ema, ConstantEMA):
+            trainer.ema = ConstantEMA(trainer.ema.ema, self.config.ema_decay, trainer.ema.updates)
+        if self._steps is None or self._steps.optimizer is not trainer.optimizer:
+            self._steps, self._averaged = ScaleSteps(trainer.optimizer, architecture.student(trainer.model)), 0
+
+    def begin_epoch(self, trainer: BaseTrainer) -> None:
+        """Start from what the host has now, which may be older weights."""
+        self._follow(trainer)
+        self._batches = 0
+        self._weights.forget()
+        for quantizer in (m for m in architecture.student(trainer.model).modules() if isinstance(m, Quantizer)):
+            quantizer.forget()  # what a forward pass that ended in an error has left
+        self.accumulation.settle(trainer)
+        self._put_back_frozen(trainer)
+        if self.telemetry:
+            self.telemetry.follow(*_models(trainer))
+
+    def begin_batch(self, trainer: BaseTrainer) -> None:
+        """Quantize all weights at once, bring all offsets to their grids, and add what is to join the loss."""
+        if not self.accumulation.pending:
+            self._progress = (trainer.epoch + self._batches / len(trainer.train_loader)) / trainer.epochs
+        self._batches += 1
+        quantized = self._weights.prepare()
+        self._offsets.prepare()
+        if self._dampening:
+            self._dampening.prepare(annealed(0.0, self.config.dampening_weight, self._progress), quantized)
+        if self._distillation:
+            self._distillation.prepare()
+
+    def end_batch(self, trainer: BaseTrainer) -> None:
+        """Count the micro-batch, and follow the step that it may have ended in."""
+        self.accumulation.count(trainer)
+        self._follow_step(trainer)
+
+    def end_epoch(self, trainer: BaseTrainer) -> None:
+        """Follow the step of a last batch whose end the host did not tell; pass on what was recorded."""
+        self._follow_step(trainer)
+        trainer.ema.mend(unwrap_model(trainer.model))
+        if self.telemetry:
+            self.telemetry.to_tensorboard(trainer.epoch + 1)
+            self.telemetry.write(EVERY)
+
+    def _follow_step(self, trainer: BaseTrainer) -> None:
+        """Once per real step: micro-batches that only accumulate gradients, and steps that overflowed, take none."""
+        if self._steps.taken > self._averaged:
+            self._weights.forget()
+            if self._freezing:
+                self._freezing.threshold = freeze_threshold(self.config.freeze_threshold, self._progress)
+            if self.oscillation:
+                self.oscillation.step()
+            trainer.ema.step(unwrap_model(trainer.model))
+            self._put_back_frozen(trainer)
+            self._averaged = self._steps.taken
+            if self.telemetry:
+                self.telemetry.record(trainer.ema.updates)
+
+    def _put_back_frozen(self, trainer: BaseTrainer) -> None:
+        if self._freezing:
+            for model in _models(trainer):
+                self._freezing.put_back(model)
+
+    def state_dict(self) -> dict:
+        """What resume.pt keeps: tensors and plain values, by name."""
+        state = {"steps": self._steps.taken, "pending": self.accumulation.pending, "progress": self._progress}
+        return state | {name: part.state_dict() for name, part in self._parts()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up what `state_dict` gave."""
+        self._steps.taken = self._averaged = state["steps"]
+        self.accumulation.pending = state["pending"]
+        self._progress = state["progress"]
+        for name, part in self._parts():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> list[tuple[str, Oscillation | Telemetry]]:
+        parts = {"oscillation": self.oscillation, "telemetry": self.telemetry}
+        return [(name, part) for name, part in parts.items() if part]
+
+
+def _models(trainer: BaseTrainer) -> tuple[nn.Module, nn.Module]:
+    """The model in training and its average."""
+    return architecture.student(trainer.model), architecture.student(trainer.ema.ema)

@@ -1,0 +1,71 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Measuring as the host does, by its validator: always a model's deployed form, always in FP32.
+
+A low-bit model enlarges the last digits of floats: sums in another order, or batch norm folded or not, move values over
+rounding thresholds here and there, and what follows moves more. The deployed form sums integers, exactly, and is the
+same in a run, in a file and in a graph; so that is what every figure is of.
+"""
+
+from __future__ import annotations
+
+from copy import copy, deepcopy
+from pathlib import Path
+
+from torch import nn
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.engine.validator import BaseValidator
+
+from ..host.architecture import deploy_model, student
+from ..quant.layers import scale_parameters
+from .report import figures_of
+
+
+def validate(trainer: BaseTrainer, model: nn.Module | Path) -> dict[str, float]:
+    """Measure a model on the validation set as the host's final evaluation does.
+
+    Args:
+        trainer: Set up; its validator and loader are used.
+        model: Checkpoint, or a module (fused in the course of it, so give a copy).
+
+    Returns:
+        The task's figures, as `figures_of` names them.
+    """
+    validator = trainer.validator
+    # arguments of its own: a measurement outside training sets some of them for good (save_json on COCO, say)
+    args, validator.args = validator.args, copy(validator.args)
+    validator.args.plots = validator.args.save_json = False
+    try:
+        validator(model=model)
+    finally:
+        validator.args = args
+    return figures_of(validator.metrics.results_dict)
+
+
+class EpochValidation:
+    """Has the host's validation after each epoch run the averaged model's deployed form."""
+
+    def __init__(self):
+        self._averaged: nn.Module | None = None
+        self._layers: nn.Module | None = None  # of the averaged model, while their deployed copies are in their place
+
+    def follow(self, trainer: BaseTrainer) -> None:
+        """Take note of the model that the host is about to validate."""
+        self._averaged = student(trainer.ema.ema)
+
+    def begin(self, validator: BaseValidator) -> None:
+        """Put deployed copies of the layers in their place, and keep from FP16 what follows, the final figures too."""
+        if not validator.training:
+            return
+        validator.args.quantize = None  # mixed precision; `yolo val` of the file takes FP32
+        model = self._averaged
+        if not all(p.isfinite().all() for p in scale_parameters(model)):
+            return  # no grid to deploy; the host sees the NaN and recovers
+        if getattr(model, "criterion", None) is None:
+            model.criterion = model.init_criterion()  # now: it may keep parts of the layers
+        self._layers, model.model = model.model, deepcopy(model.model)
+        deploy_model(model)
+
+    def end_batch(self, validator: BaseValidator) -> None:
+        """After the last batch, put the layers back: on every process, and before anything is saved."""
+        if self._layers is not None and validator.batch_i + 1 == len(validator.dataloader):
+            self._averaged.model, self._layers = self._layers, None

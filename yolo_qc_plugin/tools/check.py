@@ -1,0 +1,205 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Parity of a checkpoint and its exported ONNX file, on real images.
+
+Three comparisons for each runtime:
+
+1. The integer weights: equal or not.
+2. Layer by layer, PyTorch's layers being fed the very codes that the runtime computed: the codes that both then give,
+   as the share that differs and the largest difference in quantization steps. End to end no two float implementations
+   agree bit for bit: a value that lies at a rounding threshold moves by a step, and what follows moves with it. So the
+   share of codes that differ end to end is reported, and not judged.
+3. Accuracy on the same square images: of the checkpoint as it was trained (fake-quantized), of its deployed form in
+   PyTorch, and of the runtime. For detection that is mAP by pycocotools, for other tasks the host's own figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from ultralytics import YOLO
+
+from ..config import QCError
+from ..deploy.codes import compare_codes
+from ..deploy.exported import RUNTIMES, Exported, Run, batched, session
+from ..deploy.fold import deployed_convs
+from ..host import log
+from ..quant.layers import is_quantized
+from ..run.report import figures_of
+from .evaluate import evaluate, load_model
+
+MAX_STEPS = 1  # largest difference of a code that passes, given the same input
+MAX_POINTS = 0.1  # largest difference of a task's main figures that passes, in points
+MAIN_FIGURES = ("AP", "map50_95", "mask_map50_95", "pose_map50_95", "top1")
+
+
+def check(
+    model: str | Path,
+    onnx: str | Path,
+    data: str | Path,
+    *,
+    images: int = 8,
+    split: str = "val",
+    conf: float = 0.001,
+    iou: float = 0.7,
+) -> dict[str, Any]:
+    """Compare a checkpoint with its ONNX file in ONNX Runtime, with optimisations on and off, and in OpenVINO.
+
+    Args:
+        model: Checkpoint of a quantized model.
+        onnx: What `yolo export format=onnx` made of it (without nms=True).
+        data: Data YAML, as Ultralytics accepts it.
+        images: Images for the comparison of codes; figures are of the whole split.
+        split: "train", "val" or "test".
+        conf: Lowest confidence kept, 0..1.
+        iou: Overlap from which non-maximum suppression drops the weaker box, 0..1.
+
+    Returns:
+        "model", "onnx", "data", "imgsz", "images"; "weights", the names of layers whose integer weights differ;
+        "checkpoint" and "pytorch" (deployed) with figures in 0..1 (AP and AP50 of detection, those of
+        `report.figures_of` of other tasks); "runtimes", a list of dicts: name, the figures, points (largest difference
+        of the main ones to "pytorch" in points), steps (largest, layer by layer), changed (share, layer by layer),
+        changed_end_to_end (share), output (largest difference end to end, in the outputs' own units), or name and
+        skipped (a reason); "passed".
+
+    Raises:
+        QCError: If a file is missing or cannot be read, or the ONNX file was not exported from a model like this one.
+    """
+    from importlib.util import find_spec
+
+    graph = Exported(Path(onnx))
+    yolo, fake_quantized = _load_quantized(model, graph)
+    graph.match(deployed_convs(yolo.model))
+    stash = _Stash(images)
+    settings = dict(data=data, imgsz=graph.imgsz, batch=graph.batch, split=split, conf=conf, iou=iou, rect=False)
+
+    with _forward(yolo.model, stash.wrap):
+        expected = _figures(yolo, settings)
+    with _forward(yolo.model, lambda _: fake_quantized):
+        trained = _figures(yolo, settings)
+    sample = torch.cat(stash.batches)[:images]
+    result = {
+        "model": str(model),
+        "onnx": str(onnx),
+        "data": str(data),
+        "imgsz": graph.imgsz,
+        "images": len(sample),
+        "weights": graph.differing_weights(deployed_convs(yolo.model)),
+        "checkpoint": trained,
+        "pytorch": expected,
+        "runtimes": [],
+    }
+    for name in RUNTIMES:
+        if name == "openvino" and (reason := graph.openvino_obstacle(bool(find_spec("openvino")))):
+            result["runtimes"].append({"name": name, "skipped": reason})
+            continue
+        log.info(f"{name}")
+        row = {"name": name, **compare_codes(yolo.model, graph, name, sample)}
+        run = batched(session(graph.path.read_bytes(), name), graph.fixed_batch)
+        with _forward(yolo.model, lambda _, run=run: partial(_run_on, run)):
+            found = _figures(yolo, settings)
+        row |= {**found, "points": _points(found, expected)}
+        result["runtimes"].append(row)
+    judged = [r for r in result["runtimes"] if "skipped" not in r]
+    result["passed"] = (
+        not result["weights"]
+        and _points(result["checkpoint"], result["pytorch"]) <= MAX_POINTS
+        and all(r["steps"] <= MAX_STEPS and r["points"] <= MAX_POINTS for r in judged)
+    )
+    return result
+
+
+def _figures(yolo: YOLO, settings: dict[str, Any]) -> dict[str, float | None]:
+    """Figures by name, in 0..1; None where there is no ground truth."""
+    if yolo.task == "detect":
+        coco = evaluate(yolo, **settings)["coco"]
+        return {name: coco[name] for name in ("AP", "AP50")}
+    with TemporaryDirectory() as folder:
+        found = figures_of(yolo.val(**settings, plots=False, verbose=False, project=folder).results_dict)
+    return {name: value for name, value in found.items() if name != "fitness"}
+
+
+def _points(a: dict[str, float | None], b: dict[str, float | None]) -> float:
+    """Largest difference of the main figures in points; no ground truth at all counts as 0."""
+    return max(100 * abs((a[name] or 0.0) - (b[name] or 0.0)) for name in a if name in MAIN_FIGURES)
+
+
+def format_check(result: dict[str, Any]) -> str:
+    """The result of `check` as plain text, figures in points."""
+    names = list(result["pytorch"])
+    figures = lambda found: [f"{100 * (found[name] or 0):.2f}" for name in names]  # noqa: E731
+    rows = [("", *names, "difference", "steps", "codes changed", "end to end")]
+    for key, label in (("checkpoint", "checkpoint"), ("pytorch", "deployed, PyTorch")):
+        rows.append((label, *figures(result[key]), "", "", "", ""))
+    for r in result["runtimes"]:
+        if "skipped" in r:
+            rows.append((r["name"], r["skipped"]))
+            continue
+        shares = [f"{r[k]:.2e}" for k in ("changed", "changed_end_to_end")]
+        rows.append((r["name"], *figures(r), f"{r['points']:.2f}", str(r["steps"]), *shares))
+    lines = [f"{result['model']} and {result['onnx']} on {result['data']}, imgsz {result['imgsz']}"]
+    lines += ["".join([f"{head:<28}", *(f"{cell:>14}" for cell in cells)]).rstrip() for head, *cells in rows]
+    lines.append(f"integer weights: {'differ in ' + ', '.join(result['weights']) if result['weights'] else 'equal'}")
+    lines.append(
+        f"{'passed' if result['passed'] else 'FAILED'} (accepted: {MAX_STEPS} step layer by layer over "
+        f"{result['images']} images, {MAX_POINTS} points of the main figures)"
+    )
+    return "\n".join(lines)
+
+
+def _load_quantized(model: str | Path, graph: Exported):
+    """The checkpoint in the deployed form, with the head that the file has, and itself."""
+    try:
+        yolo = load_model(model)
+    except FileNotFoundError as e:
+        raise QCError(f"QC: {e}") from None
+    except Exception as e:  # a truncated or foreign file: torch, zip and pickle errors alike
+        raise QCError(f"QC: model={model} cannot be read as a checkpoint: {e}") from None
+    if not isinstance(yolo.model, nn.Module) or not is_quantized(yolo.model):
+        raise QCError(f"QC: model={model} is not quantized; accepted: checkpoints trained with callbacks=qc.")
+    if "end2end" in graph.metadata and hasattr(yolo.model, "end2end"):
+        yolo.model.end2end = graph.metadata["end2end"] == "True"
+    fake_quantized = deepcopy(yolo.model.float().eval())
+    yolo.model.fuse(verbose=False)
+    return yolo, fake_quantized
+
+
+class _Stash:
+    """Keeps the first images that a model is given in a validation."""
+
+    def __init__(self, images: int):
+        self.images, self.batches = images, []
+
+    def wrap(self, forward):
+        """`forward`, with its input kept."""
+
+        def call(x, *args, **kwargs):
+            # the first call is the host's warm-up, on an empty image
+            if x.any() and sum(map(len, self.batches)) < self.images:
+                self.batches.append(x.detach().cpu().clone())
+            return forward(x, *args, **kwargs)
+
+        return call
+
+
+@contextmanager
+def _forward(model: nn.Module, wrap) -> Iterator[None]:
+    """Let something else compute a model's outputs, and the host's own validation do all that surrounds it."""
+    model.forward = wrap(type(model).forward.__get__(model))
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+def _run_on(run: Run, x: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor, ...]:
+    """A runtime's outputs as the host's own backends give them."""
+    values = tuple(map(torch.from_numpy, run(x.cpu().numpy())))
+    return values if len(values) > 1 else values[0]

@@ -1,0 +1,313 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Pictures of finished runs (`yolo-qc plot`): the paper's Figures 1 and 2, oscillation, codes, accuracy.
+
+    weight_scales   Figure 1: scales of the 2nd to 5th convolution's weights, without and with EMA
+    act_scales      Figure 2: the same of their inputs, as far as each has a quantizer of its own, else of those after
+    oscillation     share of oscillating weights at the end and share of codes that flip in a step, per layer
+    codes           how often a layer uses each code, for each run
+    report          accuracy of the float start, after QAT and after QC
+
+Left, without EMA: the first run that was trained without (ema_decay=0), else the first run's scales in training. Right:
+the averaged scales of the first run with EMA. Both over the last 4,000 steps; smoothness.json says how smooth they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..config import QCError
+from ..files import replacing
+from ..quant.layers import quant_convs
+from ..run.report import FIGURES
+from ..run.telemetry import COLUMNS, FILE, WINDOW, read
+from .evaluate import load_model
+
+MARK = "yolo-qc plot"  # by which our pictures are known
+FORMATS = ("png", "pdf")
+SMOOTH = 101  # steps of the moving mean, the span of an oscillation in the paper
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 0.7,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,  # text stays text
+}
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by the colour-blind too
+
+
+@dataclass
+class Run:
+    """What a run has left.
+
+    Attributes:
+        name: Its folder's name; with a number where several runs have it.
+        folder: Its folder.
+        layers: Names of the trained layers.
+        steps: Numbers of the last steps, shape (n,).
+        values: COLUMNS of these steps, shape (n, layers, columns).
+    """
+
+    name: str
+    folder: Path
+    layers: list[str]
+    steps: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def load(cls, folder: Path, last: int) -> Run:
+        """Read the folder of a run, of its last steps so many.
+
+        Raises:
+            QCError: If it has no telemetry.
+        """
+        layers, steps, values = read(folder / "qc" / FILE)
+        shown = steps > steps[-1] - last
+        return cls(folder.resolve().name, folder, layers, steps[shown], values[shown])
+
+    def traces(self, column: str) -> np.ndarray:
+        """One column, shape (n, layers)."""
+        return self.values[..., COLUMNS.index(column)]
+
+    @property
+    def averaged(self) -> bool:
+        """Whether it was trained with EMA: without, the average is the model."""
+        return not np.array_equal(self.traces("weight_scale"), self.traces("weight_scale_ema"))
+
+
+def plot(runs: Sequence[str | Path], out: str | Path | None = None, steps: int = WINDOW) -> tuple[str, list[Path]]:
+    """Draw all pictures of one or several runs.
+
+    Args:
+        runs: Folders of runs.
+        out: Folder to write to; qc/plots in the first run's if None.
+        steps: How many of the last steps to draw and to count, 1 to 4,000.
+
+    Returns:
+        What to print, and the files written.
+
+    Raises:
+        QCError: If a run has no telemetry, `steps` is out of range, or a file of the user's has the name of a picture.
+    """
+    if not 1 <= steps <= WINDOW:
+        raise QCError(f"QC: steps={steps} is not accepted; give 1 to {WINDOW}, the steps kept at full rate.")
+    runs = [Run.load(Path(folder), steps) for folder in runs]
+    names = [run.name for run in runs]
+    for number, run in enumerate(runs, 1):
+        run.name += f" {number}" * (names.count(run.name) > 1)
+    out = Path(out or runs[0].folder / "qc" / "plots")
+    before = next((r for r in runs if not r.averaged), runs[0])
+    after = next((r for r in runs if r.averaged), None)
+    from matplotlib import rc_context
+
+    table = "no run with EMA: there is nothing to compare"
+    with rc_context(STYLE):
+        figures = {
+            "weight_scales": _draw_scales(before, after, "weight_scale", "weight scale"),
+            "act_scales": _draw_scales(before, after, "act_scale", "activation scale"),
+            "oscillation": _draw_oscillation(runs),
+            **_draw_codes(runs),
+            **_draw_reports(runs),
+        }
+        files = {f"{name}.{kind}": figure for name, figure in figures.items() for kind in FORMATS}
+        for name in [*files, "smoothness.json"]:
+            if (out / name).is_file() and MARK.encode() not in (out / name).read_bytes():
+                raise QCError(f"QC: {out / name} was not drawn by {MARK} and would be overwritten; give another out=.")
+        out.mkdir(parents=True, exist_ok=True)
+        for figure in figures.values():
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # the layout is made once, and not for each format
+        for name, figure in files.items():
+            kind = name.rpartition(".")[2]
+            with replacing(out / name) as temporary:
+                metadata = {"Software" if kind == "png" else "Creator": MARK}
+                figure.savefig(temporary, format=kind, dpi=300, metadata=metadata)
+    if after:
+        record = {"by": MARK, **compare(before, after)}
+        with replacing(out / "smoothness.json") as temporary:
+            temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        table = format_smoothness(record)
+    return table, [out / name for name in files] + [out / "smoothness.json"] * bool(after)
+
+
+def smoothness(trace: np.ndarray) -> dict[str, float]:
+    """How smooth a scale's trace is, shape (n,); variances are divided by the square of its mean.
+
+    Returns:
+        "mean"; "variance" of the whole trace, its trend included; "fluctuation", the variance around the centred moving
+        mean over 101 steps (over half of them where there are fewer than 202), of the steps that have one; "steps",
+        the variance of the change from step to step.
+    """
+    trace = trace.astype(np.float64)
+    width = min(SMOOTH, len(trace) // 4 * 2 + 1)
+    moving = np.convolve(trace, np.full(width, 1 / width), mode="valid")
+    middle = trace[width // 2 : width // 2 + len(moving)]
+    mean = trace.mean()
+    return {
+        "mean": mean,
+        "variance": trace.var() / mean**2,
+        "fluctuation": ((middle - moving) ** 2).mean() / mean**2,
+        "steps": np.diff(trace).var() / mean**2 if len(trace) > 1 else 0.0,
+    }
+
+
+def compare(before: Run, after: Run) -> dict:
+    """`smoothness` of all scales, without and with EMA, and which figures show."""
+    rows = []
+    for column in ("weight_scale", "act_scale"):
+        shown = _shown(before, column)
+        for layer in before.layers:
+            without = before.traces(column)[:, before.layers.index(layer)]
+            if layer in after.layers and not np.isnan(without).any():
+                averaged = after.traces(f"{column}_ema")[:, after.layers.index(layer)]
+                found = {"without": smoothness(without), "with": smoothness(averaged)}
+                rows.append({"scale": column, "layer": layer, "shown": layer in shown, **found})
+    sides = {
+        "without": {"run": before.name, "trace": "in training", "steps": len(before.steps)},
+        "with": {"run": after.name, "trace": "averaged", "steps": len(after.steps)},
+    }
+    return {**sides, "scales": rows}
+
+
+def format_smoothness(record: dict) -> str:
+    """The record as a table of standard deviations in percent of the scale: fluctuation, and change of a step."""
+    head = ("without", "EMA", "var. ratio") * 2
+    lines = [
+        f"{'':<46}{'around the moving mean':^33}{'from step to step':^33}",
+        f"{'scale, % of its mean':<46}" + "".join(f"{title:>11}" for title in head),
+    ]
+    for row in [r for r in record["scales"] if r["shown"]]:
+        line = f"{row['scale']:<14}{row['layer']:<32}"
+        for key in ("fluctuation", "steps"):
+            without, averaged = row["without"][key], row["with"][key]
+            line += f"{without**0.5:>11.4%}{averaged**0.5:>11.4%}{_ratio(without, averaged):>11.1f}"
+        lines.append(line)
+    for column in ("weight_scale", "act_scale"):
+        line = f"{column:<14}{'all layers, median':<32}"
+        for key in ("fluctuation", "steps"):
+            pairs = [(r["without"][key], r["with"][key]) for r in record["scales"] if r["scale"] == column]
+            without, averaged = np.median(np.sqrt(pairs), axis=0)
+            line += f"{without:>11.4%}{averaged:>11.4%}{np.median([_ratio(*pair) for pair in pairs]):>11.1f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _ratio(without: float, averaged: float) -> float:
+    return without / averaged if averaged else float("inf")
+
+
+def _shown(run: Run, column: str) -> list[str]:
+    """The layers of a figure: the 2nd to 5th convolution, of activations those whose quantizer is their own."""
+    own = ~np.isnan(run.traces(column)).any(0)
+    return [layer for layer, has in list(zip(run.layers, own))[1:] if has][:4]
+
+
+def _draw_scales(before: Run, after: Run | None, column: str, label: str):
+    layers = [layer for layer in _shown(before, column) if after is None or layer in after.layers]
+    sides = [(before, column, "without EMA")]
+    if after:
+        sides.append((after, f"{column}_ema", "with EMA"))
+    figure = _figure(3.4 * len(sides), 0.4 + 1.15 * len(layers))
+    axes = figure.subplots(len(layers), len(sides), sharey="row", sharex="col", squeeze=False)
+    for j, (run, name, title) in enumerate(sides):
+        for i, layer in enumerate(layers):
+            axes[i, j].plot(run.steps, run.traces(name)[:, run.layers.index(layer)], color=COLORS[1 - j])
+            axes[i, j].set_title(layer, loc="left")
+            axes[i, j].margins(x=0)
+            axes[i, j].ticklabel_format(axis="y", style="plain", useOffset=False)
+        axes[0, j].set_title(title, loc="right", fontweight="bold")
+        axes[-1, j].set_xlabel("optimizer step")
+    figure.supylabel(label, fontsize=8)
+    return figure
+
+
+def _draw_oscillation(runs: list[Run]):
+    layers = list(dict.fromkeys(layer for run in runs for layer in run.layers))
+    figure = _figure(max(7.0, 1 + 0.09 * len(layers)), 4.2)
+    axes = figure.subplots(2, sharex=True)
+    for k, run in enumerate(runs):
+        places = np.array([layers.index(layer) for layer in run.layers]) + (k - (len(runs) - 1) / 2) * 0.8 / len(runs)
+        shares = run.traces("oscillating")[-1], run.traces("flips").mean(0)
+        for ax, share in zip(axes, shares):
+            ax.bar(places, 100 * share, 0.8 / len(runs), color=COLORS[k % len(COLORS)], label=run.name)
+    axes[0].set_ylabel("oscillating weights (%)")
+    axes[1].set_ylabel("codes flipped per step (%)")
+    axes[1].set_xticks(range(len(layers)), layers, rotation=90, fontsize=5)
+    axes[1].set_xlim(-1, len(layers))
+    if len(runs) > 1:
+        axes[0].legend()
+    return figure
+
+
+def _draw_codes(runs: list[Run]) -> dict:
+    """A picture for each run that has a checkpoint, by name."""
+    from matplotlib.colors import PowerNorm
+
+    figures = {}
+    for number, run in enumerate(runs, 1):
+        files = [run.folder / "weights" / f"{name}.pt" for name in ("qat", "best", "last")]
+        file = next((f for f in files if f.is_file()), None)
+        if file is None:
+            continue
+        widths: dict[int, list] = {}
+        for name, conv in quant_convs(load_model(file).model):
+            codes = conv.weight_codes().flatten().int() - conv.weight_quant.quant_min
+            share = np.bincount(codes.numpy(), minlength=2**conv.weight_quant.bits) / codes.numel()
+            widths.setdefault(conv.weight_quant.bits, []).append((name, 100 * share))
+        widths = dict(sorted(widths.items()))
+        heights = [0.085 * (len(rows) + 1) for rows in widths.values()]
+        figure = _figure(4.8, sum(heights) + 0.6 * len(heights))
+        axes = figure.subplots(len(heights), height_ratios=heights, squeeze=False)[:, 0]
+        for ax, (bits, rows) in zip(axes, widths.items()):
+            half = 2 ** (bits - 1)
+            image = ax.imshow(
+                [share for _, share in rows],
+                norm=PowerNorm(0.4, vmin=0, vmax=100),
+                cmap="Blues",
+                aspect="auto",
+                interpolation="nearest",
+                extent=(-half - 0.5, half - 0.5, len(rows) - 0.5, -0.5),
+            )
+            ax.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=5)
+            ax.set_title(f"{bits}-bit weights", loc="left")
+        axes[-1].set_xlabel("code")
+        label = "share of the layer's weights (%)"
+        figure.colorbar(image, ax=axes, label=label, ticks=[0, 1, 5, 10, 20, 50, 100], shrink=0.6, aspect=40)
+        figures["codes" if len(runs) == 1 else f"codes_{number}"] = figure
+    return figures
+
+
+def _draw_reports(runs: list[Run]) -> dict:
+    """Accuracy of the runs that have ended, on one picture, if there are any."""
+    files = {run.name: run.folder / "qc" / "report.json" for run in runs}
+    reports = {name: json.loads(f.read_text(encoding="utf-8")) for name, f in files.items() if f.is_file()}
+    if not reports:
+        return {}
+    common = set.intersection(*(set(r["metrics"]["qat"]) for r in reports.values()))
+    key, title = next(((name, title) for name, title in FIGURES.values() if name in common), (None, ""))
+    if key is None:  # of different tasks
+        return {}
+    figure = _figure(1.6 + 1.1 * len(reports), 2.6)
+    ax = figure.subplots()
+    for k, (stage, label) in enumerate((("float", "float start"), ("qat", "QAT"), ("qc", "QAT + QC"))):
+        found = [(i, 100 * m["metrics"][stage][key]) for i, m in enumerate(reports.values()) if m["metrics"].get(stage)]
+        bars = ax.bar([i + (k - 1) * 0.27 for i, _ in found], [v for _, v in found], 0.25, label=label, color=COLORS[k])
+        ax.bar_label(bars, fmt="%.1f", fontsize=6)
+    ax.set_xticks(range(len(reports)), list(reports))
+    ax.set_ylabel(f"{title} (points)")
+    figure.legend(loc="outside upper center", ncols=3)
+    return {"report": figure}
+
+
+def _figure(width: float, height: float):
+    """An empty figure of so many inches, without the state that pyplot keeps."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
