@@ -35,16 +35,17 @@ from yolo_qc_plugin import __version__, add_qc_callbacks
 from yolo_qc_plugin.data.digits import compose
 from yolo_qc_plugin.files import AtomicPath
 from yolo_qc_plugin.quant.layers import quant_convs
-from yolo_qc_plugin.run import callbacks, finish, resume
+from yolo_qc_plugin.run import finish, state
+from yolo_qc_plugin.run.state import RunState
 
 # a phase -> the function in whose course the run is killed
 PHASES = {
     "optimizer step": (BaseTrainer, "optimizer_step"),
     "last.pt and best.pt": (AtomicPath, "write_bytes"),
     "training of QC": (finish, "train_correction"),
-    "resume.pt": (callbacks, "write_state"),
+    "resume.pt": (RunState, "_save"),
     "validation": (BaseTrainer, "validate"),
-    "stripping": (resume, "strip"),
+    "stripping": (state, "strip"),
     "report": (finish, "build_report"),
     "qat.pt": (finish, "write_like"),
     "last writes": (finish, "conclude"),

@@ -38,7 +38,7 @@ def steps_of(trainer):
     from yolo_qc_plugin.run.callbacks import QCCallbacks
 
     owners = (getattr(c, "__self__", None) for c in trainer.callbacks["on_train_end"])
-    return next(owner for owner in owners if isinstance(owner, QCCallbacks)).steps
+    return next(owner for owner in owners if isinstance(owner, QCCallbacks)).state.steps
 
 
 @pytest.fixture(scope="session")

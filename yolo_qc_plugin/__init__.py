@@ -14,6 +14,7 @@ __version__ = "0.2.0"
 _PUBLIC = {
     "QCConfig": "config",
     "add_qc_callbacks": "run.callbacks",
+    "choose_onnx_kind": "run.export",
     "correct": "run.standalone",
     "QuantConv2d": "quant.layers",
     "remove": "quant.inject",

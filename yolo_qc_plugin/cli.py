@@ -98,7 +98,8 @@ def _with_callbacks(options: QCConfig | dict, command) -> None:
     """Run a command whose YOLO object is made with the plugin's callbacks among the host's default ones."""
     from ultralytics.utils.callbacks.base import default_callbacks
 
-    from .run.callbacks import QCCallbacks, attach, export_events
+    from .run.callbacks import QCCallbacks, attach
+    from .run.export import export_events
 
     attach()
     events = QCCallbacks(options).events() if isinstance(options, QCConfig) else export_events(**options)

@@ -23,7 +23,7 @@ from ultralytics import YOLO, cfg
 from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import load_checkpoint
 
-from yolo_qc_plugin import add_qc_callbacks
+from yolo_qc_plugin import choose_onnx_kind
 from yolo_qc_plugin.cli import wrap_entrypoint
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.deploy.codes import compare_codes
@@ -434,7 +434,7 @@ def export(path, kind=None, **arguments):
     """The stock export; the file is the caller's to move."""
     yolo = YOLO(path)
     if kind:
-        add_qc_callbacks(yolo, onnx=kind)
+        choose_onnx_kind(yolo, kind)
     return yolo.export(**{"format": "onnx", "imgsz": 64, "device": "cpu", "simplify": False, **arguments})
 
 
@@ -613,7 +613,7 @@ def test_command_lines_that_are_refused(checkpoint, options, message):
 
 def test_kinds_that_are_refused(checkpoint, tmp_path):
     with pytest.raises(QCError, match="onnx='int2' is not accepted; give 'int8' or 'int4'"):
-        add_qc_callbacks(YOLO("yolov5n.yaml"), onnx="int2")
+        choose_onnx_kind(YOLO("yolov5n.yaml"), "int2")
     with pytest.raises(QCError, match="is not quantized"):
         export(checkpoint("yolov5n.yaml", quantize=False), "int4")
     export(checkpoint("yolov5n.yaml", quantize=False))  # a float model is exported as ever

@@ -14,18 +14,18 @@ from ultralytics.utils.callbacks.base import default_callbacks
 
 from yolo_qc_plugin import add_qc_callbacks
 from yolo_qc_plugin.config import QCError
-from yolo_qc_plugin.host import compat, patches
+from yolo_qc_plugin.host import compat
 from yolo_qc_plugin.qat.scale_steps import separate_scales
 
 
 def refused(message: str) -> None:
     with pytest.raises(QCError, match=f"ultralytics {compat.ULTRALYTICS_VERSION} .*{message}.*supports ultralytics"):
-        patches.check_host()
+        compat.refuse(compat.differences())
 
 
 def test_this_host_is_accepted():
     assert compat.differences() == []
-    patches.check_host()
+    compat.check_version()
 
 
 def test_every_function_is_looked_at(monkeypatch):

@@ -17,7 +17,7 @@ from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils.torch_utils import get_flops
 
-from yolo_qc_plugin import add_qc_callbacks, model_yaml, remove
+from yolo_qc_plugin import choose_onnx_kind, model_yaml, remove
 from yolo_qc_plugin.cfg import MODELS, with_our_models
 from yolo_qc_plugin.cli import wrap_entrypoint
 from yolo_qc_plugin.config import QCError
@@ -118,7 +118,7 @@ def test_a_run_from_the_command_line(tmp_path, monkeypatch):
     assert checked["passed"] and len(judged) >= 2
     assert all(r["changed_end_to_end"] == 0 and r["output"] < 1e-2 for r in judged)
     four = YOLO(best)
-    add_qc_callbacks(four, onnx="int4")
+    choose_onnx_kind(four, "int4")
     four = YOLO(four.export(format="onnx", imgsz=64, device="cpu"))  # a MaxPool before 4-bit codes does not load
     assert len(four.predict(data.parent / "images" / "val", imgsz=64, verbose=False)) == 8
 

@@ -11,7 +11,7 @@ from conftest import TINY
 from torch import nn
 from ultralytics import YOLO
 
-from yolo_qc_plugin import add_qc_callbacks
+from yolo_qc_plugin import add_qc_callbacks, choose_onnx_kind
 from yolo_qc_plugin.config import QCConfig
 from yolo_qc_plugin.deploy.fold import FixedQuantizer, deploy_conv
 from yolo_qc_plugin.host.record import FORMAT, QuantRecord
@@ -210,7 +210,7 @@ def test_one_model_one_number(run, digits, tmp_path):
     folder, _ = run
     for kind in ("int8", "int4"):
         yolo = YOLO(folder / "weights" / "qat.pt")
-        add_qc_callbacks(yolo, onnx=kind)
+        choose_onnx_kind(yolo, kind)
         file = yolo.export(format="onnx", imgsz=64, simplify=True)
         found = check(folder / "weights" / "qat.pt", file, str(digits), images=4)
         assert found["passed"], (kind, found["weights"], found["checkpoint"], found["pytorch"], found["runtimes"])

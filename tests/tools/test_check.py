@@ -14,7 +14,7 @@ pytest.importorskip("onnxruntime")
 
 from conftest import TINY  # noqa: E402
 
-from yolo_qc_plugin import add_qc_callbacks  # noqa: E402
+from yolo_qc_plugin import add_qc_callbacks, choose_onnx_kind  # noqa: E402
 from yolo_qc_plugin.cli import main  # noqa: E402
 from yolo_qc_plugin.config import QCError  # noqa: E402
 from yolo_qc_plugin.deploy.fold import FixedQuantizer, deployed_convs  # noqa: E402
@@ -53,7 +53,7 @@ def test_the_int4_kind_passes_without_openvino(trained, digits, tmp_path):
     checkpoint = tmp_path / "best.pt"
     shutil.copy(trained[0], checkpoint)
     model = YOLO(checkpoint)
-    add_qc_callbacks(model, onnx="int4")
+    choose_onnx_kind(model, "int4")
     result = check(checkpoint, model.export(format="onnx", imgsz=64, device="cpu"), digits, images=2)
     assert result["passed"] and "skipped" in result["runtimes"][-1] and "skipped" not in result["runtimes"][0]
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..quant.activations import QuantActivation
+from ..quant.activations import QuantActivation, quant_activations
 from ..quant.layers import ChannelAffine, QuantConv2d, quant_convs
 from ..quant.quantizer import ActQuantizer
 from .fold import batch_norm_scale, fold
@@ -35,9 +35,13 @@ SCALE_BITS = 19  # of an input's scale and its codes together: 2^-20 of the larg
 def snap(model: nn.Module) -> None:
     """Snap all that the header names, in place; done in the model, it is in every figure measured on it.
 
+    A model whose outputs are float stays as it is: its values lie anywhere, so that no scale is better than another.
+
     Args:
         model: Quantized model; blocks whose `act` is a QuantActivation have a convolution `conv` and a batch norm `bn`.
     """
+    if not any(True for _ in quant_activations(model)):
+        return
     for _, conv in quant_convs(model):
         snap_scale(conv.act_quant)
     for block in model.modules():

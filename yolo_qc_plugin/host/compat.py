@@ -1,9 +1,11 @@
 # yolo_qc_plugin, AGPL-3.0
-"""What the plugin uses of Ultralytics beside its patches, looked at before training: a host that differs is named."""
+"""The supported versions of Ultralytics, and what the plugin uses of it: before training both are looked at."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
+from importlib import metadata
 
 from ultralytics import __version__ as ULTRALYTICS_VERSION
 from ultralytics.data.build import InfiniteDataLoader
@@ -13,6 +15,7 @@ from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.modules import Conv, ConvTranspose, Detect
 from ultralytics.utils import DEFAULT_CFG_DICT, TQDM, torch_utils
 from ultralytics.utils.callbacks.base import default_callbacks
+from ultralytics.utils.checks import check_version as is_version
 
 from ..config import QCError
 
@@ -23,7 +26,6 @@ CALLED = {
     (BaseTrainer, "progress_string"): [],
     (BaseTrainer, "_model_train"): [],
     (BaseTrainer, "_setup_train"): [],
-    (BaseTrainer, "_do_train"): [],
     (BaseTrainer, "_close_dataloader_mosaic"): [],
     (BaseTrainer, "_get_memory"): [],
     (tasks.BaseModel, "init_criterion"): [],
@@ -46,12 +48,55 @@ CALLED = {
 }
 ARGUMENTS = "task model resume device amp compile quantize distill_model cls dfl format plots save_json".split()
 EVENTS = """on_pretrain_routine_start on_pretrain_routine_end on_train_epoch_start on_train_batch_start
-            on_train_batch_end on_train_epoch_end on_train_end on_val_start on_val_batch_end
+            on_train_batch_end on_train_epoch_end on_train_end on_val_start on_val_batch_end teardown
             on_export_start""".split()
 AT_START = "args resume device world_size save_dir wdir last best callbacks validator metrics".split()
 WHEN_READY = """model amp ema.ema ema.updates optimizer.param_groups train_loader.reset train_loader._get_iterator
                 train_loader.generator.get_state test_loader validator.metrics validator.training
                 validator.args.quantize freeze_layer_names""".split()
+
+
+def supported_versions() -> str:
+    """Supported Ultralytics versions as this package's metadata state them, e.g. ">=8.4.150,<8.5"; "" if unknown."""
+    try:
+        requirements = metadata.requires("yolo-qc-plugin") or []
+    except metadata.PackageNotFoundError:  # run from a checkout without installing: functions alone are looked at
+        return ""
+    ours = next(r for r in requirements if r.startswith("ultralytics"))
+    return ours.removeprefix("ultralytics").split(";")[0].strip()
+
+
+def version_difference() -> str:
+    """In words that the installed version is not supported; empty if it is."""
+    supported = supported_versions()
+    # compared bound by bound: pip writes the bounds in any order
+    if not supported or all(is_version(ULTRALYTICS_VERSION, bound) for bound in supported.split(",")):
+        return ""
+    return f"ultralytics {ULTRALYTICS_VERSION} is not supported; yolo-qc-plugin supports ultralytics{supported}"
+
+
+def check_version() -> None:
+    """Refuse an Ultralytics that is not supported.
+
+    Raises:
+        QCError: Naming the version and the supported ones.
+    """
+    if difference := version_difference():
+        raise QCError(f"QC: {difference}.")
+
+
+def refuse(differences: Iterable[str]) -> None:
+    """Refuse an Ultralytics that does not look as expected.
+
+    Args:
+        differences: In words; empty ones do not count.
+
+    Raises:
+        QCError: If there are any, naming them, the version and the supported ones.
+    """
+    if found := "; ".join(filter(None, differences)):
+        accepted = f"yolo-qc-plugin supports ultralytics{supported_versions()}"
+        raise QCError(f"QC: ultralytics {ULTRALYTICS_VERSION} differs: {found}; {accepted}.")
 
 
 def differences() -> list[str]:

@@ -1,32 +1,24 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Everything that touches Ultralytics from outside: supported versions and seven patches.
+"""The patches of Ultralytics, all of them, and the loop that applies them.
 
-The patches, each a wrapper that calls the original and does nothing for models without quantizers:
-    BaseTrainer.setup_model      announces the event on_model_setup, which the host lacks: the model is there, and the
-                                 optimizer, EMA, freeze list, compile and DDP wrapper are not yet
-    BaseTrainer.build_optimizer  gives scales and offsets their own parameter group
-    trainer.strip_optimizer      writes atomically, and last.pt later: until a run has ended it can be resumed
-    BaseModel.fuse               brings quantized convolutions into the deployed form, codes untouched
-    Exporter.__call__            refuses formats that would lose the quantizers
-    torch2onnx                   turns what was traced of a deployed model into integer weights and Q/DQ nodes
-    torch2openvino               converts that graph instead of a trace
+Each patch wraps one function, calls the original and does nothing for models without quantizers. What a process needs
+to open a finished checkpoint (to predict, validate, export) is apart from what it needs to train: an Ultralytics that
+is not supported opens checkpoints, with a warning, and is refused for training.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial, wraps
-from importlib import metadata
 from tempfile import TemporaryDirectory
 
-from ultralytics import __version__ as ULTRALYTICS_VERSION
 from ultralytics.engine import trainer as engine_trainer
 from ultralytics.engine.exporter import Exporter
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.modules import Detect
 from ultralytics.nn.tasks import BaseModel, torch_safe_load
-from ultralytics.utils.checks import check_version
 from ultralytics.utils.export import engine, openvino
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -40,93 +32,107 @@ from . import compat, log
 from .architecture import deploy_model
 from .record import QuantRecord, record_of, strip
 
-ON_MODEL_SETUP = "on_model_setup"
+ON_MODEL_SETUP = "on_model_setup"  # an event of ours, see `_announce_model`
 OPENVINO_OPSET = 18  # of the ONNX graph on the way to OpenVINO
 EXPORT_FORMATS = ("onnx", "openvino", "torchscript")  # those that carry the quantizers, see docs/deployment.md
 
-# what is patched, and the parameters it must have for the patch to be right
-_PATCHED = {
-    (BaseTrainer, "setup_model"): ["self"],
-    (BaseTrainer, "build_optimizer"): ["self", "model", "name", "lr", "momentum", "decay", "iterations"],
-    (engine_trainer, "strip_optimizer"): ["f", "s", "updates"],
-    (BaseModel, "fuse"): ["self", "verbose", "imgsz"],
-    (Exporter, "__call__"): ["self", "model"],
-    (engine, "torch2onnx"): ["model", "im", "output_file", "opset", "input_names", "output_names", "dynamic"],
-    (openvino, "torch2openvino"): [
-        "model", "im", "output_dir", "dynamic", "quantize", "calibration_dataset", "int8_detect", "prefix",
-    ],
-}  # fmt: skip
+Resume = Callable[[BaseTrainer, QuantRecord], None]
 
 
-def supported_versions() -> str:
-    """Supported Ultralytics versions as this package's metadata state them, e.g. ">=8.4.150,<8.5"; "" if unknown."""
-    try:
-        requirements = metadata.requires("yolo-qc-plugin") or []
-    except metadata.PackageNotFoundError:  # run from a checkout without installing: the look-alike check remains
-        return ""
-    ours = next(r for r in requirements if r.startswith("ultralytics"))
-    return ours.removeprefix("ultralytics").split(";")[0].strip()
+@dataclass(frozen=True)
+class Patch:
+    """A function of Ultralytics and what takes its place.
 
-
-def check_host() -> None:
-    """Refuse an Ultralytics that is not supported or does not look as expected.
-
-    Raises:
-        QCError: Naming the version, the supported ones and what differs.
+    Attributes:
+        owner: Class or module in which the function is looked up.
+        name: Its name there.
+        parameters: Names of its parameters, without which the wrapper would be wrong.
+        wrap: Takes the original and returns the wrapper.
+        why: Why no callback can do it.
     """
-    supported = supported_versions()
-    accepted = f"yolo-qc-plugin supports ultralytics{supported}"
-    # compared bound by bound: pip writes the bounds in any order
-    if supported and not all(check_version(ULTRALYTICS_VERSION, bound) for bound in supported.split(",")):
-        raise QCError(f"QC: ultralytics {ULTRALYTICS_VERSION} is not supported; {accepted}.")
-    for (owner, name), expected in _PATCHED.items():
-        method = getattr(owner, name, None)
-        found = list(inspect.signature(method).parameters) if method else None
-        if found != expected:
-            raise QCError(
-                f"QC: {owner.__name__}.{name} of ultralytics {ULTRALYTICS_VERSION} takes {found}, expected {expected}; "
-                f"{accepted}."
-            )
-    if differences := compat.differences():
-        raise QCError(f"QC: ultralytics {ULTRALYTICS_VERSION} differs: {'; '.join(differences)}; {accepted}.")
+
+    owner: object
+    name: str
+    parameters: str
+    wrap: Callable[[Callable], Callable]
+    why: str
+
+    @property
+    def difference(self) -> str:
+        """In words how the function differs from what is expected; empty where it does not."""
+        function = getattr(self.owner, self.name, None)
+        found = list(inspect.signature(function).parameters) if function else None
+        if found == self.parameters.split():
+            return ""
+        return f"{self.owner.__name__}.{self.name} takes {found}, expected {self.parameters.split()}"
+
+    def apply(self) -> None:
+        """Put the wrapper in the function's place, once per process."""
+        original = getattr(self.owner, self.name)
+        if not hasattr(original, "qc_patch"):
+            wrapper = wraps(original)(self.wrap(original))
+            wrapper.qc_patch = self
+            setattr(self.owner, self.name, wrapper)
 
 
-def attach(on_resume: Callable[[BaseTrainer, QuantRecord], None]) -> None:
-    """Install the patches, once per process.
+def attach_for_training(resume: Resume) -> None:
+    """Apply all patches.
 
     Args:
-        on_resume: Called with a trainer that resumes a quantized run without our callbacks, and the run's record.
+        resume: See `attach_for_opening`.
 
     Raises:
-        QCError: From `check_host`.
+        QCError: If Ultralytics is not supported or differs; the message names its version and the supported ones.
     """
-    if hasattr(BaseTrainer.setup_model, "qc_patch"):
+    patches = [_FUSE, *_opening(resume), *_TRAINING]
+    if not all(map(_is_applied, patches)):
+        compat.check_version()
+        compat.refuse([*(p.difference for p in patches), *compat.differences()])
+        for patch in patches:
+            patch.apply()
+
+
+def attach_for_opening(resume: Resume) -> None:
+    """Apply what it takes to predict with, validate, export and resume a checkpoint of ours.
+
+    An Ultralytics that is not supported costs a warning; an export or a resumed run may then be refused or fail.
+
+    Args:
+        resume: Called with a trainer that resumes a quantized run without our callbacks, and with the run's record.
+
+    Raises:
+        QCError: If models cannot be fused as ours must be: accuracy would be lost without a word.
+    """
+    if _is_applied(_FUSE):
         return
-    check_host()
-    announce = partial(_announce_model, on_resume=on_resume)
-    training = announce, _group_scales, _strip_later
-    deployment = _fuse_quantized, _check_export, _write_integers, _convert_integers
-    for (owner, name), patch in zip(_PATCHED, training + deployment):
-        wrapped = wraps(getattr(owner, name))(patch(getattr(owner, name)))
-        wrapped.qc_patch = True
-        setattr(owner, name, wrapped)
+    compat.refuse([_FUSE.difference])
+    patches = [_FUSE, *_opening(resume)]
+    doubts = [compat.version_difference(), *(p.difference for p in patches)]
+    if doubts := [doubt for doubt in doubts if doubt]:
+        log.warning(f"{'; '.join(doubts)}. The checkpoint opens; training and exports may be refused.")
+    for patch in patches:
+        if not patch.difference:
+            patch.apply()
 
 
-def _announce_model(original, on_resume):
+def _is_applied(patch: Patch) -> bool:
+    return hasattr(getattr(patch.owner, patch.name, None), "qc_patch")
+
+
+def _announce_model(original: Callable, resume: Resume) -> Callable:
     def setup_model(self):
         checkpoint = original(self)
         record = record_of(checkpoint.get("ema")) if self.resume and checkpoint else None
         if record and not self.callbacks.get(ON_MODEL_SETUP):  # a resumed run need not name the plugin again
-            on_resume(self, record)
-        self.qc_checkpoint = checkpoint if record else None
-        self.qc_state = None  # what a callback restores in the host's place
-        self.run_callbacks(ON_MODEL_SETUP)
-        return None if self.qc_state else checkpoint
+            resume(self, record)
+        for callback in self.callbacks.get(ON_MODEL_SETUP, ()):
+            checkpoint = callback(self, checkpoint)
+        return checkpoint
 
     return setup_model
 
 
-def _group_scales(original):
+def _group_scales(original: Callable) -> Callable:
     def build_optimizer(self, model, *args, **kwargs):
         optimizer = original(self, model, *args, **kwargs)
         scales = scale_parameters(model)
@@ -138,7 +144,7 @@ def _group_scales(original):
     return build_optimizer
 
 
-def _strip_later(original):
+def _strip_later(original: Callable) -> Callable:
     def strip_optimizer(f, s="", updates=None):
         if not isinstance(f, AtomicPath):  # not ours
             return original(f, s, updates)
@@ -149,13 +155,13 @@ def _strip_later(original):
     return strip_optimizer
 
 
-def _fuse_quantized(original):
+def _fuse_quantized(original: Callable) -> Callable:
     def fuse(self, verbose=True, imgsz=640):
         if is_quantized(self):
             deploy_model(self)
             for m in self.modules():
                 if isinstance(m, Detect):
-                    m.fuse()  # leaves the branch in use alone
+                    m.fuse()  # deletes the branch that inference does not use
             self.info(verbose=verbose, imgsz=imgsz)
         elif not deployed_convs(self):
             return original(self, verbose, imgsz)
@@ -164,7 +170,7 @@ def _fuse_quantized(original):
     return fuse
 
 
-def _check_export(original):
+def _check_export(original: Callable) -> Callable:
     def __call__(self, model):
         if is_quantized(model) or deployed_convs(model):
             if self.args.format.lower() not in EXPORT_FORMATS:
@@ -182,7 +188,7 @@ def _check_export(original):
     return __call__
 
 
-def _write_integers(original):
+def _write_integers(original: Callable) -> Callable:
     def torch2onnx(model, im, output_file, opset=14, *args, **kwargs):
         layers = deployed_convs(model)
         if not layers:
@@ -190,13 +196,13 @@ def _write_integers(original):
         kind = next((m.qc_onnx for m in model.modules() if hasattr(m, "qc_onnx")), ONNX_KINDS[0])
         check_kind(kind, opset)
         result = original(model, im, output_file, opset, *args, **kwargs)
-        log.info(f"{write_qdq(result, layers, kind)}")
+        log.info(write_qdq(result, layers, kind))
         return result
 
     return torch2onnx
 
 
-def _convert_integers(original):
+def _convert_integers(original: Callable) -> Callable:
     def torch2openvino(model, im, output_dir=None, dynamic=False, *args, **kwargs):
         if not deployed_convs(model):
             return original(model, im, output_dir, dynamic, *args, **kwargs)
@@ -210,3 +216,65 @@ def _convert_integers(original):
             return ov.convert_model(file)
 
     return torch2openvino
+
+
+_FUSE = Patch(
+    BaseModel,
+    "fuse",
+    "self verbose imgsz",
+    _fuse_quantized,
+    "Every way into inference calls it, and it would fold batch norm into weights, which moves their codes.",
+)
+
+
+def _opening(resume: Resume) -> tuple[Patch, ...]:
+    """What opening a checkpoint takes beside `fuse`."""
+    return (
+        Patch(
+            BaseTrainer,
+            "setup_model",
+            "self",
+            partial(_announce_model, resume=resume),
+            "No event lies between the making of the model and that of the optimizer, the EMA and the DDP wrapper; a "
+            "resumed run need not name the plugin.",
+        ),
+        Patch(
+            Exporter,
+            "__call__",
+            "self model",
+            _check_export,
+            "on_export_start is for those who ask for it, while a format that loses the quantizers is refused always.",
+        ),
+        Patch(
+            engine,
+            "torch2onnx",
+            "model im output_file opset input_names output_names dynamic",
+            _write_integers,
+            "The exporter knows no 4-bit types and makes floats of integer weights; no event follows the tracing.",
+        ),
+        Patch(
+            openvino,
+            "torch2openvino",
+            "model im output_dir dynamic quantize calibration_dataset int8_detect prefix",
+            _convert_integers,
+            "OpenVINO is to convert that ONNX graph, not a trace of the model.",
+        ),
+    )
+
+
+_TRAINING = (
+    Patch(
+        BaseTrainer,
+        "build_optimizer",
+        "self model name lr momentum decay iterations",
+        _group_scales,
+        "Scales must leave weight decay and matrix optimizers before a scheduler sees the groups.",
+    ),
+    Patch(
+        engine_trainer,
+        "strip_optimizer",
+        "f s updates",
+        _strip_later,
+        "final_eval strips last.pt before on_train_end; until a run has ended it can be resumed.",
+    ),
+)

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from itertools import islice
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -36,8 +35,8 @@ from ..qat.reestimation import BATCHES, reestimate
 from ..quant.calibrate import calibrate_outputs
 from ..quant.inject import quantize_outputs
 from .report import build_report, console_table, figures_of, write_report
-from .resume import FILE, conclude
-from .validation import validate
+from .state import FILE, conclude
+from .validation import training_images, validate
 
 
 def take_all_images(trainer: BaseTrainer) -> None:
@@ -151,12 +150,6 @@ def write_like(source: Path, model: nn.Module, results: dict, target: Path) -> N
     checkpoint, _ = torch_safe_load(source)
     checkpoint["train_metrics"] = {**checkpoint["train_metrics"], **results}
     write_checkpoint({**checkpoint, "model": model.cpu().half()}, target)
-
-
-def training_images(trainer: BaseTrainer, batches: int) -> Iterator[torch.Tensor]:
-    """Images of so many batches of the run, as the model takes them; of several processes' run, by one of them."""
-    for batch in islice(trainer.train_loader, batches * max(trainer.world_size, 1)):
-        yield trainer.preprocess_batch(batch)["img"]
 
 
 def reestimate_norms(trainer: BaseTrainer, model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ultralytics import YOLO
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils.torch_utils import unset_deterministic
 
 from ..config import QCConfig, QCError
 from ..deploy.snap import snap
@@ -61,14 +62,17 @@ def correct(model: str | Path, data: str | Path | None = None, **arguments) -> d
     if trainer.ddp:
         raise QCError(f"QC: device={trainer.args.device!r} is more than one; QC alone runs on one device.")
     compat.check_trainer(trainer, compat.AT_START)
-    reports = []
-    trainer._do_train = lambda: reports.append(_correct(trainer, config, Path(model)))
-    trainer.train()  # the host's frame of a training: it cleans up
-    return reports[0]
+    try:
+        return _correct(trainer, config, Path(model))
+    finally:  # what Ultralytics does when a training ends
+        for loader in (getattr(trainer, name, None) for name in ("train_loader", "test_loader")):
+            if loader is not None:
+                loader.close()
+        unset_deterministic()
 
 
 def _correct(trainer: BaseTrainer, config: QCConfig, source: Path) -> dict:
-    """What takes the place of the training loop."""
+    """Set a trainer up and do what follows its last epoch."""
     trainer._setup_train()
     trainer.epoch = trainer.epochs - 1  # the loss and the images are those of the last epoch
     if trainer.args.close_mosaic:

@@ -21,7 +21,7 @@ from ..qat.oscillation import Oscillation, annealed
 from ..qat.scale_steps import ScaleSteps
 from ..qat.weights import WeightsTogether
 from ..quant.quantizer import Quantizer
-from .resume import Accumulation
+from .accumulation import Accumulation
 from .telemetry import EVERY, Telemetry
 
 

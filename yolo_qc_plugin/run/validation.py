@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Measuring as the host does, by its validator: always a model's deployed form, always in FP32.
+"""Measuring by Ultralytics' own validator: always a model's deployed form, always in FP32.
 
 A low-bit model enlarges the last digits of floats: sums in another order, or batch norm folded or not, move values over
 rounding thresholds here and there, and what follows moves more. The deployed form sums integers, exactly, and is the
@@ -8,20 +8,23 @@ same in a run, in a file and in a graph; so that is what every figure is of.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import copy, deepcopy
+from itertools import islice
 from pathlib import Path
 
+import torch
 from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.engine.validator import BaseValidator
 
-from ..host.architecture import deploy_model, student
+from ..host.architecture import deploy_model
 from ..quant.layers import scale_parameters
 from .report import figures_of
 
 
 def validate(trainer: BaseTrainer, model: nn.Module | Path) -> dict[str, float]:
-    """Measure a model on the validation set as the host's final evaluation does.
+    """Measure a model on the validation set as Ultralytics' final evaluation does.
 
     Args:
         trainer: Set up; its validator and loader are used.
@@ -41,31 +44,42 @@ def validate(trainer: BaseTrainer, model: nn.Module | Path) -> dict[str, float]:
     return figures_of(validator.metrics.results_dict)
 
 
+def training_images(trainer: BaseTrainer, batches: int) -> Iterator[torch.Tensor]:
+    """Images of so many batches of the run, as the model takes them; of several processes' run, by one of them."""
+    for batch in islice(trainer.train_loader, batches * max(trainer.world_size, 1)):
+        yield trainer.preprocess_batch(batch)["img"]
+
+
 class EpochValidation:
-    """Has the host's validation after each epoch run the averaged model's deployed form."""
+    """Has Ultralytics' validation after each epoch run the averaged model's deployed form."""
 
     def __init__(self):
         self._averaged: nn.Module | None = None
         self._layers: nn.Module | None = None  # of the averaged model, while their deployed copies are in their place
 
-    def follow(self, trainer: BaseTrainer) -> None:
-        """Take note of the model that the host is about to validate."""
-        self._averaged = student(trainer.ema.ema)
+    def expect(self, averaged: nn.Module) -> None:
+        """Take note of the model that is about to be validated."""
+        self._averaged = averaged
 
     def begin(self, validator: BaseValidator) -> None:
-        """Put deployed copies of the layers in their place, and keep from FP16 what follows, the final figures too."""
+        """Put deployed copies of the layers in their place, and have this and the final validation run in FP32."""
         if not validator.training:
             return
         validator.args.quantize = None  # mixed precision; `yolo val` of the file takes FP32
         model = self._averaged
         if not all(p.isfinite().all() for p in scale_parameters(model)):
-            return  # no grid to deploy; the host sees the NaN and recovers
+            return  # no grid to deploy; Ultralytics sees the NaN and recovers
         if getattr(model, "criterion", None) is None:
-            model.criterion = model.init_criterion()  # now: it may keep parts of the layers
+            model.criterion = model.init_criterion()  # now: it may hold parts of the layers
         self._layers, model.model = model.model, deepcopy(model.model)
         deploy_model(model)
 
     def end_batch(self, validator: BaseValidator) -> None:
         """After the last batch, put the layers back: on every process, and before anything is saved."""
-        if self._layers is not None and validator.batch_i + 1 == len(validator.dataloader):
+        if validator.training and validator.batch_i + 1 == len(validator.dataloader):
+            self.put_back()
+
+    def put_back(self) -> None:
+        """Put the layers back, if they are not in their place; also after a validation that ended in an error."""
+        if self._layers is not None:
             self._averaged.model, self._layers = self._layers, None

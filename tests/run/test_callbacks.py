@@ -1,0 +1,140 @@
+# yolo_qc_plugin, AGPL-3.0
+"""How callbacks come and go: one run each, refused early wherever they are added, gone when the run has ended."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY
+from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import load_checkpoint
+
+from yolo_qc_plugin import QCConfig, add_qc_callbacks
+from yolo_qc_plugin.config import QCError
+
+QUICK = {"correction": "off", "output_bits": None, "telemetry": False}
+
+
+def quantized_layers(model) -> int:
+    return sum(type(m).__name__ == "QuantConv2d" for m in model.modules())
+
+
+def test_the_callbacks_go_when_their_run_has_ended(train, digits, tmp_path):
+    """A second training of the same object is a float one, from the latent weights."""
+    yolo = train(QUICK)
+    assert quantized_layers(yolo.model) == 75
+    latent = yolo.model.state_dict()["model.3.conv.weight"].clone()
+    seen = {}
+    yolo.add_callback("on_train_start", lambda t: seen.update(weight=t.model.model[3].conv.weight.detach().clone()))
+    yolo.train(**TINY, data=str(digits), project=str(tmp_path), name="later")
+    assert quantized_layers(yolo.model) == 0 and torch.equal(seen["weight"], latent)
+    assert not (tmp_path / "later" / "qc").exists()
+
+
+def test_the_callbacks_go_when_their_run_was_interrupted(train, digits, tmp_path):
+    def stop(trainer):
+        raise KeyboardInterrupt
+
+    yolo = YOLO("yolov5n.yaml")
+    add_qc_callbacks(yolo, **QUICK)
+    yolo.add_callback("on_train_batch_end", stop)
+    arguments = {**TINY, "data": str(digits), "project": str(tmp_path)}
+    with pytest.raises(KeyboardInterrupt):
+        yolo.train(**arguments, name="interrupted")
+    yolo.callbacks["on_train_batch_end"].remove(stop)
+    yolo.train(**arguments, name="later")
+    assert quantized_layers(yolo.model) == 0
+
+
+def test_what_a_run_was_refused_for_can_be_mended(digits, tmp_path):
+    """A refusal before training is not the end of a run: the callbacks wait for the next one."""
+    yolo = YOLO("yolov5n.yaml")
+    add_qc_callbacks(yolo, **QUICK)
+    arguments = {**TINY, "data": str(digits), "project": str(tmp_path)}
+    with pytest.raises(QCError, match="compile=True"):
+        yolo.train(**arguments, compile=True)
+    yolo.train(**arguments)
+    assert quantized_layers(yolo.model) == 75
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"quantize": 8}, "quantize=8"), ({"compile": True}, "compile=True"), ({"model": "best.pt"}, "already quantized"),
+])  # fmt: skip
+def test_callbacks_added_to_a_trainer_are_refused_as_early(train, digits, tmp_path, arguments, message):
+    if "model" in arguments:
+        arguments = {"model": str(train(QUICK).trainer.best)}
+    overrides = {"model": "yolov5n.yaml", **TINY, "data": str(digits), "project": str(tmp_path), **arguments}
+    trainer = DetectionTrainer(overrides=overrides)
+    with pytest.raises(QCError, match=message):
+        add_qc_callbacks(trainer, **QUICK)
+
+
+def test_callbacks_added_to_a_trainer_train(digits, tmp_path):
+    overrides = {"model": "yolov5n.yaml", **TINY, "data": str(digits), "project": str(tmp_path), "name": "run"}
+    trainer = DetectionTrainer(overrides=overrides)
+    add_qc_callbacks(trainer, **QUICK)
+    trainer.train()
+    assert quantized_layers(load_checkpoint(tmp_path / "run" / "weights" / "best.pt")[0]) == 75
+
+
+def test_float_outputs_keep_their_scales_in_the_correction(train):
+    """QC against QAT is gamma and beta alone: both are compared on the same scales."""
+    seen = {}
+
+    def correct_again(trainer):
+        from yolo_qc_plugin.run import finish
+
+        seen["qc"] = finish.correct(trainer, QCConfig(output_bits=None), trainer.wdir / "qat.pt").state_dict()
+
+    yolo = train({"preset": "paper"}, {"on_train_end": correct_again})
+    qat = load_checkpoint(yolo.trainer.wdir / "qat.pt")[0].state_dict()
+    corrected = {k for k in seen["qc"] if k.endswith(("gamma", "beta"))}
+    assert corrected and seen["qc"].keys() - corrected == qat.keys()
+    moved = [k for k, v in qat.items() if not torch.equal(v, seen["qc"][k])]
+    assert moved == [] and any((seen["qc"][k] != 1).any() for k in corrected if k.endswith("gamma"))
+
+
+UNSUPPORTED = """
+import json, sys
+from ultralytics import YOLO
+from yolo_qc_plugin.config import QCError
+from yolo_qc_plugin.host import compat
+compat.supported_versions = lambda: ">=9.0,<10"
+if sys.argv[3] == "fuse":
+    from ultralytics.nn.tasks import BaseModel
+    BaseModel.fuse = lambda self, other: self
+yolo = YOLO(sys.argv[1])
+yolo.predict(sys.argv[2], imgsz=64, verbose=False, device="cpu")
+deployed = sum(type(m).__name__ == "DeployedConv2d" for m in yolo.predictor.model.backend.model.modules())
+from yolo_qc_plugin import add_qc_callbacks
+try:
+    add_qc_callbacks(YOLO("yolov5n.yaml"))
+    refused = ""
+except QCError as error:
+    refused = str(error)
+print(json.dumps({"deployed": deployed, "refused": refused}))
+"""
+
+
+def test_a_checkpoint_opens_with_an_unsupported_ultralytics(train, digits, tmp_path):
+    """Predicting works and a warning names the versions; training is refused; a model that cannot be fused is too."""
+    best = train(QUICK).trainer.best
+    image = next((digits.parent / "images" / "val").iterdir())
+
+    def run(case):
+        command = [sys.executable, "-c", UNSUPPORTED, str(best), str(image), case]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+
+    done = run("version")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["deployed"] == 75
+    assert "is not supported; yolo-qc-plugin supports ultralytics>=9.0,<10" in found["refused"]
+    assert "supports ultralytics>=9.0,<10. The checkpoint opens" in done.stdout + done.stderr
+    broken = run("fuse")
+    assert broken.returncode != 0 and "BaseModel.fuse takes ['self', 'other']" in broken.stderr

@@ -1,0 +1,91 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The start of a run: what is refused before any training time is spent, and how scales begin."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+from torch import nn
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils import RANK
+from ultralytics.utils.torch_utils import unwrap_model
+
+from ..config import QCConfig, QCError
+from ..files import AtomicPath
+from ..host import architecture, compat, log
+from ..host.distributed import broadcast_quantizers
+from ..host.record import record_of
+from ..quant.calibrate import calibrate
+from ..quant.equalization import equalize
+from ..quant.inject import remove
+from ..quant.layers import is_quantized
+from .telemetry import FILE
+from .validation import training_images, validate
+
+
+def check_arguments(trainer: BaseTrainer) -> None:
+    """Refuse a trainer whose arguments cannot work with quantizers.
+
+    Raises:
+        QCError: Naming the argument and what is accepted.
+    """
+    compat.check_trainer(trainer, compat.AT_START)
+    args = trainer.args
+    architecture.check_task(args.task)
+    if args.quantize is not None:
+        raise QCError(
+            f"QC: quantize={args.quantize!r} is Ultralytics' own quantization and cannot be combined with "
+            "callbacks=qc; leave it out (widths are qc_bits, qc_weight_bits and qc_act_bits)."
+        )
+    if args.compile:
+        raise QCError(
+            f"QC: compile={args.compile!r} does not work with quantizers: torch.compile cannot trace what layers "
+            "keep for backward and for others that read their input. Quantizers are compiled by themselves; "
+            "accepted: compile=False."
+        )
+    if not args.resume and str(args.model).endswith(".pt") and is_quantized(load_checkpoint(args.model)[0]):
+        raise QCError(
+            f"QC: model={args.model} is already quantized. Start callbacks=qc from a float checkpoint, or train "
+            "it without callbacks=qc."
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that the plugin cannot quantize, or whose weights no training can mend.
+
+    Raises:
+        QCError: Naming what is wrong and what is accepted.
+    """
+    architecture.check_model(model)
+    architecture.check_weights(model)
+    if is_quantized(model):
+        raise QCError("QC: the model is already quantized; start from a float checkpoint.")
+
+
+def write_atomically(trainer: BaseTrainer) -> None:
+    """Have the trainer write each of its checkpoints as a whole."""
+    trainer.wdir = AtomicPath(trainer.wdir)
+    trainer.last, trainer.best = trainer.wdir / trainer.last.name, trainer.wdir / trainer.best.name
+
+
+def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> None:
+    """Measure the float model that training starts from, start all scales from data, and clear what a run left here."""
+    model = unwrap_model(trainer.model)
+    log.info("measuring the float model that training starts from")
+    float_model = architecture.student(deepcopy(model))
+    remove(float_model)
+    record = record_of(model)
+    record.float_metrics = validate(trainer, float_model)
+    if RANK in {-1, 0}:
+        trainer._model_train()  # batch norms of frozen layers keep their statistics, as they will in training
+        equalize(model, training_images(trainer, config.calibration_batches), model)
+        calibrate(model, training_images(trainer, config.calibration_batches), model, config.scale_init)
+        trainer.train_loader.reset()  # the first epoch sees every image once, calibration or not
+    broadcast_quantizers(model)
+    folder = trainer.save_dir / "qc"
+    for stale in (trainer.wdir / "qat.pt", folder / "report.json", folder / FILE):  # of an earlier run here
+        stale.unlink(missing_ok=True)
+    averaged = architecture.student(trainer.ema.ema)
+    averaged.load_state_dict(architecture.student(model).state_dict())
+    averaged.qc = record
