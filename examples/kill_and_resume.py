@@ -35,14 +35,14 @@ from yolo_qc_plugin import __version__, add_qc_callbacks
 from yolo_qc_plugin.data.digits import compose
 from yolo_qc_plugin.files import AtomicPath
 from yolo_qc_plugin.quant.layers import quant_convs
-from yolo_qc_plugin.run import finish, state
+from yolo_qc_plugin.run import finish, qc, state
 from yolo_qc_plugin.run.state import RunState
 
 # a phase -> the function in whose course the run is killed
 PHASES = {
     "optimizer step": (BaseTrainer, "optimizer_step"),
     "last.pt and best.pt": (AtomicPath, "write_bytes"),
-    "training of QC": (finish, "train_correction"),
+    "training of QC": (qc, "train_correction"),
     "resume.pt": (RunState, "_save"),
     "validation": (BaseTrainer, "validate"),
     "stripping": (state, "strip"),

@@ -87,9 +87,9 @@ def test_float_outputs_keep_their_scales_in_the_correction(train):
     seen = {}
 
     def correct_again(trainer):
-        from yolo_qc_plugin.run import finish
+        from yolo_qc_plugin.run import qc
 
-        seen["qc"] = finish.correct(trainer, QCConfig(output_bits=None), trainer.wdir / "qat.pt").state_dict()
+        seen["qc"] = qc.train_qc(trainer, QCConfig(output_bits=None), trainer.wdir / "qat.pt").state_dict()
 
     yolo = train({"preset": "paper"}, {"on_train_end": correct_again})
     qat = load_checkpoint(yolo.trainer.wdir / "qat.pt")[0].state_dict()

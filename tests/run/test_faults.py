@@ -19,7 +19,7 @@ from yolo_qc_plugin import add_qc_callbacks
 from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.files import replacing
 from yolo_qc_plugin.quant.layers import is_quantized, scale_parameters
-from yolo_qc_plugin.run.finish import saying_what_is_kept
+from yolo_qc_plugin.run.finish import saying_what_is_safe
 
 
 def kept(weights: Path) -> set[str]:
@@ -70,7 +70,7 @@ def test_interrupt_in_the_correction(train, tmp_path, caplog):
 def test_only_whole_files_are_said_to_be_kept(tmp_path, caplog):
     torch.save({}, tmp_path / "last.pt")
     (tmp_path / "best.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:100])
-    with pytest.raises(RuntimeError), saying_what_is_kept(tmp_path):
+    with pytest.raises(RuntimeError), saying_what_is_safe(tmp_path):
         raise RuntimeError("reason")
     assert f"reason. Its checkpoints are kept in {tmp_path}: last.pt." in caplog.text
 

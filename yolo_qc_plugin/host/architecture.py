@@ -73,7 +73,7 @@ def blank_image(model: nn.Module) -> torch.Tensor:
 
 
 def loss_is_summed(task: str) -> bool:
-    """Whether the host's training loss of a task is summed over a batch's images; a classifier's is their mean."""
+    """Whether Ultralytics' training loss of a task is summed over a batch's images; a classifier's is their mean."""
     return task != "classify"
 
 

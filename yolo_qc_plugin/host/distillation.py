@@ -1,14 +1,14 @@
 # yolo_qc_plugin, AGPL-3.0
 """Distillation of outputs: a loss that draws a detector's raw outputs to those of a float teacher.
 
-The teacher is the host's (distill_model), which itself compares the features before the head. Here the teacher's
+The teacher is Ultralytics' (distill_model), which itself compares the features before the head. Here the teacher's
 outputs stand in for labels. For each place of the feature maps, q and p are class probabilities of teacher and student,
 Q and P their distributions of the distance to each side of the box, and c = max q:
 
     loss = (cls * sum (BCE(p, q) - H(q))  +  dfl * sum c * mean over sides KL(Q || P)) / sum c
 
 Soft labels as in Hinton et al. 2015, distributions of sides as in localization distillation (Zheng et al., CVPR 2022);
-`cls` and `dfl` are the host's gains of its own losses of the same outputs. The loss is 0 where both agree.
+`cls` and `dfl` are Ultralytics' gains of its own losses of the same outputs. The loss is 0 where both agree.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def sides_loss(student: Tensor, teacher: Tensor, reg_max: int) -> Tensor:
 
 
 def distances_loss(student: Tensor, teacher: Tensor, sizes: Tensor) -> Tensor:
-    """Mean absolute difference of distances to the four sides, in sizes of the image as in the host: (batch, places).
+    """Mean absolute difference of distances to the four sides, in sizes of the image as in Ultralytics: (batch, places).
 
     For heads without distributions (reg_max 1, YOLO26).
 
@@ -68,7 +68,7 @@ def outputs_loss(student: dict, teacher: dict, reg_max: int, cls: float, dfl: fl
     """The loss above; a 0-dim tensor.
 
     Args:
-        student: Raw outputs of the host's head: `scores` (batch, classes, places), `boxes` (batch, 4 * reg_max,
+        student: Raw outputs of Ultralytics' head: `scores` (batch, classes, places), `boxes` (batch, 4 * reg_max,
             places), `feats`, a list of (batch, channels, height, width).
         teacher: The same, of the same places.
         reg_max: Bins of a distribution of sides; 1 where distances are given themselves.
@@ -88,9 +88,9 @@ def outputs_loss(student: dict, teacher: dict, reg_max: int, cls: float, dfl: fl
 
 
 class Distillation:
-    """Adds the loss to what the host's model with a teacher returns in training, and to the `dis_loss` it shows.
+    """Adds the loss to what Ultralytics' model with a teacher returns in training, and to the `dis_loss` it shows.
 
-    It counts once per image, as the host's loss does (`dampening`). With a one-to-many and a one-to-one head it is the
+    It counts once per image, as Ultralytics' loss does (`dampening`). With a one-to-many and a one-to-one head it is the
     mean of both.
 
     Args:
@@ -139,7 +139,7 @@ class Distillation:
 
 
 def branches(output: dict | tuple) -> dict[str, dict]:
-    """Branch -> raw outputs, of what the host's head returns in training or (decoded, raw) in inference."""
+    """Branch -> raw outputs, of what Ultralytics' head returns in training or (decoded, raw) in inference."""
     raw = output[1] if isinstance(output, tuple) else output
     return raw if "one2one" in raw else {"one2many": raw}
 
@@ -170,5 +170,5 @@ def check_teacher(file: str, student: nn.Module, outputs: bool) -> None:
         if ours != theirs:
             raise QCError(
                 f"QC: the teacher in distill_model has {theirs} {meaning}, the model {ours}; give a teacher with the "
-                "same outputs, or distill_outputs=0 for the host's comparison of features alone."
+                "same outputs, or distill_outputs=0 for Ultralytics' comparison of features alone."
             )

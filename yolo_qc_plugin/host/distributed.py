@@ -1,9 +1,9 @@
 # yolo_qc_plugin, AGPL-3.0
 """Several processes, one a device: what they take from rank 0, and what rank 0 does alone.
 
-The host's launcher starts them, and DistributedDataParallel gives every rank the float weights of rank 0 and, at every
+Ultralytics' launcher starts them, and DistributedDataParallel gives every rank the float weights of rank 0 and, at every
 step, the sum of all gradients, those of scales and offsets included. So ranks that begin with equal scales keep equal
-scales. Every rank injects, measures the float model with the others and keeps its own EMA, as the host does.
+scales. Every rank injects, measures the float model with the others and keeps its own EMA, as Ultralytics does.
 
     calibration   rank 0, from its share of the training images; its scales, offsets and ranges are broadcast
     correction    rank 0, after training, over all images, in batches of one device; gradients are summed to the global
@@ -48,7 +48,7 @@ def broadcast_quantizers(model: nn.Module) -> None:
 def alone() -> Iterator[None]:
     """Within the context, collective operations wait for no other rank, and the world has one process.
 
-    For rank 0 once the others have left: the host's validator gathers from all ranks.
+    For rank 0 once the others have left: Ultralytics' validator gathers from all ranks.
     """
     everyone = dist.group.WORLD if dist.is_initialized() else None
     if everyone is None:

@@ -75,7 +75,7 @@ torch.serialization.add_safe_globals(
 
 
 def record_of(model: nn.Module | None) -> QuantRecord | None:
-    """The record of a model of ours, or of one beside its teacher (the host's distill_model); else None."""
+    """The record of a model of ours, or of one beside its teacher (Ultralytics' distill_model); else None."""
     return getattr(getattr(model, "student_model", model), "qc", None)
 
 

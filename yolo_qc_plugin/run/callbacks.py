@@ -13,7 +13,8 @@ from ..host.distributed import alone
 from ..host.record import QuantRecord
 from ..quant.inject import inject, share_quantizers
 from . import start
-from .finish import finish, saying_what_is_kept, take_all_images
+from .finish import finish, saying_what_is_safe
+from .qc import take_all_images
 from .state import RunState
 from .steps import Steps
 from .validation import EpochValidation
@@ -127,7 +128,7 @@ class QCCallbacks:
         """Correct, choose the better, report; of several processes, rank 0 alone is here."""
         if self.state.steps.telemetry:
             self.state.steps.telemetry.write()
-        with alone(), saying_what_is_kept(trainer.wdir):
+        with alone(), saying_what_is_safe(trainer.wdir):
             take_all_images(trainer)
             finish(trainer, self.state.config)
 

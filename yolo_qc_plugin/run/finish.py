@@ -1,9 +1,8 @@
 # yolo_qc_plugin, AGPL-3.0
-"""What follows the stock loop: correct the best checkpoint, measure both, keep the better, write the record."""
+"""What follows the stock loop: correct the best checkpoint, measure both, choose the better, write the record."""
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,50 +10,29 @@ from copy import deepcopy
 from pathlib import Path
 from zipfile import is_zipfile
 
-import torch
 from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import load_checkpoint, torch_safe_load
-from ultralytics.utils import LOGGER, TQDM
-from ultralytics.utils.torch_utils import autocast
+from ultralytics.utils import LOGGER
 
 from ..config import QCConfig
 from ..deploy.snap import snap
 from ..files import replacing
 from ..host import architecture, log
-from ..host.distributed import whole
 from ..host.record import write_checkpoint
-from ..qat.correction import (
-    corrected_in_norms,
-    freeze_statistics,
-    insert_correction,
-    train_correction,
-    weights_quantized_once,
-)
 from ..qat.reestimation import BATCHES, reestimate
 from ..quant.calibrate import calibrate_outputs
 from ..quant.inject import quantize_outputs
+from .qc import train_qc
 from .report import build_report, console_table, figures_of, write_report
 from .state import FILE, conclude
 from .validation import training_images, validate
 
 
-def take_all_images(trainer: BaseTrainer) -> None:
-    """Give rank 0 of several processes loaders of all images in place of those of its share."""
-    if trainer.world_size > 1:
-        for loader in (trainer.train_loader, trainer.test_loader):
-            loader.close()
-        trainer.train_loader, trainer.test_loader = (
-            whole(trainer.train_loader, shuffle=True),
-            whole(trainer.test_loader, shuffle=False),
-        )
-        trainer.validator.dataloader = trainer.test_loader
-
-
 def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
     """Quantize the outputs, correct, compare and report; runs at on_train_end.
 
-    The host's final evaluation has just measured best.pt. With its outputs quantized (and its batch norm statistics
+    Ultralytics' final evaluation has just measured best.pt. With its outputs quantized (and its batch norm statistics
     measured again before that, where they are to be) it becomes qat.pt; the corrected model replaces best.pt where its
     fitness is higher than that of qat.pt, else qat.pt does, and `trainer.validator.metrics` (what `model.train()`
     returns) are those of what best.pt holds.
@@ -83,12 +61,12 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
             log.info(f"measuring the model with {config.output_bits}-bit outputs")
             metrics["qat"] = validate(trainer, deepcopy(model))
         write_like(best, model, trainer.validator.metrics.results_dict, qat)
-    report = correct_and_keep(trainer, config, metrics, qat, best)
+    report = correct_and_choose(trainer, config, metrics, qat, best)
     conclude(trainer.last)
     return report
 
 
-def correct_and_keep(trainer: BaseTrainer, config: QCConfig, metrics: dict, qat: Path, best: Path) -> dict:
+def correct_and_choose(trainer: BaseTrainer, config: QCConfig, metrics: dict, qat: Path, best: Path) -> dict:
     """Correct the checkpoint `qat`, whose figures have just been measured, write the better to `best`, and report.
 
     Args:
@@ -104,7 +82,7 @@ def correct_and_keep(trainer: BaseTrainer, config: QCConfig, metrics: dict, qat:
     before = deepcopy(trainer.validator.metrics)
     metrics["qc"], kept = None, "qat"
     if config.correction != "off":
-        corrected = correct(trainer, config, qat)
+        corrected = train_qc(trainer, config, qat)
         log.info("measuring the corrected model")
         metrics["qc"] = validate(trainer, deepcopy(corrected))
         if metrics["qc"]["fitness"] > metrics["qat"]["fitness"]:
@@ -114,7 +92,9 @@ def correct_and_keep(trainer: BaseTrainer, config: QCConfig, metrics: dict, qat:
     trainer.metrics = {**trainer.metrics, **trainer.validator.metrics.results_dict}
     trainer.metrics.pop("fitness", None)
 
-    with replacing(best) as temporary:  # after all else: as long as best.pt is the host's, all this can be done again
+    with replacing(
+        best
+    ) as temporary:  # after all else: as long as best.pt is Ultralytics' own, all this can be done again
         if kept == "qc":
             write_like(qat, corrected, trainer.validator.metrics.results_dict, temporary)
             model = corrected.float().to(trainer.device)  # as one loads it
@@ -130,8 +110,8 @@ def correct_and_keep(trainer: BaseTrainer, config: QCConfig, metrics: dict, qat:
 
 
 @contextmanager
-def saying_what_is_kept(folder: Path) -> Iterator[None]:
-    """Where what follows training fails or is interrupted, name the checkpoints that are whole; the error goes on."""
+def saying_what_is_safe(folder: Path) -> Iterator[None]:
+    """Where what follows training fails or is interrupted, say which checkpoints are whole; the error goes on."""
     try:
         yield
     except BaseException as error:
@@ -153,7 +133,7 @@ def write_like(source: Path, model: nn.Module, results: dict, target: Path) -> N
 
 
 def reestimate_norms(trainer: BaseTrainer, model: nn.Module) -> None:
-    """Measure a finished model's batch norm statistics again, in place; those of layers that the host froze stay."""
+    """Measure a finished model's batch norm statistics again, in place; those of frozen layers stay."""
     reestimate(model, training_images(trainer, BATCHES), model, trainer.freeze_layer_names)
 
 
@@ -162,65 +142,3 @@ def set_outputs(trainer: BaseTrainer, model: nn.Module, config: QCConfig) -> Non
     quantize_outputs(architecture.output_blocks(model), config.output_bits)
     calibrate_outputs(model, training_images(trainer, config.calibration_batches), model)
     snap(model)
-
-
-def correct(trainer: BaseTrainer, config: QCConfig, source: Path) -> nn.Module:
-    """Train QC on the checkpoint `source` over the trainer's own loader, with its own loss and precision.
-
-    Returns:
-        The corrected model, in eval mode.
-
-    Raises:
-        FloatingPointError: If the loss is not finite.
-    """
-    model, _ = load_checkpoint(source, device=trainer.device)
-    record_args, model.args = model.args, trainer.args  # the criterion reads hyperparameters as attributes
-    parameters = insert_correction(
-        model, config.correction == "channel", config.correction_scale, config.correction_shift
-    )
-    freeze_statistics(model)
-    model.criterion = model.init_criterion()
-    if hasattr(model.criterion, "update"):  # the end-to-end loss shifts its weights by the epoch: use the last one's
-        model.criterion.updates = trainer.epoch - 1
-        model.criterion.update()
-
-    dtype = torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp
-    scaler = torch.amp.GradScaler(trainer.device.type, enabled=trainer.amp and trainer.args.amp != "bf16")
-    shown = {}
-
-    def loss(batch: dict) -> torch.Tensor:
-        with autocast(dtype, device=trainer.device.type):
-            batch = trainer.preprocess_batch(batch)
-            value, items = model(batch)
-        shown.update(items=items, instances=batch["cls"].shape[0], imgsz=batch["img"].shape[-1])
-        return value.sum()
-
-    epochs = (_progress(trainer, epoch, config.correction_epochs, shown) for epoch in range(config.correction_epochs))
-    accumulate = max(trainer.world_size, 1)  # batches of one device make one of the run
-    steps = config.correction_epochs * math.ceil(len(trainer.train_loader) / accumulate)
-    with weights_quantized_once(model), corrected_in_norms(architecture.output_blocks(model)):
-        train_correction(parameters, epochs, loss, config.correction_lr, steps, scaler, accumulate)
-    model.criterion, model.args = None, record_args
-    snap(model)
-    return model.eval().requires_grad_(False)  # as the host strips a checkpoint
-
-
-def _progress(trainer: BaseTrainer, epoch: int, epochs: int, shown: dict):
-    """The training loader with the bar of training: epoch, memory, mean losses, instances, size."""
-    LOGGER.info(trainer.progress_string())
-    trainer.train_loader.reset()
-    bar = TQDM(trainer.train_loader, total=len(trainer.train_loader))
-    mean: dict[str, float] = {}
-    for i, batch in enumerate(bar):
-        yield batch
-        mean = {k: (mean.get(k, 0.0) * i + v.detach()) / (i + 1) for k, v in shown["items"].items()}
-        bar.set_description(
-            ("%11s" * 2 + "%11.4g" * (2 + len(mean)))
-            % (
-                f"QC {epoch + 1}/{epochs}",
-                f"{trainer._get_memory():.3g}G",
-                *mean.values(),
-                shown["instances"],
-                shown["imgsz"],
-            )
-        )

@@ -1,7 +1,7 @@
 # yolo_qc_plugin, AGPL-3.0
 """Where the random course of a training run stands: number generators, order of images, images to make mosaics of.
 
-The loader's part is for a loader without worker processes, as the host has on a CPU. With workers the order of images
+The loader's part is for a loader without worker processes, as Ultralytics has on a CPU. With workers the order of images
 goes on from where it was drawn ahead to, and the workers' own generators and images start anew.
 """
 
@@ -35,7 +35,7 @@ def set_random_state(trainer: BaseTrainer, state: dict) -> None:
     for i in state["mosaic"]:
         loader.dataset.load_image(i)
     if state["under way"] and loader.num_workers == 0:
-        # the host's iterator never ends: it stands behind the last batch of a pass, of which no image is needed
+        # Ultralytics' iterator never ends: it stands behind the last batch of a pass, of which no image is needed
         loader.iterator = loader._get_iterator()
         for _ in range(len(loader)):
             next(loader.iterator._sampler_iter)

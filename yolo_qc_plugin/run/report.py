@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 from collections.abc import Iterable
 from copy import deepcopy
 from itertools import islice
@@ -23,7 +24,7 @@ from ..host.record import record_of
 from ..quant.activations import quant_activations
 from ..quant.layers import QuantConv2d, quant_convs
 
-FIGURES = {  # the host's key -> ours, and the heading in the console; those that a task has are reported
+FIGURES = {  # Ultralytics' key -> ours, and the heading in the console; those that a task has are reported
     "metrics/mAP50-95(B)": ("map50_95", "mAP50-95"),
     "metrics/mAP50(B)": ("map50", "mAP50"),
     "metrics/mAP50-95(M)": ("mask_map50_95", "mask 50-95"),
@@ -58,6 +59,7 @@ def build_report(
         "config": config.to_dict(),
         "versions": {
             "yolo_qc_plugin": __version__,
+            "commit": checkout_commit(),
             "ultralytics": ultralytics.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -71,6 +73,21 @@ def build_report(
             for name, act in quant_activations(model)
         ],
     }
+
+
+def checkout_commit() -> str | None:
+    """The commit of the checkout that the package is imported from, with a + where files differ from it.
+
+    None for an installed copy, and where there is no git.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=12"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def describe(name: str, conv: QuantConv2d) -> dict:
@@ -93,7 +110,7 @@ def describe(name: str, conv: QuantConv2d) -> dict:
 
 
 def figures_of(results: dict[str, float]) -> dict[str, float]:
-    """A task's main figures out of the host's results, by our names, and fitness, which decides what is kept."""
+    """A task's main figures out of Ultralytics' results, by our names, and fitness, which decides what is kept."""
     figures = {name: float(results[key]) for key, (name, _) in FIGURES.items() if key in results}
     return {**figures, "fitness": float(results["fitness"])}
 

@@ -17,7 +17,7 @@ from ..deploy.snap import snap
 from ..host import compat, log
 from ..host.record import record_of
 from ..quant.layers import quant_convs
-from .finish import correct_and_keep, write_like
+from .finish import correct_and_choose, write_like
 from .validation import validate
 
 OPTIONS = tuple(f.name for f in fields(QCConfig) if f.name.startswith("correction"))
@@ -87,4 +87,4 @@ def _correct(trainer: BaseTrainer, config: QCConfig, source: Path) -> dict:
     metrics = {"qat": validate(trainer, deepcopy(model))}
     qat = trainer.wdir / "qat.pt"
     write_like(source, model, trainer.validator.metrics.results_dict, qat)
-    return correct_and_keep(trainer, config, metrics, qat, trainer.best)
+    return correct_and_choose(trainer, config, metrics, qat, trainer.best)

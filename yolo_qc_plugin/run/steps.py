@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""What the plugin does around each optimizer step of the host's loop, and the state that it takes from step to step."""
+"""What the plugin does around each optimizer step of Ultralytics' loop, and the state that it takes from step to step."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ class Steps:
         self._follow(trainer)
 
     def _follow(self, trainer: BaseTrainer) -> None:
-        """Take over what the host replaced in recovering: the EMA (NaN loss), the optimizer (lack of memory)."""
+        """Take over what Ultralytics replaced in recovering: the EMA (NaN loss), the optimizer (lack of memory)."""
         if not isinstance(trainer.ema, ConstantEMA):
             trainer.ema = ConstantEMA(trainer.ema.ema, self.config.ema_decay, trainer.ema.updates)
         if self._steps is None or self._steps.optimizer is not trainer.optimizer:
             self._steps, self._averaged = ScaleSteps(trainer.optimizer, architecture.student(trainer.model)), 0
 
     def begin_epoch(self, trainer: BaseTrainer) -> None:
-        """Start from what the host has now, which may be older weights."""
+        """Start from what Ultralytics has now, which may be older weights."""
         self._follow(trainer)
         self._batches = 0
         self._weights.forget()
@@ -99,7 +99,7 @@ class Steps:
         self._follow_step(trainer)
 
     def end_epoch(self, trainer: BaseTrainer) -> None:
-        """Follow the step of a last batch whose end the host did not tell; pass on what was recorded."""
+        """Follow the step of a last batch whose end Ultralytics did not tell; pass on what was recorded."""
         self._follow_step(trainer)
         trainer.ema.mend(unwrap_model(trainer.model))
         if self.telemetry:

@@ -69,7 +69,7 @@ class Telemetry:
         self._warned = False
 
     def follow(self, model: nn.Module, averaged: nn.Module) -> None:
-        """Take the scales from these two models from now on; to be called where the host may have replaced one.
+        """Take the scales from these two models from now on; to be called where Ultralytics may have replaced one.
 
         Args:
             model: The model in training.
@@ -171,7 +171,7 @@ class Telemetry:
             log.warning(f"telemetry goes on without what the run had written: {error}")
 
     def to_tensorboard(self, epoch: int) -> None:
-        """Hand shares and traces to the host's TensorBoard writer, where that is on.
+        """Hand shares and traces to Ultralytics' TensorBoard writer, where that is on.
 
         Args:
             epoch: Number of the epoch, from 1: the abscissa of the shares. That of the traces is the step.

@@ -1,0 +1,101 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Train QC in a run: over the trainer's own loader, with its loss, its precision and its progress bar."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils import LOGGER, TQDM
+from ultralytics.utils.torch_utils import autocast
+
+from ..config import QCConfig
+from ..deploy.snap import snap
+from ..host import architecture
+from ..host.distributed import whole
+from ..qat.correction import (
+    corrected_in_norms,
+    freeze_statistics,
+    insert_correction,
+    train_correction,
+    weights_quantized_once,
+)
+
+
+def take_all_images(trainer: BaseTrainer) -> None:
+    """Give rank 0 of several processes loaders of all images in place of those of its share."""
+    if trainer.world_size > 1:
+        for loader in (trainer.train_loader, trainer.test_loader):
+            loader.close()
+        trainer.train_loader, trainer.test_loader = (
+            whole(trainer.train_loader, shuffle=True),
+            whole(trainer.test_loader, shuffle=False),
+        )
+        trainer.validator.dataloader = trainer.test_loader
+
+
+def train_qc(trainer: BaseTrainer, config: QCConfig, source: Path) -> nn.Module:
+    """Train QC on the checkpoint `source` over the trainer's own loader, with its own loss and precision.
+
+    Returns:
+        The corrected model, in eval mode.
+
+    Raises:
+        FloatingPointError: If the loss is not finite.
+    """
+    model, _ = load_checkpoint(source, device=trainer.device)
+    record_args, model.args = model.args, trainer.args  # the criterion reads hyperparameters as attributes
+    parameters = insert_correction(
+        model, config.correction == "channel", config.correction_scale, config.correction_shift
+    )
+    freeze_statistics(model)
+    model.criterion = model.init_criterion()
+    if hasattr(model.criterion, "update"):  # the end-to-end loss shifts its weights by the epoch: use the last one's
+        model.criterion.updates = trainer.epoch - 1
+        model.criterion.update()
+
+    dtype = torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp
+    scaler = torch.amp.GradScaler(trainer.device.type, enabled=trainer.amp and trainer.args.amp != "bf16")
+    shown = {}
+
+    def loss(batch: dict) -> torch.Tensor:
+        with autocast(dtype, device=trainer.device.type):
+            batch = trainer.preprocess_batch(batch)
+            value, items = model(batch)
+        shown.update(items=items, instances=batch["cls"].shape[0], imgsz=batch["img"].shape[-1])
+        return value.sum()
+
+    epochs = (_progress(trainer, epoch, config.correction_epochs, shown) for epoch in range(config.correction_epochs))
+    accumulate = max(trainer.world_size, 1)  # batches of one device make one of the run
+    steps = config.correction_epochs * math.ceil(len(trainer.train_loader) / accumulate)
+    with weights_quantized_once(model), corrected_in_norms(architecture.output_blocks(model)):
+        train_correction(parameters, epochs, loss, config.correction_lr, steps, scaler, accumulate)
+    model.criterion, model.args = None, record_args
+    snap(model)
+    return model.eval().requires_grad_(False)  # as a stripped checkpoint is
+
+
+def _progress(trainer: BaseTrainer, epoch: int, epochs: int, shown: dict) -> Iterator[dict]:
+    """The training loader with the bar of training: epoch, memory, mean losses, instances, size."""
+    LOGGER.info(trainer.progress_string())
+    trainer.train_loader.reset()
+    bar = TQDM(trainer.train_loader, total=len(trainer.train_loader))
+    mean: dict[str, float] = {}
+    for i, batch in enumerate(bar):
+        yield batch
+        mean = {k: (mean.get(k, 0.0) * i + v.detach()) / (i + 1) for k, v in shown["items"].items()}
+        bar.set_description(
+            ("%11s" * 2 + "%11.4g" * (2 + len(mean)))
+            % (
+                f"QC {epoch + 1}/{epochs}",
+                f"{trainer._get_memory():.3g}G",
+                *mean.values(),
+                shown["instances"],
+                shown["imgsz"],
+            )
+        )
