@@ -35,7 +35,7 @@ from yolo_qc_plugin import __version__, add_qc_callbacks
 from yolo_qc_plugin.data.digits import compose
 from yolo_qc_plugin.files import AtomicPath
 from yolo_qc_plugin.quant.layers import quant_convs
-from yolo_qc_plugin.run import finish, qc, state
+from yolo_qc_plugin.run import finish, qc, resume
 from yolo_qc_plugin.run.state import RunState
 
 # a phase -> the function in whose course the run is killed
@@ -45,7 +45,7 @@ PHASES = {
     "training of QC": (qc, "train_correction"),
     "resume.pt": (RunState, "_save"),
     "validation": (BaseTrainer, "validate"),
-    "stripping": (state, "strip"),
+    "stripping": (resume, "strip"),
     "report": (finish, "build_report"),
     "qat.pt": (finish, "write_like"),
     "last writes": (finish, "conclude"),

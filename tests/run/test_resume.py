@@ -23,7 +23,7 @@ from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.files import AtomicPath
 from yolo_qc_plugin.qat.ema import ConstantEMA
 from yolo_qc_plugin.quant.layers import quant_convs
-from yolo_qc_plugin.run import finish, state
+from yolo_qc_plugin.run import finish, resume, state
 
 
 def tensors(value, name=""):
@@ -133,16 +133,16 @@ def test_a_state_that_does_not_belong_to_the_checkpoint_is_left_alone(interrupte
     checkpoint = load_checkpoint(interrupted[0] / "weights" / "last.pt")[1]
     whole = (interrupted[0] / "weights" / "resume.pt").read_bytes()
     file.write_bytes(whole)
-    found, why = state._find_state(last, checkpoint)
+    found, why = resume.find_state(last, checkpoint)
     assert found["epoch"] == 1 and not why
     whole_state = found
-    assert state._find_state(last.with_name("epoch0.pt"), checkpoint)[0] is None  # the user's choice stands
+    assert resume.find_state(last.with_name("epoch0.pt"), checkpoint)[0] is None  # the user's choice stands
     for change, expected in (({"run": "x"}, "another run"), ({"format": 0}, "version"), ({"epoch": -1}, "is older")):
         torch.save({**whole_state, **change}, file)
-        found, why = state._find_state(last, checkpoint)
+        found, why = resume.find_state(last, checkpoint)
         assert found is None and expected in why
     file.write_bytes(whole[:1000])
-    assert "cannot be read" in state._find_state(last, checkpoint)[1]
+    assert "cannot be read" in resume.find_state(last, checkpoint)[1]
 
 
 def test_a_run_of_other_scales_is_refused(go_on):
@@ -227,7 +227,7 @@ def test_a_run_without_a_correction_killed_before_its_last_checkpoint_was_stripp
 ):
     """Its best.pt is as the host wrote it, but its report is there and its state is not."""
 
-    strip = state.strip
+    strip = resume.strip
 
     def kill(file, *args):
         if file.name == "last.pt":
@@ -235,7 +235,7 @@ def test_a_run_without_a_correction_killed_before_its_last_checkpoint_was_stripp
         return strip(file, *args)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(state, "strip", kill)
+        patched.setattr(resume, "strip", kill)
         train({"correction": "off", "output_bits": None})
     weights = tmp_path / "run" / "weights"
     assert {f.name for f in weights.iterdir()} == {"last.pt", "best.pt", "qat.pt"}
@@ -267,11 +267,11 @@ def test_a_run_killed_before_its_best_checkpoint_was_replaced_ends_again(train, 
 def test_rows_of_epochs_that_are_done_again_are_dropped(tmp_path):
     csv = tmp_path / "results.csv"
     csv.write_text("epoch,time,loss\n1,2.5,3\n2,5,2\n3,7.5,1\n4,1")
-    state._drop_rows(csv, 2)
+    resume.drop_rows(csv, 2)
     assert csv.read_text() == "epoch,time,loss\n1,2.5,3\n2,5,2\n"
-    state._drop_rows(csv, 0)
+    resume.drop_rows(csv, 0)
     assert not csv.exists()  # the host writes the head of a file that is not there
-    state._drop_rows(csv, 0)
+    resume.drop_rows(csv, 0)
 
 
 def test_an_atomic_path_writes_all_or_nothing(tmp_path, monkeypatch):

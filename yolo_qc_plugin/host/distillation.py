@@ -52,7 +52,7 @@ def sides_loss(student: Tensor, teacher: Tensor, reg_max: int) -> Tensor:
 
 
 def distances_loss(student: Tensor, teacher: Tensor, sizes: Tensor) -> Tensor:
-    """Mean absolute difference of distances to the four sides, in sizes of the image as in Ultralytics: (batch, places).
+    """Mean absolute difference of distances to the four sides, in sizes of the image: (batch, places).
 
     For heads without distributions (reg_max 1, YOLO26).
 
@@ -90,8 +90,8 @@ def outputs_loss(student: dict, teacher: dict, reg_max: int, cls: float, dfl: fl
 class Distillation:
     """Adds the loss to what Ultralytics' model with a teacher returns in training, and to the `dis_loss` it shows.
 
-    It counts once per image, as Ultralytics' loss does (`dampening`). With a one-to-many and a one-to-one head it is the
-    mean of both.
+    It counts once per image, as Ultralytics' loss does (`dampening`). With a one-to-many and a one-to-one head it is
+    the mean of both.
 
     Args:
         model: Student and teacher.

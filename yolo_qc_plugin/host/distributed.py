@@ -1,9 +1,9 @@
 # yolo_qc_plugin, AGPL-3.0
 """Several processes, one a device: what they take from rank 0, and what rank 0 does alone.
 
-Ultralytics' launcher starts them, and DistributedDataParallel gives every rank the float weights of rank 0 and, at every
-step, the sum of all gradients, those of scales and offsets included. So ranks that begin with equal scales keep equal
-scales. Every rank injects, measures the float model with the others and keeps its own EMA, as Ultralytics does.
+Ultralytics' launcher starts them, and DistributedDataParallel gives every rank the float weights of rank 0 and, at
+every step, the sum of all gradients, those of scales and offsets included. So ranks that begin with equal scales stay
+equal. Every rank injects, measures the float model with the others and keeps its own EMA, as Ultralytics does.
 
     calibration   rank 0, from its share of the training images; its scales, offsets and ranges are broadcast
     correction    rank 0, after training, over all images, in batches of one device; gradients are summed to the global

@@ -25,7 +25,7 @@ from ..quant.calibrate import calibrate_outputs
 from ..quant.inject import quantize_outputs
 from .qc import train_qc
 from .report import build_report, console_table, figures_of, write_report
-from .state import FILE, conclude
+from .resume import FILE, conclude
 from .validation import training_images, validate
 
 

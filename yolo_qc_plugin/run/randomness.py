@@ -1,8 +1,8 @@
 # yolo_qc_plugin, AGPL-3.0
 """Where the random course of a training run stands: number generators, order of images, images to make mosaics of.
 
-The loader's part is for a loader without worker processes, as Ultralytics has on a CPU. With workers the order of images
-goes on from where it was drawn ahead to, and the workers' own generators and images start anew.
+The loader's part is for a loader without worker processes, as on a CPU. With workers the order of images goes on from
+where it was drawn ahead to, and the workers' own generators and images start anew.
 """
 
 from __future__ import annotations

@@ -15,27 +15,22 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from pickle import UnpicklingError  # the error alone
 
-import torch
 from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from ..config import QCConfig, QCError
-from ..files import AtomicPath, replacing
+from ..files import AtomicPath
 from ..host import log
 from ..host.architecture import student
-from ..host.record import QuantRecord, record_of, strip, write_checkpoint
-from ..quant.layers import quant_convs, scale_parameters
+from ..host.record import QuantRecord, record_of, write_checkpoint
+from ..quant.layers import scale_parameters
 from .randomness import random_state, set_random_state
+from .resume import FILE, FORMAT, conclude, drop_rows, find_state, has_ended
 from .steps import Steps
 
-FILE = "resume.pt"
-FORMAT = 3  # raise it when older files cannot be read as they are
-UNREADABLE = OSError, RuntimeError, EOFError, UnpicklingError
 TEACHER = "teacher_model."  # of distill_model: read again from its own file
 # what Ultralytics lets a user change on resume, and what the batches depend on
 ARGUMENTS = "batch", "imgsz", "device", "workers", "cache", "close_mosaic", "freeze", "val", "time"
@@ -79,12 +74,12 @@ class RunState:
             )
         self._take_options(record_of(checkpoint["ema"]).options)
         last = Path(trainer.args.resume)
-        if _has_ended(last, record_of(checkpoint["ema"]).run):
+        if has_ended(last, record_of(checkpoint["ema"]).run):
             if RANK in {-1, 0}:
                 conclude(AtomicPath(last))
             checkpoint["epoch"] = -1
             return
-        self.resumed, why = _find_state(last, checkpoint)
+        self.resumed, why = find_state(last, checkpoint)
         if self.resumed is None:
             log.warning(
                 f"{why}: going on from the average in {last.name}, as Ultralytics does, not exactly as the "
@@ -141,7 +136,7 @@ class RunState:
             trainer.args.close_mosaic = 0
         self.steps.load_state_dict(state["steps"])
         if RANK in {-1, 0}:
-            _drop_rows(trainer.csv, trainer.start_epoch)
+            drop_rows(trainer.csv, trainer.start_epoch)
             for folder in (trainer.save_dir, trainer.wdir, trainer.save_dir / "qc"):
                 for file in folder.glob(".*.tmp"):  # what was being written
                     file.unlink()
@@ -236,59 +231,5 @@ class RunState:
         return self._transforms[1] is not transforms
 
 
-def conclude(last: AtomicPath) -> None:
-    """The last acts of a run, when all else is on disk: delete resume.pt and strip last.pt."""
-    last.with_name(FILE).unlink(missing_ok=True)
-    strip(last)
-
-
-def _find_state(last: Path, checkpoint: dict) -> tuple[dict | None, str]:
-    """The state beside last.pt, or None and why."""
-    file = last.with_name(FILE)
-    if last.name != "last.pt" or not file.exists():
-        return None, f"there is no {FILE} for {last}"
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        return None, f"{file} cannot be read ({error})"
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        return None, f"{file} is of another version of yolo-qc-plugin"
-    if state["run"] != record_of(checkpoint["ema"]).run:
-        return None, f"{file} is of another run"
-    if state["epoch"] < checkpoint["epoch"]:
-        return None, f"{file} is older than {last.name}"
-    return state, ""
-
-
-def _has_ended(last: Path, run: str) -> bool:
-    """Whether best.pt is what `finish` made of it, the last thing it does: then the run was killed in `conclude`.
-
-    Where it makes nothing of it (float outputs, no correction or none that was kept), a report and no resume.pt say so.
-    """
-    best, report = last.with_name("best.pt"), last.parent.with_name("qc") / "report.json"
-    if last.name != "last.pt" or not best.exists():
-        return False
-    try:
-        model = load_checkpoint(best)[0]
-    except UNREADABLE:
-        return False
-    record = record_of(model)
-    if record is None or record.run != run:
-        return False
-    finished = any(conv.correction for _, conv in quant_convs(model))
-    return finished or (report.exists() and not last.with_name(FILE).exists())
-
-
 def _arguments(trainer: BaseTrainer) -> dict:
     return {n: getattr(trainer.args, n) for n in ARGUMENTS} | {"images": len(trainer.train_loader.dataset)}
-
-
-def _drop_rows(csv: Path, epochs: int) -> None:
-    """Keep the rows of the first `epochs` epochs of results.csv; the others are about to be written again."""
-    lines = csv.read_text(encoding="utf-8").splitlines(keepends=True) if csv.exists() else []
-    rows = [line for line in lines[1:] if line.partition(",")[0].isdigit() and int(line.partition(",")[0]) <= epochs]
-    if rows:
-        with replacing(csv) as temporary:
-            temporary.write_text("".join([lines[0], *rows]), encoding="utf-8")
-    else:
-        csv.unlink(missing_ok=True)

@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""What the plugin does around each optimizer step of Ultralytics' loop, and the state that it takes from step to step."""
+"""What the plugin does around each optimizer step of the stock loop, and the state that goes from step to step."""
 
 from __future__ import annotations
 
