@@ -24,7 +24,8 @@ PACKAGE = Path(yolo_qc_plugin.__file__).parent
 
 # folder, or file beside the folders -> those that it may import beside itself
 MAY_IMPORT = {
-    "config": set(),
+    "options": set(),
+    "config": {"options"},
     "files": set(),
     "cfg": {"config"},
     "startup": set(),
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "cli": {"config", "cfg", "files", "startup", "data", "tools", "run"},
     "_build": set(),
 }
-WITHOUT_ULTRALYTICS = {"config", "files", "cfg", "startup", "quant", "qat", "deploy", "cli", "_build"}
+WITHOUT_ULTRALYTICS = {"options", "config", "files", "cfg", "startup", "quant", "qat", "deploy", "cli", "_build"}
 LATE = {"cli"}  # imports what a command needs when it is called; all others import at the top of the file
 
 # module name, relative to the package -> its source
