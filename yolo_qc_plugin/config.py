@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+from typing import Any
 
 from .options import FLAG, PATTERNS, Kind, QCError, choice, number, option, or_none, refuse, whole, widths
 
 MIN_BITS, MAX_BITS = 2, 8
 WIDTH = whole(MIN_BITS, MAX_BITS)
 # name -> values of options that are not given
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {  # our reading: LSQ as published, QC per channel for an epoch; no learning rate is named
         "per_channel": False,
         "act_offset": False,
@@ -121,7 +122,7 @@ class QCConfig:
         return {**asdict(self), "skip": list(self.skip)}
 
     @classmethod
-    def from_options(cls, options: Mapping[str, object]) -> QCConfig:
+    def from_options(cls, options: Mapping[str, Any]) -> QCConfig:
         """Build a config from named options whose values may be text, as on a command line.
 
         `preset`, a name of PRESETS, fills the fields that are not given. The config holds the values, not the name.
