@@ -13,6 +13,7 @@ import sys
 from dataclasses import fields
 from graphlib import TopologicalSorter
 from importlib import import_module, metadata
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,20 @@ def test_everything_public_has_a_docstring(name):
     assert ast.get_docstring(SOURCES[name])
     missing = [n for n, node in public(SOURCES[name]) if not ast.get_docstring(node)]
     assert [n for n in missing if n.rpartition(".")[2] not in INHERITED] == []
+
+
+def test_every_imported_package_is_declared():
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    told = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
+    extras = told["project"]["optional-dependencies"].values()
+    lines = chain(told["build-system"]["requires"], told["project"]["dependencies"], *extras)
+    declared = {re.match(r"[\w-]+", line)[0].lower() for line in lines}
+    found = {m.partition(".")[0] for name in SOURCES for m, _ in imports(name) if not m.startswith(".")}
+    third_party = found - set(sys.stdlib_module_names)
+    assert {"torch", "cv2", "polars", "sklearn"} <= third_party
+    distributions = metadata.packages_distributions()
+    missing = {m for m in third_party if not declared & {d.lower() for d in distributions.get(m, [m])}}
+    assert not missing
 
 
 def test_the_installed_version_is_this_one():
