@@ -159,11 +159,13 @@ def test_a_checkpoint_names_its_classes_by_the_package_alone():
 
     from yolo_qc_plugin.host.record import QuantRecord
     from yolo_qc_plugin.qat.correction import CorrectedNorm
+    from yolo_qc_plugin.quant.precision import KeepWide, OwnPrecision
     from yolo_qc_plugin.quant.quantizer import Quantizer
 
     of_the_core = [importlib.import_module(f"yolo_qc_plugin.{m}") for m in MODULES if m.startswith(("quant.", "qat."))]
     classes = {c for m in of_the_core for c in vars(m).values() if inspect.isclass(c) and issubclass(c, nn.Module)}
-    ours = {c for c in classes if c.__module__.startswith("yolo_qc_plugin")} - {Quantizer, CorrectedNorm}
+    bases = {KeepWide, OwnPrecision, Quantizer}
+    ours = {c for c in classes if c.__module__.startswith("yolo_qc_plugin")} - bases - {CorrectedNorm}
     stored = {getattr(yolo_qc_plugin, name) for name in yolo_qc_plugin._STORED}
     assert stored <= ours | {QuantRecord}
     assert ours | {QuantRecord} == stored | {yolo_qc_plugin.QuantConv2d}
