@@ -85,7 +85,7 @@ def test_accepted_values_are_kept(name, value):
 
 
 def test_correction_needs_a_factor():
-    with pytest.raises(QCError, match="correction=.*correction_scale=True or correction_shift=True.*'off'"):
+    with pytest.raises(QCError, match=r"correction=.*correction_scale=True or correction_shift=True.*'off'"):
         QCConfig(correction_scale=False, correction_shift=False)
     QCConfig(correction="off", correction_scale=False, correction_shift=False)
     QCConfig(correction_scale=False)
@@ -273,5 +273,5 @@ def test_the_papers_preset_is_not_the_defaults():
 
 @pytest.mark.parametrize("preset", ["", "Paper", "paper,best", None, ["paper"], 1])
 def test_an_unknown_preset_is_refused(preset):
-    with pytest.raises(QCError, match="preset=.*'paper' or 'best' or 'narrow'"):
+    with pytest.raises(QCError, match=r"preset=.*'paper' or 'best' or 'narrow'"):
         QCConfig.from_options({"preset": preset})
