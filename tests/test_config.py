@@ -124,6 +124,7 @@ def test_body_bits(options, expected):
     ("skip", "[a,b]", ("a", "b")), ("skip", "('a', \"b\",)", ("a", "b")), ("skip", "a.[01].b", ("a.[01].b",)),
     ("skip", "model.[01]", ("model.[01]",)),
     ("skip", "[ab].x,c.[01]", ("[ab].x", "c.[01]")), ("skip", "a,model.[01]", ("a", "model.[01]")),
+    ("skip", "[model.[01], b]", ("model.[01]", "b")), ("skip", "['[ab].x', '*.[cd]']", ("[ab].x", "*.[cd]")),
     ("layer_bits", "", {}), ("layer_bits", "model.24.*:6", {"model.24.*": 6}),
     ("layer_bits", "a:6, b.*: 2", {"a": 6, "b.*": 2}), ("layer_bits", "{'a': 6, 'b': 3}", {"a": 6, "b": 3}),
 ])  # fmt: skip
