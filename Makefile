@@ -31,9 +31,11 @@ demo: venv
 
 lint: venv
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 clean:
-	rm -rf .venv .venv-matrix build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-matrix build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # All dependencies; redone only when pyproject.toml changes.

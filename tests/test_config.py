@@ -36,10 +36,10 @@ REFUSED = {
     "correction_lr": FACTOR,
     "correction_epochs": COUNT,
     "calibration_batches": COUNT,
-    "ema_decay": ("[0, 1)", [-0.1, 1, 1.0, 1.5, NAN, INF, -INF, True, "0.9", None]),
+    "ema_decay": ("at least 0 and below 1;", [-0.1, 1, 1.0, 1.5, NAN, INF, -INF, True, "0.9", None]),
     "dampening_weight": WEIGHT,
     "distill_outputs": WEIGHT,
-    "freeze_threshold": ("(0, 1)", [0, -0.1, 1, 1.0, NAN, INF, True, "0.01"]),
+    "freeze_threshold": ("above 0 and below 1, or None for off", [0, -0.1, 1, 1.0, NAN, INF, True, "0.01"]),
     "bn_reestimate": FLAG,
     "telemetry": FLAG,
     "skip": ("non-empty strings", ["", ("",), ("a", 3), (None,), b"model", 5, None]),
@@ -85,7 +85,7 @@ def test_accepted_values_are_kept(name, value):
 
 
 def test_correction_needs_a_factor():
-    with pytest.raises(QCError, match="correction=.*correction_scale=True or correction_shift=True.*'off'"):
+    with pytest.raises(QCError, match=r"correction=.*correction_scale=True or correction_shift=True.*'off'"):
         QCConfig(correction_scale=False, correction_shift=False)
     QCConfig(correction="off", correction_scale=False, correction_shift=False)
     QCConfig(correction_scale=False)
@@ -124,6 +124,7 @@ def test_body_bits(options, expected):
     ("skip", "[a,b]", ("a", "b")), ("skip", "('a', \"b\",)", ("a", "b")), ("skip", "a.[01].b", ("a.[01].b",)),
     ("skip", "model.[01]", ("model.[01]",)),
     ("skip", "[ab].x,c.[01]", ("[ab].x", "c.[01]")), ("skip", "a,model.[01]", ("a", "model.[01]")),
+    ("skip", "[model.[01], b]", ("model.[01]", "b")), ("skip", "['[ab].x', '*.[cd]']", ("[ab].x", "*.[cd]")),
     ("layer_bits", "", {}), ("layer_bits", "model.24.*:6", {"model.24.*": 6}),
     ("layer_bits", "a:6, b.*: 2", {"a": 6, "b.*": 2}), ("layer_bits", "{'a': 6, 'b': 3}", {"a": 6, "b": 3}),
 ])  # fmt: skip
@@ -273,5 +274,5 @@ def test_the_papers_preset_is_not_the_defaults():
 
 @pytest.mark.parametrize("preset", ["", "Paper", "paper,best", None, ["paper"], 1])
 def test_an_unknown_preset_is_refused(preset):
-    with pytest.raises(QCError, match="preset=.*'paper' or 'best' or 'narrow'"):
+    with pytest.raises(QCError, match=r"preset=.*'paper' or 'best' or 'narrow'"):
         QCConfig.from_options({"preset": preset})

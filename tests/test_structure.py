@@ -13,6 +13,7 @@ import sys
 from dataclasses import fields
 from graphlib import TopologicalSorter
 from importlib import import_module, metadata
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ PACKAGE = Path(yolo_qc_plugin.__file__).parent
 
 # folder, or file beside the folders -> those that it may import beside itself
 MAY_IMPORT = {
-    "config": set(),
+    "options": set(),
+    "config": {"options"},
     "files": set(),
     "cfg": {"config"},
     "startup": set(),
@@ -38,7 +40,7 @@ MAY_IMPORT = {
     "cli": {"config", "cfg", "files", "startup", "data", "tools", "run"},
     "_build": set(),
 }
-WITHOUT_ULTRALYTICS = {"config", "files", "cfg", "startup", "quant", "qat", "deploy", "cli", "_build"}
+WITHOUT_ULTRALYTICS = {"options", "config", "files", "cfg", "startup", "quant", "qat", "deploy", "cli", "_build"}
 LATE = {"cli"}  # imports what a command needs when it is called; all others import at the top of the file
 
 # module name, relative to the package -> its source
@@ -157,11 +159,13 @@ def test_a_checkpoint_names_its_classes_by_the_package_alone():
 
     from yolo_qc_plugin.host.record import QuantRecord
     from yolo_qc_plugin.qat.correction import CorrectedNorm
+    from yolo_qc_plugin.quant.precision import KeepWide, OwnPrecision
     from yolo_qc_plugin.quant.quantizer import Quantizer
 
     of_the_core = [importlib.import_module(f"yolo_qc_plugin.{m}") for m in MODULES if m.startswith(("quant.", "qat."))]
     classes = {c for m in of_the_core for c in vars(m).values() if inspect.isclass(c) and issubclass(c, nn.Module)}
-    ours = {c for c in classes if c.__module__.startswith("yolo_qc_plugin")} - {Quantizer, CorrectedNorm}
+    bases = {KeepWide, OwnPrecision, Quantizer}
+    ours = {c for c in classes if c.__module__.startswith("yolo_qc_plugin")} - bases - {CorrectedNorm}
     stored = {getattr(yolo_qc_plugin, name) for name in yolo_qc_plugin._STORED}
     assert stored <= ours | {QuantRecord}
     assert ours | {QuantRecord} == stored | {yolo_qc_plugin.QuantConv2d}
@@ -185,6 +189,20 @@ def test_everything_public_has_a_docstring(name):
     assert ast.get_docstring(SOURCES[name])
     missing = [n for n, node in public(SOURCES[name]) if not ast.get_docstring(node)]
     assert [n for n in missing if n.rpartition(".")[2] not in INHERITED] == []
+
+
+def test_every_imported_package_is_declared():
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    told = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
+    extras = told["project"]["optional-dependencies"].values()
+    lines = chain(told["build-system"]["requires"], told["project"]["dependencies"], *extras)
+    declared = {re.match(r"[\w-]+", line)[0].lower() for line in lines}
+    found = {m.partition(".")[0] for name in SOURCES for m, _ in imports(name) if not m.startswith(".")}
+    third_party = found - set(sys.stdlib_module_names)
+    assert {"torch", "cv2", "polars", "sklearn"} <= third_party
+    distributions = metadata.packages_distributions()
+    missing = {m for m in third_party if not declared & {d.lower() for d in distributions.get(m, [m])}}
+    assert not missing
 
 
 def test_the_installed_version_is_this_one():

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+from typing import Any
+
+from .options import FLAG, PATTERNS, Kind, QCError, choice, number, option, or_none, refuse, whole, widths
 
 MIN_BITS, MAX_BITS = 2, 8
-CORRECTIONS = ("channel", "tensor", "off")
-SCALE_INITS = ("mse", "lsq")
+WIDTH = whole(MIN_BITS, MAX_BITS)
 # name -> values of options that are not given
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {  # our reading: LSQ as published, QC per channel for an epoch; no learning rate is named
         "per_channel": False,
         "act_offset": False,
@@ -29,10 +31,6 @@ PRESETS = {
     "best": {"per_channel": True, "act_bits": 8},  # no runtime on a CPU or GPU computes narrower activations faster
     "narrow": {"per_channel": True, "act_equalize": True},  # activations as narrow as weights, as some FPGAs have them
 }
-
-
-class QCError(ValueError):
-    """What a user can mend: an option, a model or a host that the plugin does not accept."""
 
 
 @dataclass(frozen=True)
@@ -77,76 +75,42 @@ class QCConfig:
         QCError: Where an option is out of its range; the message names it and what is accepted.
     """
 
-    bits: int = 4
-    weight_bits: int | None = None
-    act_bits: int | None = None
-    edge_bits: int = 8
-    output_bits: int | None = 8
-    per_channel: bool = False
-    act_offset: bool = True
-    act_equalize: bool = False
-    scale_init: str = "mse"
-    scale_lr: float = 1.0
-    ema_decay: float = 0.99
-    dampening_weight: float = 0.0
-    freeze_threshold: float | None = None
-    distill_outputs: float = 1.0
-    bn_reestimate: bool = False
-    correction: str = "channel"
-    correction_scale: bool = True
-    correction_shift: bool = True
-    correction_epochs: int = 1
-    correction_lr: float = 1e-3
-    calibration_batches: int = 8
-    telemetry: bool = True
-    skip: tuple[str, ...] = ()
-    layer_bits: Mapping[str, int] = field(default_factory=dict)
+    bits: int = option(4, WIDTH)
+    weight_bits: int | None = option(None, or_none(WIDTH, " for `bits`"))
+    act_bits: int | None = option(None, or_none(WIDTH, " for `bits`"))
+    edge_bits: int = option(8, WIDTH)
+    output_bits: int | None = option(8, or_none(WIDTH, " for float"))
+    per_channel: bool = option(False, FLAG)
+    act_offset: bool = option(True, FLAG)
+    act_equalize: bool = option(False, FLAG)
+    scale_init: str = option("mse", choice("mse", "lsq"))
+    scale_lr: float = option(1.0, number(above=0))
+    ema_decay: float = option(0.99, number(at_least=0, below=1, note="; 0 is plain LSQ without EMA"))
+    dampening_weight: float = option(0.0, number(at_least=0, note="; 0 is off"))
+    freeze_threshold: float | None = option(None, or_none(number(above=0, below=1), " for off"))
+    distill_outputs: float = option(1.0, number(at_least=0, note="; 0 is off"))
+    bn_reestimate: bool = option(False, FLAG)
+    correction: str = option("channel", choice("channel", "tensor", "off"))
+    correction_scale: bool = option(True, FLAG)
+    correction_shift: bool = option(True, FLAG)
+    correction_epochs: int = option(1, whole(1))
+    correction_lr: float = option(1e-3, number(above=0))
+    calibration_batches: int = option(8, whole(1))
+    telemetry: bool = option(True, FLAG)
+    skip: tuple[str, ...] = option((), PATTERNS)
+    layer_bits: Mapping[str, int] = option({}, widths(WIDTH))
 
     def __post_init__(self):
-        if not isinstance(self.skip, (str, tuple, list)):
-            _refuse("skip", self.skip, "names or patterns as non-empty strings, e.g. ('model.9.*',)")
-        object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
-        if not isinstance(self.layer_bits, Mapping):
-            _refuse("layer_bits", self.layer_bits, "a mapping of name patterns to widths, e.g. {'model.24.*': 6}")
-        object.__setattr__(self, "layer_bits", dict(self.layer_bits))
-        if not all(isinstance(p, str) and p for p in (*self.skip, *self.layer_bits)):
-            _refuse("skip and layer_bits", (self.skip, self.layer_bits), "names or patterns as non-empty strings")
-
-        _check_bits("bits", self.bits)
-        _check_bits("edge_bits", self.edge_bits)
-        for name in ("weight_bits", "act_bits", "output_bits"):
-            if getattr(self, name) is not None:
-                _check_bits(name, getattr(self, name))
-        for pattern, bits in self.layer_bits.items():
-            _check_bits(f"layer_bits[{pattern!r}]", bits)
-        switches = "per_channel", "act_offset", "act_equalize", "bn_reestimate", "telemetry"
-        for name in (*switches, "correction_scale", "correction_shift"):
-            if not isinstance(getattr(self, name), bool):
-                _refuse(name, getattr(self, name), "True or False")
-        for name, choices in (("scale_init", SCALE_INITS), ("correction", CORRECTIONS)):
-            if getattr(self, name) not in choices:
-                _refuse(name, getattr(self, name), " or ".join(repr(c) for c in choices))
-        for name in ("correction_epochs", "calibration_batches"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                _refuse(name, value, "a whole number of at least 1")
-        for name in ("scale_lr", "correction_lr"):
-            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < float("inf"):
-                _refuse(name, getattr(self, name), "a number above 0")
-        if not _is_number(self.ema_decay) or not 0 <= self.ema_decay < 1:
-            _refuse("ema_decay", self.ema_decay, "a number in [0, 1); 0 is plain LSQ without EMA")
-        for name in ("dampening_weight", "distill_outputs"):
-            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < float("inf"):
-                _refuse(name, getattr(self, name), "a number of at least 0; 0 is off")
-        threshold = self.freeze_threshold
-        if threshold is not None and not (_is_number(threshold) and 0 < threshold < 1):
-            _refuse("freeze_threshold", threshold, "a number in (0, 1), or None for off")
+        for name, kind in self.kinds().items():
+            object.__setattr__(self, name, kind.check(name, getattr(self, name)))
         if self.correction != "off" and not (self.correction_scale or self.correction_shift):
-            _refuse(
-                "correction",
-                self.correction,
-                "correction_scale=True or correction_shift=True with it, or correction='off'",
-            )
+            accepted = "correction_scale=True or correction_shift=True with it, or correction='off'"
+            refuse("correction", self.correction, accepted)
+
+    @classmethod
+    def kinds(cls) -> dict[str, Kind]:
+        """What each option may be, by name, in the order of the fields."""
+        return {f.name: f.metadata["kind"] for f in fields(cls)}
 
     @property
     def body_bits(self) -> tuple[int, int]:
@@ -158,7 +122,7 @@ class QCConfig:
         return {**asdict(self), "skip": list(self.skip)}
 
     @classmethod
-    def from_options(cls, options: Mapping[str, object]) -> QCConfig:
+    def from_options(cls, options: Mapping[str, Any]) -> QCConfig:
         """Build a config from named options whose values may be text, as on a command line.
 
         `preset`, a name of PRESETS, fills the fields that are not given. The config holds the values, not the name.
@@ -172,70 +136,13 @@ class QCConfig:
         options = dict(options)
         values = {}
         if "preset" in options:
-            preset = options.pop("preset")
-            if not isinstance(preset, str) or preset not in PRESETS:
-                _refuse("preset", preset, " or ".join(repr(name) for name in PRESETS))
-            values = PRESETS[preset]
-        known = {f.name: str(f.type) for f in fields(cls)}
-        if unknown := [name for name in options if name not in known]:
-            near = [m for name in unknown for m in get_close_matches(name, known, n=2)]
+            values = PRESETS[choice(*PRESETS).check("preset", options.pop("preset"))]
+        kinds = cls.kinds()
+        if unknown := [name for name in options if name not in kinds]:
+            near = [m for name in unknown for m in get_close_matches(name, kinds, n=2)]
             hint = f" Did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
             raise QCError(
-                f"QC: unknown option {', '.join(repr(n) for n in unknown)}.{hint} Accepted: preset, {', '.join(known)}."
+                f"QC: unknown option {', '.join(repr(n) for n in unknown)}.{hint} Accepted: preset, {', '.join(kinds)}."
             )
-        given = {n: _parse(n, v, known[n]) if isinstance(v, str) else v for n, v in options.items()}
+        given = {name: kinds[name].parse(v) if isinstance(v, str) else v for name, v in options.items()}
         return cls(**{**values, **given})
-
-
-_WIDTHS = {str(bits) for bits in range(MIN_BITS, MAX_BITS + 1)}
-
-
-def _unwrap(text: str, opening: str, closing: str) -> str:
-    """Take off one pair of outer brackets; a lone bracket belongs to a pattern such as model.[01]."""
-    text = text.strip()
-    paired = len(text) > 1 and text[0] in opening and text[-1] == closing[opening.index(text[0])]
-    inner = text[1:-1] if paired else text
-    depth = 0  # the first bracket's partner must be the last character: "[ab].x,c.[01]" has no outer pair
-    for character in inner if paired else "":
-        depth += (character == text[0]) - (character == text[-1])
-        if depth < 0:
-            return text
-    return inner
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _refuse(name: str, value, accepted: str):
-    raise QCError(f"QC: {name}={value!r} is not accepted; give {accepted}.")
-
-
-def _check_bits(name: str, value) -> None:
-    if type(value) is not int or not MIN_BITS <= value <= MAX_BITS:
-        _refuse(name, value, f"a whole number from {MIN_BITS} to {MAX_BITS}")
-
-
-def _parse(name: str, text: str, kind: str):
-    """Read `text` as a value of the annotated type `kind`; what cannot be read is refused by name."""
-    low = text.strip().lower()
-    if "None" in kind and low in {"none", ""}:
-        return None
-    if kind.startswith("bool"):
-        if low not in {"true", "false", "1", "0"}:
-            _refuse(name, text, "True or False")
-        return low in {"true", "1"}
-    if kind.startswith("tuple"):
-        return tuple(p for p in (p.strip(" '\"") for p in _unwrap(text, "([", ")]").split(",")) if p)
-    if kind.startswith("Mapping"):
-        pairs = [p.rpartition(":") for p in _unwrap(text, "{", "}").split(",") if p.strip()]
-        if not all(sep and bits.strip() in _WIDTHS for _, sep, bits in pairs):
-            _refuse(name, text, "pattern:bits[,pattern:bits...], e.g. model.24.*:6")
-        return {pattern.strip(" '\""): int(bits) for pattern, _, bits in pairs}
-    if kind.startswith(("int", "float")):
-        cast = int if kind.startswith("int") else float
-        try:
-            return cast(low)  # more digits than Python reads are refused here too
-        except ValueError:
-            _refuse(name, text, "a whole number" if cast is int else "a number")
-    return text.strip()

@@ -28,10 +28,10 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-class AtomicPath(type(Path())):
+class AtomicPath(type(Path())):  # type: ignore[misc]  # before Python 3.12, Path itself has no subclasses
     """A path whose `write_bytes` replaces the file as a whole, and from which such paths are joined."""
 
-    def write_bytes(self, data: bytes) -> int:
+    def write_bytes(self, data: bytes | memoryview) -> int:
         """Write `data` atomically; returns their number."""
         with replacing(Path(self)) as temporary:
             return temporary.write_bytes(data)

@@ -138,14 +138,14 @@ def test_an_empty_folder_is_accepted(tmp_path: Path):
 
 def test_other_parameters_are_refused(folder: Path):
     before = contents(folder)
-    with pytest.raises(ValueError, match="seed=0.*seed=3.*choose another folder"):
+    with pytest.raises(ValueError, match=r"seed=0.*seed=3.*choose another folder"):
         digits.compose(folder, 24, 8, IMGSZ, seed=3)
     assert contents(folder) == before
 
 
 def test_a_folder_of_the_user_is_refused(tmp_path: Path):
     (tmp_path / "digits.yaml").write_text("path: mine\n")
-    with pytest.raises(ValueError, match="not empty.*choose another folder"):
+    with pytest.raises(ValueError, match=r"not empty.*choose another folder"):
         digits.compose(tmp_path, 1, 1, 64)
     assert [path.name for path in tmp_path.iterdir()] == ["digits.yaml"]
     with pytest.raises(ValueError, match="choose another folder"):
@@ -196,7 +196,7 @@ def test_the_hard_level(folder: Path, tmp_path: Path):
     assert len(rows["hard"]) > 1.4 * len(rows["plain"])
     assert np.median(rows["hard"][:, 4]) < 0.95 * np.median(rows["plain"][:, 4])
     assert rows["plain"][:, 0].max() == 9 and {r // 10 for r in rows["hard"][:, 0]} == {0, 1}
-    with pytest.raises(ValueError, match="level=hard.*choose another folder"):
+    with pytest.raises(ValueError, match=r"level=hard.*choose another folder"):
         digits.compose(hard, 24, 8, IMGSZ)
 
     scans, classes = scenes.load_scans(0)
@@ -243,7 +243,7 @@ def test_classes_are_folders(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options,message",
     [
         ({"train": 0}, "train=0"),
         ({"val": -1}, "val=-1"),

@@ -159,7 +159,7 @@ def test_a_quantized_teacher_is_refused(train, teacher, tmp_path):
     model, checkpoint = load_checkpoint(teacher)
     inject(model, QCConfig())
     torch.save({**checkpoint, "model": model}, tmp_path / "quantized.pt")
-    with pytest.raises(QCError, match="distill_model=.*is quantized"):
+    with pytest.raises(QCError, match=r"distill_model=.*is quantized"):
         train(OPTIONS, distill_model=str(tmp_path / "quantized.pt"))
 
 

@@ -3,6 +3,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ def test_learning_rate_follows_a_cosine_to_zero():
 
     done = train_correction(trained, iter([[0] * 4, [0] * 4]), loss, lr=0.1, steps=8)
     seen.append(affine.gamma.item())
-    steps = [a - b for a, b in zip(seen, seen[1:])]
+    steps = [a - b for a, b in pairwise(seen)]
     assert done == 8
     assert steps == pytest.approx([0.1 * (0.5 + 0.5 * math.cos(math.pi * n / 8)) for n in range(8)], abs=1e-6)
 
@@ -184,7 +185,7 @@ def test_scaler_leaves_the_steps_as_they_are():
     results = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
         trained, affine = toy()
-        train_correction(trained, [[0] * 5], lambda _: (affine.gamma - 3).square().sum(), 0.1, 5, scaler)
+        train_correction(trained, [[0] * 5], lambda _, affine=affine: (affine.gamma - 3).square().sum(), 0.1, 5, scaler)
         results.append(affine.gamma.item())
     assert results[0] == results[1] > 1
 
@@ -196,7 +197,12 @@ def test_accumulated_batches_make_one_step(epoch):
     for batches, accumulate in ((epoch, 2), ([sum(epoch[:2]), sum(epoch[2:])], 1)):
         trained, affine = toy()
         done = train_correction(
-            trained, [batches] * 2, lambda size: size * affine.gamma.square().sum() / 4, 0.1, 4, accumulate=accumulate
+            trained,
+            [batches] * 2,
+            lambda size, affine=affine: size * affine.gamma.square().sum() / 4,
+            0.1,
+            4,
+            accumulate=accumulate,
         )
         results.append((done, affine.gamma.item()))
     assert results[0] == results[1] and results[0][0] == 4

@@ -93,7 +93,7 @@ class Pair(nn.Module):
 
     def __init__(self, order):
         super().__init__()
-        for i, name in enumerate(order):
+        for name in order:
             setattr(self, name, nn.Linear(2, 2))
 
 
@@ -132,7 +132,7 @@ def test_averages_are_moved_in_place():
     objects = [id(t) for t in (*ema.ema.parameters(), *ema.ema.buffers())]
     storage = [t.data_ptr() for t in ema.ema.state_dict().values()]
     source = {k: v.clone() for k, v in model.state_dict().items()}
-    for n in range(3):
+    for _ in range(3):
         ema.step(model)
     assert [id(t) for t in (*ema.ema.parameters(), *ema.ema.buffers())] == objects
     assert [t.data_ptr() for t in ema.ema.state_dict().values()] == storage

@@ -72,8 +72,10 @@ def raw(model, x):
 def anatomy(model):
     """Everything about the modules but their values: types, attribute names, children, hooks, modes."""
     return {
-        name: (type(m), sorted(vars(m)), list(m._modules), list(m._parameters), m.training)
-        + tuple(len(v) for k, v in sorted(vars(m).items()) if "hooks" in k)
+        name: (
+            *(type(m), sorted(vars(m)), list(m._modules), list(m._parameters), m.training),
+            *(len(v) for k, v in sorted(vars(m).items()) if "hooks" in k),
+        )
         for name, m in model.named_modules()
     }
 
@@ -158,7 +160,7 @@ def test_quantized_twice_is_refused(small):
 
 
 def test_a_model_without_convolutions_is_refused():
-    with pytest.raises(QCError, match="Sequential has no nn.Conv2d"):
+    with pytest.raises(QCError, match=r"Sequential has no nn\.Conv2d"):
         inject(nn.Sequential(nn.Linear(3, 3), nn.ConvTranspose2d(3, 3, 2)), QCConfig())
 
 
@@ -267,7 +269,7 @@ def test_calibrate_names_a_layer_that_did_not_run(small):
     model.unused = nn.Conv2d(3, 3, 1)
     assert "unused" in fixed_convs(model)  # which is why a run leaves it in float
     inject(model, QCConfig())
-    with pytest.raises(RuntimeError, match="convolution unused did not run.*skip"):
+    with pytest.raises(RuntimeError, match=r"convolution unused did not run.*skip"):
         calibrate(model, [images()], model, "lsq")
 
 

@@ -144,13 +144,13 @@ def _label_text(rows: list[tuple[int, int, int, int, int]], outlines: list[np.nd
     """A task's rows: class, then x y w h (centre and size) and keypoints, or corners; all over the image side."""
     lines = []
     for (c, x, y, w, h), outline in zip(rows, outlines):
-        values = [x + w / 2, y + h / 2, w, h]
+        values: tuple[float, ...] | np.ndarray = (x + w / 2, y + h / 2, w, h)
         if task == "segment":
             values = outline.flatten()
         elif task == "obb":
             values = cv2.boxPoints(cv2.minAreaRect(outline)).clip(0, imgsz).flatten()
         elif task == "pose":
             ends = outline[:, 1].argmin(), outline[:, 0].argmax(), outline[:, 1].argmax(), outline[:, 0].argmin()
-            values += outline[list(ends)].flatten().tolist()
+            values = (*values, *outline[list(ends)].flatten().tolist())
         lines.append(" ".join([str(c), *(f"{v / imgsz:.6f}" for v in values)]) + "\n")
     return "".join(lines)

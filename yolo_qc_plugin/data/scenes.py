@@ -171,7 +171,7 @@ def _paste_digits(
                 _blend(under, alpha, ink)
                 covered = [c + o for c, o in zip(covered, overlap)] + [0]
                 rows.append((int(classes[k]) + 10 * bool(red), x, y, w, h))
-                outlines.append(_outline(alpha) + (x, y))
+                outlines.append(np.add(_outline(alpha), (x, y)))
                 break
     return rows, outlines
 
@@ -188,7 +188,7 @@ def _draw_glyph(scan: np.ndarray, size: float, degrees: float) -> np.ndarray:
     scale = size / scan.shape[0]
     side = int(np.ceil(1.5 * size)) + 2  # room for the corners of a turned square
     matrix = cv2.getRotationMatrix2D(((scan.shape[1] - 1) / 2, (scan.shape[0] - 1) / 2), degrees, scale)
-    matrix[:, 2] += (side - 1) / 2 - np.array([scan.shape[1] - 1, scan.shape[0] - 1]) / 2
+    matrix[:, 2] += [(side - scan.shape[1]) / 2, (side - scan.shape[0]) / 2]
     drawn = cv2.warpAffine(scan, matrix, (side, side), flags=cv2.INTER_CUBIC)
     alpha = np.clip((drawn - INK[0]) / (INK[1] - INK[0]), 0.0, 1.0)
     rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))

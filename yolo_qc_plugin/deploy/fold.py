@@ -41,6 +41,8 @@ class FixedQuantizer(nn.Module):
         equalizer: What the channels of the input are multiplied by first, shape (1, channels, 1, 1), or None.
     """
 
+    equalizer: Tensor | None
+
     def __init__(self, quantizer: ActQuantizer):
         super().__init__()
         equalizer = quantizer.equalizer
@@ -91,6 +93,14 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
         shift: Shape (out_channels,).
     """
 
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: str | tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
     def __init__(self, conv: QuantConv2d, scale: Tensor, shift: Tensor, name: str):
         super().__init__()
         self.name, self.bits = name, conv.weight_quant.bits
@@ -139,7 +149,7 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
         if self.padding == "same":
             total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size)]
             return [*(n // 2 for n in total), *(n - n // 2 for n in total)]
-        return [0, 0, 0, 0] if self.padding == "valid" else [*self.padding, *self.padding]
+        return [0, 0, 0, 0] if isinstance(self.padding, str) else [*self.padding, *self.padding]
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The plain convolution with this layer's stride, padding, dilation and groups."""
@@ -161,13 +171,13 @@ def fold(conv: QuantConv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
     scale, shift = one * gamma * conv.weight_quant.scale.to(wide), one * (gamma * bias + beta)
     if bn is not None:
         a = batch_norm_scale(bn)
-        scale, shift = a * scale, a * (shift - bn.running_mean.to(wide)) + bn.bias.to(wide)
+        scale, shift = a * scale, a * (shift - bn.get_buffer("running_mean").to(wide)) + bn.bias.to(wide)
     return scale, shift
 
 
 def batch_norm_scale(bn: nn.BatchNorm2d) -> Tensor:
     """What a batch norm in eval mode multiplies by, FP64, shape (channels,)."""
-    return bn.weight.double() / torch.sqrt(bn.running_var.double() + bn.eps)
+    return bn.weight.double() / torch.sqrt(bn.get_buffer("running_var").double() + bn.eps)
 
 
 @torch.no_grad()

@@ -149,7 +149,7 @@ class _Graph:
         # convolutions with INT8 weights between 4-bit codes are fused by ONNX Runtime into nodes that it then refuses,
         # and so is a MaxPool before 4-bit codes
         beside = [*self.readers.get(node.output[0], []), *filter(None, [self.sources.get(node.input[0])])]
-        wide = any(n.op_type == CONVOLVE and self._layer(n).bits > 4 or n.op_type == "MaxPool" for n in beside)
+        wide = any((n.op_type == CONVOLVE and self._layer(n).bits > 4) or n.op_type == "MaxPool" for n in beside)
         narrow = self.kind == "int4" and high - low < 16 and not wide
         key = (x, scale, low, high, a["zero_point"], narrow)
         if key in self.quantized:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from ultralytics.nn.modules import DFL, Classify, Conv, Conv2, ConvTranspose, Detect, Proto, RepConv
 from ultralytics.nn.modules.block import RepVGGDW
-from ultralytics.nn.tasks import ClassificationModel, DetectionModel, OBBModel, PoseModel, SegmentationModel
+from ultralytics.nn.tasks import BaseModel, ClassificationModel, DetectionModel, OBBModel, PoseModel, SegmentationModel
 from ultralytics.utils.torch_utils import fuse_conv_and_bn, fuse_deconv_and_bn, unwrap_model
 
 from ..config import QCError
@@ -66,7 +66,7 @@ def student(model: nn.Module) -> nn.Module:
     return getattr(model, "student_model", model)
 
 
-def blank_image(model: nn.Module) -> torch.Tensor:
+def blank_image(model: BaseModel) -> torch.Tensor:
     """A small image that a model takes, black."""
     side = 2 * max(int(model.stride.max()), 32)  # a classifier states a stride of 1
     return torch.zeros(1, model.yaml.get("channels", 3), side, side, device=next(model.parameters()).device)
@@ -115,7 +115,7 @@ def check_weights(model: nn.Module) -> None:
         )
 
 
-def edge_convs(model: nn.Module) -> set[str]:
+def edge_convs(model: BaseModel) -> set[str]:
     """Names of the first convolution and of those that write the head's outputs.
 
     These are its bare convolutions (without batch norm) and the last one of mask prototypes. A classifier's output is

@@ -14,13 +14,14 @@ Soft labels as in Hinton et al. 2015, distributions of sides as in localization 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.modules import Detect
-from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.nn.tasks import BaseModel, load_checkpoint
 
 from ..config import QCError
 from ..quant.layers import is_quantized
@@ -103,7 +104,7 @@ class Distillation:
     def __init__(self, model: DistillationModel, weight: float, cls: float, dfl: float):
         self.model, self.weight = model, weight
         self.gains = {"cls": cls, "dfl": dfl}
-        self._outputs: dict[str, object] = {}
+        self._outputs: dict[str, Any] = {}
         self._hooks: list = []
 
     def prepare(self) -> None:
@@ -144,7 +145,7 @@ def branches(output: dict | tuple) -> dict[str, dict]:
     return raw if "one2one" in raw else {"one2many": raw}
 
 
-def detector(model: nn.Module) -> Detect:
+def detector(model: BaseModel) -> Detect:
     """The head of a detection model, or of one of a task that builds on it."""
     return model.model[-1]
 

@@ -54,7 +54,8 @@ def alone() -> Iterator[None]:
     if everyone is None:
         yield
         return
-    dist.group.WORLD = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    only = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    dist.group.WORLD = only  # type: ignore[assignment]  # a group for members, of which this rank is one
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,13 +69,14 @@ class CorrectedNorm(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """Correct and normalize y of shape (batch, channels, height, width)."""
         bn, gamma, beta = self.bn, self.correction.gamma, self.correction.beta
-        over_sigma = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
-        bias = bn.bias + over_sigma * (beta + (gamma - 1) * bn.running_mean)
-        return nn.functional.batch_norm(y, bn.running_mean, bn.running_var, bn.weight * gamma, bias, eps=bn.eps)
+        mean, var = bn.get_buffer("running_mean"), bn.get_buffer("running_var")
+        over_sigma = bn.weight * torch.rsqrt(var + bn.eps)
+        bias = bn.bias + over_sigma * (beta + (gamma - 1) * mean)
+        return nn.functional.batch_norm(y, mean, var, bn.weight * gamma, bias, eps=bn.eps)
 
 
 @contextmanager
-def corrected_in_norms(blocks: Iterable[nn.Module]) -> Iterator[None]:
+def corrected_in_norms(blocks: Iterable[Any]) -> Iterator[None]:
     """Within the context, a CorrectedNorm takes the place of each block's `conv.correction` and `bn`.
 
     Args:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .weights import WeightsTogether
 
@@ -63,12 +64,11 @@ class Dampening:
         self.model, self.weights, self.summed = model, weights, summed
         self.weight = 0.0
         self.quantized: list[Tensor] = []
-        self._hook = None
+        self._hook: RemovableHandle | None = None
 
     def prepare(self, weight: float, quantized: Sequence[Tensor]) -> None:
         """Add the loss times `weight` in the next forward pass, of `quantized`, which WeightsTogether made for it."""
-        if self._hook:
-            self._hook.remove()  # of a pass that ended in an error
+        self._remove_hook()  # of a pass that ended in an error
         self.weight, self.quantized = weight, [q.detach() for q in quantized]
         # for one pass: a hook that stayed would be carried along by copies of the model
         self._hook = self.model.register_forward_hook(self._add) if weight else None
@@ -79,7 +79,11 @@ class Dampening:
         scales = [q.per_weight(c.weight) for q, c in zip(w.quants, w.convs)]
         return dampening_loss([c.weight for c in w.convs], self.quantized, scales, w.ranges)
 
+    def _remove_hook(self) -> None:
+        if self._hook:
+            self._hook.remove()
+
     def _add(self, model: nn.Module, args: tuple, output: tuple) -> tuple:
-        self._hook.remove()
+        self._remove_hook()
         factor = self.weight * (len(args[0]["img"]) if self.summed else 1)
         return output[0].sum() + factor * self.loss(), output[1]

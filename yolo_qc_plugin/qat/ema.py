@@ -50,14 +50,15 @@ class ConstantEMA:
 
     def _match(self, model: nn.Module) -> tuple[list, list, list, list]:
         state = _tensors(model)
-        averages, values, copies, sources = [], [], [], []
+        pairs: tuple[list, list, list, list] = [], [], [], []
+        averages, values, copies, sources = pairs
         # a tensor shared by two modules has two names and is to be moved once
         own = {tensor.data_ptr(): (name, tensor) for name, tensor in _tensors(self.ema).items() if tensor.numel()}
         for name, tensor in own.values():
             floating = tensor.is_floating_point()
             (averages if floating else copies).append(tensor)
             (values if floating else sources).append(state[name])
-        return averages, values, copies, sources
+        return pairs
 
     @torch.no_grad()
     def mend(self, model: nn.Module) -> None:

@@ -38,7 +38,7 @@ def reestimate(
         try:
             for m in norms:
                 m.momentum = None  # the plain average of all batches
-                m.num_batches_tracked.zero_()
+                m.get_buffer("num_batches_tracked").zero_()
                 m.train()
             for batch in batches:
                 forward(batch)

@@ -65,10 +65,10 @@ class ScaleSteps:
 
     def __init__(self, optimizer: Optimizer, model: nn.Module):
         quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.learned]
-        with_offset = [i for i, q in enumerate(quantizers) if getattr(q, "offset", None) is not None]
+        offsets = {i: o.detach() for i, q in enumerate(quantizers) if (o := getattr(q, "offset", None)) is not None}
         self.scales = [q.scale.detach() for q in quantizers]
-        self.parameters = self.scales + [quantizers[i].offset.detach() for i in with_offset]
-        self.unit = [*range(len(quantizers)), *with_offset]  # index of the scale that each parameter is measured in
+        self.parameters = [*self.scales, *offsets.values()]
+        self.unit = [*range(len(quantizers)), *offsets]  # index of the scale that each parameter is measured in
         self.relative = type(optimizer).__name__ in self.ADAPTIVE
         self.optimizer = optimizer
         self._taken = 0

@@ -28,11 +28,11 @@ class QuantSiLU(nn.Module):
 
     def __init__(self, quant: nn.Module | None = None):
         super().__init__()
-        self.quant = quant
         if quant is None:
-            self.quant = ActQuantizer(8, offset=False)
-            self.quant.set_signed(False)
-            self.quant.fix(2.0**-8)
+            quant = ActQuantizer(8, offset=False)
+            quant.set_signed(False)
+            quant.fix(2.0**-8)
+        self.quant = quant
 
     def forward(self, x: Tensor) -> Tensor:
         """Activate x of any shape."""

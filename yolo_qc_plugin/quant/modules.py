@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 
-def replace_modules(model: nn.Module, twins: dict[nn.Module, nn.Module]) -> None:
+def replace_modules(model: nn.Module, twins: Mapping[Any, nn.Module]) -> None:
     """Swap modules wherever they are registered, twice-registered ones included."""
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
@@ -17,7 +19,7 @@ def replace_modules(model: nn.Module, twins: dict[nn.Module, nn.Module]) -> None
 
 
 @contextmanager
-def evaluating(model: nn.Module):
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode within the context; every module's own mode comes back."""
     modes = {m: m.training for m in model.modules()}
     try:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 
-class KeepWide:
+class KeepWide(nn.Module):
     """Keeps a module's parameters and buffers in FP32 (or wider), whatever the model is cast to.
 
     A latent weight near a rounding threshold changes its code when it is rounded to FP16, and a small scale loses its
@@ -27,6 +27,8 @@ class WideBatchNorm2d(KeepWide, nn.BatchNorm2d):
 class OwnPrecision(KeepWide):
     """Keeps FP32 (or wider) and computes in it, whatever the precision of the input, which the result has too."""
 
+    weight: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         """What the layer makes of x."""
         if x.dtype == self.weight.dtype:  # no casts in an exported graph
@@ -40,7 +42,7 @@ class WideConv2d(OwnPrecision, nn.Conv2d):
     __module__ = "yolo_qc_plugin"  # by which checkpoints name it
 
 
-class WideConvTranspose2d(OwnPrecision, nn.ConvTranspose2d):
+class WideConvTranspose2d(OwnPrecision, nn.ConvTranspose2d):  # type: ignore[misc]  # its forward takes a size too
     """nn.ConvTranspose2d, of heads with masks."""
 
     __module__ = "yolo_qc_plugin"  # by which checkpoints name it

@@ -1,0 +1,114 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Kinds of options: how a value is read from text, which values are accepted, and what is accepted in words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any, NoReturn
+
+
+class QCError(ValueError):
+    """What a user can mend: an option, a model or an Ultralytics version that the plugin does not accept."""
+
+
+def refuse(name: str, value: object, accepted: str) -> NoReturn:
+    """Raise the QCError of an option that has a wrong value."""
+    raise QCError(f"QC: {name}={value!r} is not accepted; give {accepted}.")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an option may be."""
+
+    accepted: str  # in words, to follow "give"
+    read: Callable[[str], Any]  # raises ValueError on text that is no such value
+    fits: Callable[[Any], bool]
+    keep: Callable[[str, Any], Any] = lambda name, value: value  # the option's name and a value that fits -> the field
+
+    def parse(self, text: str) -> Any:
+        """The value that text stands for; text that is no such value comes back, and `check` refuses it."""
+        try:
+            return self.read(text)
+        except ValueError:
+            return text
+
+    def check(self, name: str, value: Any) -> Any:
+        """The value as the field keeps it; raises QCError on one that is not accepted."""
+        return self.keep(name, value) if self.fits(value) else refuse(name, value, self.accepted)
+
+
+def option(default: Any, kind: Kind) -> Any:
+    """A field of a dataclass, with its kind as metadata; a dict as the default is copied."""
+    start = {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}
+    return field(**start, metadata={"kind": kind})
+
+
+def choice(*names: str) -> Kind:
+    """One of some names."""
+    return Kind(" or ".join(map(repr, names)), str.strip, lambda v: isinstance(v, str) and v in names)
+
+
+def whole(low: int, high: float = inf) -> Kind:
+    """A whole number, from `low` to `high`."""
+    bounds = f"of at least {low}" if high == inf else f"from {low} to {high}"
+    return Kind(f"a whole number {bounds}", int, lambda v: type(v) is int and low <= v <= high)
+
+
+def number(*, above: float = -inf, at_least: float = -inf, below: float = inf, note: str = "") -> Kind:
+    """A finite number within bounds; `note` is added to what is accepted."""
+    bounds = (f"above {above}" if above > -inf else f"of at least {at_least}") + f" and below {below}" * (below < inf)
+
+    def fits(v: Any) -> bool:
+        return isinstance(v, (int, float)) and not isinstance(v, bool) and above < v < below and v >= at_least
+
+    return Kind(f"a number {bounds}{note}", float, fits)
+
+
+def or_none(kind: Kind, note: str = "") -> Kind:
+    """A kind, or None; as text "none" or nothing."""
+    return Kind(
+        f"{kind.accepted}, or None{note}",
+        lambda text: None if text.strip().lower() in {"none", ""} else kind.read(text),
+        lambda v: v is None or kind.fits(v),
+        lambda name, v: None if v is None else kind.keep(name, v),
+    )
+
+
+FLAG = Kind(
+    "True or False",
+    lambda text: {"true": True, "1": True, "false": False, "0": False}.get(text.strip().lower(), text),
+    lambda v: isinstance(v, bool),
+)
+
+
+def _parts(text: str) -> list[str]:
+    """What commas separate, without spaces, quotes and brackets around all; the brackets of model.[01] stay."""
+    if re.fullmatch(r"\[([^][]|\[[^][]*\])*\]|\([^()]*\)|\{[^{}]*\}", text := text.strip()):
+        text = text[1:-1]
+    return [part for part in (p.strip(" '\"") for p in text.split(",")) if part]
+
+
+PATTERNS = Kind(  # one may be given alone
+    "names or patterns as non-empty strings, e.g. ('model.9.*',)",
+    lambda text: tuple(_parts(text)),
+    lambda v: isinstance(v, (str, tuple, list)) and v != "" and all(isinstance(p, str) and p for p in v),
+    lambda name, v: (v,) if isinstance(v, str) else tuple(v),
+)
+
+
+def widths(width: Kind) -> Kind:
+    """Name or pattern -> width, kept as a copy; as text pattern:width, separated by commas."""
+
+    def read(text: str) -> dict[str, int]:
+        pairs = (part.rsplit(":", 1) for part in _parts(text))
+        return {pattern.strip(" '\""): int(bits) for pattern, bits in pairs}  # without a colon, a ValueError too
+
+    return Kind(
+        "names or patterns with their widths, e.g. {'model.24.*': 6}, or as text model.24.*:6",
+        read,
+        lambda v: isinstance(v, Mapping) and all(isinstance(p, str) and p for p in v),
+        lambda name, v: {pattern: width.check(f"{name}[{pattern!r}]", bits) for pattern, bits in v.items()},
+    )
