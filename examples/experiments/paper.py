@@ -133,7 +133,7 @@ def table1(name: str, content: dict) -> list[str]:
             theirs = paper.get(cell, "")
             theirs = theirs[row == "qc"] if isinstance(theirs, tuple) else theirs
             title, _, bits = cell.partition("-")
-            share = f"{100 * statistics.mean(values.values()) / float_mean:.1f}%"
+            share = f"{100 * statistics.mean(values.values()) / float_mean:.1f}%" if float_mean else ""
             map50 = points(runs, row, "map50")
             cols = mean_and_spread(values.values()), share, mean_and_spread(map50.values())
             title = "float trained on" if cell == "float" else title

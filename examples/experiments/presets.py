@@ -49,12 +49,11 @@ def cells() -> list[Cell]:
 
 def table(name: str, content: dict) -> list[str]:
     """The Markdown table of one set."""
-    names = {key.rpartition("-seed")[0] for key in content["cells"]}
-    order = [c.name for c in cells()]
-    shown = [n for n in order if n in names] + sorted(names - set(order))
-    found = {cell: results(content["cells"], cell) for cell in shown}
+    names = {key.rpartition("-seed")[0] for key in content["cells"]} - {"float"}
+    by_preset = sorted(sorted(names, reverse=True), key=lambda name: name.rpartition("-")[0])  # wide ones first
+    found = {cell: results(content["cells"], cell) for cell in ("float", *by_preset)}
     files = [r for runs in found.values() for r in runs.values()]
-    if not found.get("float"):
+    if not found["float"]:
         return []
     one, images = files[0], files[0]["images"]
     lines = [
@@ -74,7 +73,7 @@ def table(name: str, content: dict) -> list[str]:
                 [100 * r["metrics"][kind or r["kept"]]["map50_95"] for r in runs.values()] for kind in ("qat", "qc", "")
             ]
             floats = [trained[seed] for seed in runs if seed in trained]
-            same = len(floats) == len(runs)
+            same = len(floats) == len(runs) and any(floats)
             share = f"{100 * statistics.mean(figures[2]) / statistics.mean(floats):.1f}%" if same else ""
             preset, _, bits = cell.removesuffix("bit").rpartition("-")
             asked = f"{ASKED[int(bits)]}%" if preset != "paper" else ""
