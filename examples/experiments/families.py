@@ -305,7 +305,6 @@ def main() -> None:
     p.add_argument("--row", help=argparse.SUPPRESS)
     p.add_argument("--measure", help=argparse.SUPPRESS)
     args = p.parse_args()
-    os.environ.setdefault("YOLO_QC_COMPILE", "0")  # compiling takes longer than these runs
     if args.measure:
         print(json.dumps(measure(json.loads(args.measure))))
         return
@@ -313,6 +312,7 @@ def main() -> None:
     if args.assemble:
         file.with_suffix(".md").write_text(page(json.loads(file.read_text())))
         return
+    os.environ.setdefault("YOLO_QC_COMPILE", "0")  # compiling takes longer than these runs
     out = args.out.resolve()
     if args.row:
         write_row(args.row, out)
