@@ -88,6 +88,13 @@ def test_the_table_has_every_folder():
     list(TopologicalSorter(MAY_IMPORT).static_order())  # raises where folders could import each other in a circle
 
 
+def test_the_map_for_contributors_is_this_table():
+    text = (Path(__file__).parents[1] / "docs" / "contributing.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| (.+) \|$", text, re.M)
+    shown = {place: set() if names == "nothing" else set(names.split(", ")) for place, names in rows}
+    assert shown == MAY_IMPORT
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_a_file_imports_what_its_folder_may(name):
     for module, at_top in imports(name):

@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "correction_shift": True,
         "correction_epochs": 1,
     },
-    # beside the defaults; docs/results/presets has the runs
+    # beside the defaults; docs/results/presets.md has the runs
     "best": {"per_channel": True, "act_bits": 8},  # no runtime on a CPU or GPU computes narrower activations faster
     "narrow": {"per_channel": True, "act_equalize": True},  # activations as narrow as weights, as some FPGAs have them
 }

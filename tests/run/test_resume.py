@@ -169,7 +169,7 @@ def test_another_batch_size_keeps_all_but_the_order(interrupted, go_on, caplog):
 
 def test_a_killed_run_ends_as_the_uninterrupted_one(tmp_path):
     """SIGKILL while last.pt or best.pt is written; more phases in docs/results/resume.md."""
-    script = Path(__file__).resolve().parents[2] / "examples" / "kill_and_resume.py"
+    script = Path(__file__).resolve().parents[2] / "examples" / "experiments" / "kill_and_resume.py"
     options = "--kills=1", "--epochs=3", "--phases", "last.pt and best.pt", "--out", str(tmp_path)
     done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,114 @@
+# yolo_qc_plugin, AGPL-3.0
+"""One model, one number: mAP of checkpoints, of their deployed form, and of their exported files in each runtime.
+
+    python examples/experiments/parity.py --checkpoints run/weights/best.pt ... --data bccd.yaml --imgsz 320
+
+Exports every checkpoint in both kinds by the stock `export`, runs `yolo-qc check` on them, and writes a page from the
+JSON that gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from record import made, versions
+from ultralytics import YOLO
+
+from yolo_qc_plugin import add_qc_callbacks
+from yolo_qc_plugin.deploy.qdq import ONNX_KINDS
+from yolo_qc_plugin.tools.check import check, format_check
+
+
+def measure(checkpoint: Path, name: str, args: argparse.Namespace) -> dict:
+    """Kind -> result of the check, with file sizes in MB."""
+    result: dict = {"name": name}
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "best.pt"
+        shutil.copy(checkpoint, copy)
+        for kind in ONNX_KINDS:
+            yolo = YOLO(copy)
+            add_qc_callbacks(yolo, onnx=kind)
+            file = yolo.export(format="onnx", imgsz=args.imgsz, device="cpu")
+            found = check(copy, file, args.data, images=args.images)
+            print(format_check(found), flush=True)
+            drop = {"model", "onnx", "data"}
+            result[kind] = {k: v for k, v in found.items() if k not in drop} | {"mb": Path(file).stat().st_size / 1e6}
+    return result
+
+
+def page(record: dict) -> str:
+    """The record as Markdown."""
+    results = record["results"]
+    lines = [
+        "# One model, one number",
+        "",
+        f"Written by `examples/experiments/parity.py` on {record['data']} at {record['imgsz']} px. AP (mAP50-95 by "
+        "pycocotools, square images) in points; in brackets the share of codes that differ layer by layer, over "
+        f"{record['images']} images.",
+        "",
+    ]
+    runtimes = [("int8", "onnxruntime"), ("int8", "onnxruntime, not optimised"), ("int8", "openvino")]
+    runtimes += [("int4", "onnxruntime"), ("int4", "onnxruntime, not optimised")]
+    columns = [
+        "model",
+        "checkpoint",
+        "deployed, PyTorch",
+        *(f"{kind}, {r}" for kind, r in runtimes),
+        "largest difference",
+    ]
+    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for result in results:
+        base = result["int8"]
+        figures = [base["checkpoint"]["AP"], base["pytorch"]["AP"]]
+        cells = [f"{100 * v:.2f}" for v in figures]
+        for kind, runtime in runtimes:
+            row = next(r for r in result[kind]["runtimes"] if r["name"] == runtime)
+            if "skipped" in row:
+                cells.append(row["skipped"])
+                continue
+            figures.append(row["AP"])
+            cells.append(f"{100 * row['AP']:.2f} [{row['changed']:.0e}]")
+        cells.append(f"{100 * (max(figures) - min(figures)):.2f}")
+        lines.append(f"| {result['name']} | {' | '.join(cells)} |")
+    sizes = ", ".join(f"{kind} {results[0][kind]['mb']:.2f} MB" for kind in ONNX_KINDS)
+    return "\n".join([*lines, "", f"Files of {results[0]['name']}: {sizes}.", ""])
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--checkpoints", type=Path, nargs="+", help="the runs' best.pt")
+    p.add_argument("--names", nargs="+", help="names in the table (the runs' folders)")
+    p.add_argument("--data", help="data set YAML")
+    p.add_argument("--imgsz", type=int, default=320)
+    p.add_argument("--images", type=int, default=8)
+    p.add_argument("--out", type=Path, default=Path("docs/results"))
+    p.add_argument("--assemble", action="store_true", help="make the page from the JSON file, without measuring")
+    args = p.parse_args()
+    file = args.out / "parity.json"
+    if args.assemble:
+        file.with_suffix(".md").write_text(page(json.loads(file.read_text())))
+        return
+    if not (args.checkpoints and args.data):
+        p.error("--checkpoints and --data are needed to measure")
+    names = args.names or [c.resolve().parent.parent.name for c in args.checkpoints]
+    results = [measure(c, n, args) for c, n in zip(args.checkpoints, names, strict=True)]
+    record = {
+        "data": Path(args.data).name,
+        "imgsz": args.imgsz,
+        "images": args.images,
+        "versions": versions(),
+        **made(),
+    }
+    record["results"] = results
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    file.with_suffix(".md").write_text(page(record))
+    print(page(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Write a 4-bit checkpoint as ONNX and measure both: python examples/export.py best.pt [DATA KIND IMGSZ].
+
+KIND is int8 (INT8 containers, for speed) or int4 (packed 4-bit weights, for size).
+"""
+
+import sys
+from pathlib import Path
+
+from ultralytics import YOLO
+
+from yolo_qc_plugin import add_qc_callbacks
+
+
+def main(checkpoint: str, data: str = "coco8.yaml", kind: str = "int8", imgsz: int = 640) -> None:
+    """Export, then validate the checkpoint and the file on square images."""
+    model = YOLO(checkpoint)
+    add_qc_callbacks(model, onnx=kind)
+    file = model.export(format="onnx", imgsz=int(imgsz))
+    for path in (checkpoint, file):
+        found = YOLO(path, task="detect").val(data=data, imgsz=int(imgsz), rect=False, batch=1)
+        print(f"{path}: {Path(path).stat().st_size / 1e6:.2f} MB, mAP50-95 {found.box.map:.4f}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
