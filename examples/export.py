@@ -9,13 +9,13 @@ from pathlib import Path
 
 from ultralytics import YOLO
 
-from yolo_qc_plugin import add_qc_callbacks
+from yolo_qc_plugin import choose_onnx_kind
 
 
 def main(checkpoint: str, data: str = "coco8.yaml", kind: str = "int8", imgsz: int = 640) -> None:
     """Export, then validate the checkpoint and the file on square images."""
     model = YOLO(checkpoint)
-    add_qc_callbacks(model, onnx=kind)
+    choose_onnx_kind(model, kind)
     file = model.export(format="onnx", imgsz=int(imgsz))
     for path in (checkpoint, file):
         found = YOLO(path, task="detect").val(data=data, imgsz=int(imgsz), rect=False, batch=1)

@@ -29,7 +29,7 @@ import openvino
 from about import about, versions
 from ultralytics import YOLO
 
-from yolo_qc_plugin import add_qc_callbacks, compose
+from yolo_qc_plugin import add_qc_callbacks, choose_onnx_kind, compose
 from yolo_qc_plugin.deploy.qdq import links
 
 TURN = 6  # calls of one file before the next one's turn
@@ -52,12 +52,12 @@ def make_files(model: str, imgsz: int, data: Path, folder: Path) -> dict[str, Pa
             if quantized:
                 add_qc_callbacks(yolo, bits=4)
             yolo.train(**settings, project=str(folder), name=run.name, exist_ok=True)
-        kinds = {"ours int8": dict(onnx="int8"), "ours int4": dict(onnx="int4")}
+        kinds = {"ours int8": "int8", "ours int4": "int4"}
         stock = {"FP32": {}, "Ultralytics INT8": dict(quantize=8, data=str(data))}
         for name, options in (kinds if quantized else stock).items():
             yolo = YOLO(checkpoint)
             if quantized:
-                add_qc_callbacks(yolo, **options)
+                choose_onnx_kind(yolo, options)
             file = yolo.export(format="onnx", imgsz=imgsz, device="cpu", **({} if quantized else options))
             made[name] = folder / f"{stem}-{name.replace(' ', '-')}.onnx"
             Path(file).replace(made[name])

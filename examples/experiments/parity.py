@@ -18,7 +18,7 @@ from pathlib import Path
 from record import made, versions
 from ultralytics import YOLO
 
-from yolo_qc_plugin import add_qc_callbacks
+from yolo_qc_plugin import choose_onnx_kind
 from yolo_qc_plugin.deploy.qdq import ONNX_KINDS
 from yolo_qc_plugin.tools.check import check, format_check
 
@@ -31,7 +31,7 @@ def measure(checkpoint: Path, name: str, args: argparse.Namespace) -> dict:
         shutil.copy(checkpoint, copy)
         for kind in ONNX_KINDS:
             yolo = YOLO(copy)
-            add_qc_callbacks(yolo, onnx=kind)
+            choose_onnx_kind(yolo, kind)
             file = yolo.export(format="onnx", imgsz=args.imgsz, device="cpu")
             found = check(copy, file, args.data, images=args.images)
             print(format_check(found), flush=True)

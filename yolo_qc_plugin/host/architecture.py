@@ -60,7 +60,7 @@ def output_blocks(model: nn.Module) -> list[Conv]:
     ]
 
 
-def student(model: nn.Module) -> nn.Module:
+def student(model: nn.Module) -> BaseModel:
     """The model that a trainer trains: inside distributed wrappers and, with distill_model, beside a teacher."""
     model = unwrap_model(model)
     return getattr(model, "student_model", model)

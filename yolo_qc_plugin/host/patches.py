@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from ultralytics.engine import trainer as engine_trainer
 from ultralytics.engine.exporter import Exporter
@@ -30,7 +31,7 @@ from ..qat.scale_steps import separate_scales
 from ..quant.layers import is_quantized, scale_parameters
 from . import compat, log
 from .architecture import deploy_model
-from .record import QuantRecord, record_of, strip
+from .record import QuantRecord, own_record, record_of, strip
 
 ON_MODEL_SETUP = "on_model_setup"  # an event of ours, see `_announce_model`
 OPENVINO_OPSET = 18  # of the ONNX graph on the way to OpenVINO
@@ -51,7 +52,7 @@ class Patch:
         why: Why no callback can do it.
     """
 
-    owner: object
+    owner: Any
     name: str
     parameters: str
     wrap: Callable[[Callable], Callable]
@@ -70,7 +71,7 @@ class Patch:
         """Put the wrapper in the function's place, once per process."""
         original = getattr(self.owner, self.name)
         if not hasattr(original, "qc_patch"):
-            wrapper = wraps(original)(self.wrap(original))
+            wrapper: Any = wraps(original)(self.wrap(original))
             wrapper.qc_patch = self
             setattr(self.owner, self.name, wrapper)
 
@@ -137,7 +138,7 @@ def _group_scales(original: Callable) -> Callable:
         optimizer = original(self, model, *args, **kwargs)
         scales = scale_parameters(model)
         if scales:
-            group = separate_scales(optimizer, scales, record_of(unwrap_model(model)).options.scale_lr)
+            group = separate_scales(optimizer, scales, own_record(unwrap_model(model)).options.scale_lr)
             log.info(f"{len(group['params'])} scales and offsets in a group of their own, lr={group['lr']:g}")
         return optimizer
 

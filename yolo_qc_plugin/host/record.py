@@ -21,7 +21,7 @@ from torch import nn
 from ultralytics.utils.torch_utils import strip_optimizer
 
 from .. import __version__
-from ..config import QCConfig
+from ..config import QCConfig, QCError
 from ..files import AtomicPath, replacing
 from ..quant.activations import QuantActivation, QuantSiLU
 from ..quant.layers import ChannelAffine, QuantConv2d
@@ -77,6 +77,18 @@ torch.serialization.add_safe_globals(
 def record_of(model: nn.Module | None) -> QuantRecord | None:
     """The record of a model of ours, or of one beside its teacher (Ultralytics' distill_model); else None."""
     return getattr(getattr(model, "student_model", model), "qc", None)
+
+
+def own_record(model: nn.Module) -> QuantRecord:
+    """The record of a model that is known to be ours.
+
+    Raises:
+        QCError: If it has none.
+    """
+    record = record_of(model)
+    if record is None:
+        raise QCError(f"QC: {type(model).__name__} was not trained with callbacks=qc.")
+    return record
 
 
 def write_checkpoint(checkpoint: dict, path: Path) -> None:

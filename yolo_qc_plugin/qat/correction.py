@@ -114,7 +114,7 @@ def _given(value: Tensor, weight: Tensor) -> Tensor:
 def train_correction(
     parameters: list[nn.Parameter],
     epochs: Iterable[Iterable[object]],
-    loss: Callable[[object], Tensor],
+    loss: Callable[[Any], Tensor],
     lr: float,
     steps: int,
     scaler: torch.amp.GradScaler | None = None,

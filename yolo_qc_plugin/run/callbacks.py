@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.engine.validator import BaseValidator
 
@@ -30,7 +33,7 @@ class QCCallbacks:
     def __init__(self, config: QCConfig):
         self.state = RunState(config)
         self.validation = EpochValidation()
-        self._registered_with = None
+        self._registered_with: Any = None
 
     def __getstate__(self) -> dict:
         """A process of a multi-GPU run gets the options."""
@@ -38,7 +41,7 @@ class QCCallbacks:
 
     def __setstate__(self, state: dict) -> None:
         """Attach the plugin there."""
-        self.__init__(**state)
+        type(self).__init__(self, **state)
         attach()
 
     def register(self, model) -> None:
@@ -75,7 +78,7 @@ class QCCallbacks:
         """
         model = architecture.student(trainer.model)
         start.check_model(model)
-        if trainer.resume:
+        if trainer.resume and checkpoint:
             self.state.open(trainer, checkpoint)
         config = self.state.config
         if trainer.args.distill_model:
@@ -83,7 +86,7 @@ class QCCallbacks:
         injection = inject(model, config, architecture.edge_convs(model), architecture.fixed_convs(model))
         shared = share_quantizers(model, architecture.blank_image(model))
         model.qc = QuantRecord(config.to_dict())
-        if trainer.resume:
+        if trainer.resume and checkpoint:
             earlier = self.state.take_average(checkpoint, model, trainer)
             model.qc.float_metrics, model.qc.run = earlier.float_metrics, earlier.run
         start.write_atomically(trainer)
@@ -195,7 +198,7 @@ def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConf
     if isinstance(model, BaseTrainer):
         start.check_arguments(model)  # its on_pretrain_routine_start is over
     module = getattr(model, "model", None)
-    if hasattr(module, "modules"):
+    if isinstance(module, nn.Module):  # a trainer may have the name of a file there
         start.check_model(module)
     QCCallbacks(config).register(model)
     return config

@@ -57,7 +57,7 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
             log.info("measuring the model with batch norm statistics measured again")
             metrics["bn_reestimated"] = metrics["qat"] = validate(trainer, deepcopy(model))
         if config.output_bits is not None:
-            set_outputs(trainer, model, config)
+            set_outputs(trainer, model, config.output_bits, config.calibration_batches)
             log.info(f"measuring the model with {config.output_bits}-bit outputs")
             metrics["qat"] = validate(trainer, deepcopy(model))
         write_like(best, model, trainer.validator.metrics.results_dict, qat)
@@ -137,8 +137,8 @@ def reestimate_norms(trainer: BaseTrainer, model: nn.Module) -> None:
     reestimate(model, training_images(trainer, BATCHES), model, trainer.freeze_layer_names)
 
 
-def set_outputs(trainer: BaseTrainer, model: nn.Module, config: QCConfig) -> None:
+def set_outputs(trainer: BaseTrainer, model: nn.Module, bits: int, batches: int) -> None:
     """Quantize the convolutions' outputs of a finished model, in place, with grids from training batches."""
-    quantize_outputs(architecture.output_blocks(model), config.output_bits)
-    calibrate_outputs(model, training_images(trainer, config.calibration_batches), model)
+    quantize_outputs(architecture.output_blocks(model), bits)
+    calibrate_outputs(model, training_images(trainer, batches), model)
     snap(model)

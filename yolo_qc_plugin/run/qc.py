@@ -61,7 +61,7 @@ def train_qc(trainer: BaseTrainer, config: QCConfig, source: Path) -> nn.Module:
 
     dtype = torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp
     scaler = torch.amp.GradScaler(trainer.device.type, enabled=trainer.amp and trainer.args.amp != "bf16")
-    shown = {}
+    shown: dict = {}
 
     def loss(batch: dict) -> torch.Tensor:
         with autocast(dtype, device=trainer.device.type):

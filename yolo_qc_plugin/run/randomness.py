@@ -17,10 +17,11 @@ from ultralytics.engine.trainer import BaseTrainer
 def random_state(trainer: BaseTrainer) -> dict:
     """The state at the start of an epoch, in plain tensors and values."""
     loader = trainer.train_loader
-    kind, keys, *rest = np.random.get_state()
+    numbers: dict = np.random.get_state(legacy=False)
+    key = torch.from_numpy(numbers["state"]["key"].astype(np.int64))
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "numpy": {**numbers, "state": {**numbers["state"], "key": key}},
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(trainer.device) if trainer.device.type == "cuda" else None,
         "order": loader.generator.get_state(),
@@ -40,8 +41,9 @@ def set_random_state(trainer: BaseTrainer, state: dict) -> None:
         for _ in range(len(loader)):
             next(loader.iterator._sampler_iter)
     loader.generator.set_state(state["order"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    numbers = state["numpy"]
+    key = numbers["state"]["key"].numpy().astype(np.uint32)
+    np.random.set_state({**numbers, "state": {**numbers["state"], "key": key}})
     random.setstate(state["python"])
     torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None:

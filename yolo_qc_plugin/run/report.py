@@ -20,7 +20,7 @@ from ..config import QCConfig
 from ..deploy.fold import deployed_convs
 from ..files import replacing
 from ..host.architecture import deploy_model
-from ..host.record import record_of
+from ..host.record import own_record
 from ..quant.activations import quant_activations
 from ..quant.layers import QuantConv2d, quant_convs
 
@@ -64,7 +64,7 @@ def build_report(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "metrics": {"float": record_of(model).float_metrics, **metrics},
+        "metrics": {"float": own_record(model).float_metrics, **metrics},
         "kept": kept,
         "size_mb": model_size(model),
         "layers": [{**describe(name, conv), "act_clipped": clipped[name]} for name, conv in quant_convs(model)],

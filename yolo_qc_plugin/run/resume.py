@@ -10,7 +10,7 @@ import torch
 from ultralytics.nn.tasks import load_checkpoint
 
 from ..files import AtomicPath, replacing
-from ..host.record import record_of, strip
+from ..host.record import own_record, record_of, strip
 from ..quant.layers import quant_convs
 
 FILE = "resume.pt"
@@ -35,7 +35,7 @@ def find_state(last: Path, checkpoint: dict) -> tuple[dict | None, str]:
         return None, f"{file} cannot be read ({error})"
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         return None, f"{file} is of another version of yolo-qc-plugin"
-    if state["run"] != record_of(checkpoint["ema"]).run:
+    if state["run"] != own_record(checkpoint["ema"]).run:
         return None, f"{file} is of another run"
     if state["epoch"] < checkpoint["epoch"]:
         return None, f"{file} is older than {last.name}"

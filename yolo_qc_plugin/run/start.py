@@ -15,7 +15,7 @@ from ..config import QCConfig, QCError
 from ..files import AtomicPath
 from ..host import architecture, compat, log
 from ..host.distributed import broadcast_quantizers
-from ..host.record import record_of
+from ..host.record import own_record
 from ..quant.calibrate import calibrate
 from ..quant.equalization import equalize
 from ..quant.inject import remove
@@ -75,7 +75,7 @@ def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> None:
     log.info("measuring the float model that training starts from")
     float_model = architecture.student(deepcopy(model))
     remove(float_model)
-    record = record_of(model)
+    record = own_record(model)
     record.float_metrics = validate(trainer, float_model)
     if RANK in {-1, 0}:
         trainer._model_train()  # batch norms of frozen layers keep their statistics, as they will in training

@@ -25,7 +25,7 @@ from ..config import QCConfig, QCError
 from ..files import AtomicPath
 from ..host import log
 from ..host.architecture import student
-from ..host.record import QuantRecord, record_of, write_checkpoint
+from ..host.record import QuantRecord, own_record, record_of, write_checkpoint
 from ..quant.layers import scale_parameters
 from .randomness import random_state, set_random_state
 from .resume import FILE, FORMAT, conclude, drop_rows, find_state, has_ended
@@ -49,9 +49,10 @@ class RunState:
             goes on from last.pt alone.
     """
 
+    steps: Steps
+
     def __init__(self, config: QCConfig):
         self.config = config
-        self.steps: Steps | None = None
         self.resumed: dict | None = None
         self._transforms: tuple | None = None  # a data set, and its transforms before the mosaic was closed
 
@@ -67,14 +68,15 @@ class RunState:
         Raises:
             QCError: If it is no run of the plugin.
         """
-        if record_of(checkpoint.get("ema")) is None:
+        record = record_of(checkpoint.get("ema"))
+        if record is None:
             raise QCError(
                 f"QC: {trainer.args.model} is no unfinished run of callbacks=qc and cannot be resumed as one; start "
                 "from a float checkpoint without resume."
             )
-        self._take_options(record_of(checkpoint["ema"]).options)
+        self._take_options(record.options)
         last = Path(trainer.args.resume)
-        if has_ended(last, record_of(checkpoint["ema"]).run):
+        if has_ended(last, record.run):
             if RANK in {-1, 0}:
                 conclude(AtomicPath(last))
             checkpoint["epoch"] = -1
@@ -101,7 +103,7 @@ class RunState:
                 f"QC: {trainer.args.model} was begun with another version of yolo-qc-plugin, whose scales are not "
                 "those of this one, and cannot be resumed; start from the float checkpoint."
             )
-        return averaged.qc
+        return own_record(averaged)
 
     def restore(self, trainer: BaseTrainer) -> None:
         """Put back what a run consists of, where `open` found it; at on_pretrain_routine_end."""
@@ -174,7 +176,7 @@ class RunState:
         model, stopper = unwrap_model(trainer.model), trainer.stopper
         state = {
             "format": FORMAT,
-            "run": record_of(model).run,
+            "run": own_record(model).run,
             "epoch": trainer.epoch,
             "arguments": _arguments(trainer),
             "weights": {k: v for k, v in model.state_dict().items() if not k.startswith(TEACHER)},

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.engine.validator import BaseValidator
+from ultralytics.nn.tasks import BaseModel
 
 from ..host.architecture import deploy_model
 from ..quant.layers import scale_parameters
@@ -53,11 +54,10 @@ def training_images(trainer: BaseTrainer, batches: int) -> Iterator[torch.Tensor
 class EpochValidation:
     """Has Ultralytics' validation after each epoch run the averaged model's deployed form."""
 
-    def __init__(self):
-        self._averaged: nn.Module | None = None
-        self._layers: nn.Module | None = None  # of the averaged model, while their deployed copies are in their place
+    _averaged: BaseModel
+    _layers: nn.Module | None = None  # of the averaged model, while their deployed copies are in their place
 
-    def expect(self, averaged: nn.Module) -> None:
+    def expect(self, averaged: BaseModel) -> None:
         """Take note of the model that is about to be validated."""
         self._averaged = averaged
 
