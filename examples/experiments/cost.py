@@ -7,6 +7,7 @@ import json
 import platform
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from record import made, read, versions
@@ -32,7 +33,7 @@ def step_seconds(model: str, options: dict | None, arguments: dict, seconds: flo
         ends.append(time.perf_counter())
 
     def on_train_epoch_end(trainer) -> None:
-        steps.extend(b - a for a, b in zip(ends, ends[1:]))  # loading of the next epoch is not a step
+        steps.extend(b - a for a, b in pairwise(ends))  # loading of the next epoch is not a step
         ends.clear()
 
     yolo.add_callback("on_train_batch_end", on_train_batch_end)

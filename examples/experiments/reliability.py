@@ -30,15 +30,15 @@ from textwrap import shorten
 
 os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp(prefix="yolo_config_")  # leave the user's settings alone
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from record import made, versions  # noqa: E402
-from ultralytics import YOLO  # noqa: E402
-from ultralytics.nn.tasks import load_checkpoint  # noqa: E402
-from ultralytics.utils import SETTINGS  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image
+from record import made, versions
+from ultralytics import YOLO
+from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils import SETTINGS
 
-from yolo_qc_plugin import add_qc_callbacks, compose  # noqa: E402
+from yolo_qc_plugin import add_qc_callbacks, compose
 
 ARGUMENTS = {
     "imgsz": 64, "batch": 8, "epochs": 2, "device": "cpu", "plots": False, "workers": 0, "warmup_epochs": 0, "nbs": 8,
