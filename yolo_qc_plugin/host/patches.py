@@ -49,14 +49,12 @@ class Patch:
         name: Its name there.
         parameters: Names of its parameters, without which the wrapper would be wrong.
         wrap: Takes the original and returns the wrapper.
-        why: Why no callback can do it.
     """
 
     owner: Any
     name: str
     parameters: str
     wrap: Callable[[Callable], Callable]
-    why: str
 
     @property
     def difference(self) -> str:
@@ -219,63 +217,32 @@ def _convert_integers(original: Callable) -> Callable:
     return torch2openvino
 
 
-_FUSE = Patch(
-    BaseModel,
-    "fuse",
-    "self verbose imgsz",
-    _fuse_quantized,
-    "Every way into inference calls it, and it would fold batch norm into weights, which moves their codes.",
-)
+# Each says why no callback can do it.
+
+# Every way into inference calls it, and it would fold batch norm into weights, which moves their codes.
+_FUSE = Patch(BaseModel, "fuse", "self verbose imgsz", _fuse_quantized)
 
 
 def _opening(resume: Resume) -> tuple[Patch, ...]:
     """What opening a checkpoint takes beside `fuse`."""
+    onnx = "model im output_file opset input_names output_names dynamic"
+    ov = "model im output_dir dynamic quantize calibration_dataset int8_detect prefix"
     return (
-        Patch(
-            BaseTrainer,
-            "setup_model",
-            "self",
-            partial(_announce_model, resume=resume),
-            "No event lies between the making of the model and that of the optimizer, the EMA and the DDP wrapper; a "
-            "resumed run need not name the plugin.",
-        ),
-        Patch(
-            Exporter,
-            "__call__",
-            "self model",
-            _check_export,
-            "on_export_start is for those who ask for it, while a format that loses the quantizers is refused always.",
-        ),
-        Patch(
-            engine,
-            "torch2onnx",
-            "model im output_file opset input_names output_names dynamic",
-            _write_integers,
-            "The exporter knows no 4-bit types and makes floats of integer weights; no event follows the tracing.",
-        ),
-        Patch(
-            openvino,
-            "torch2openvino",
-            "model im output_dir dynamic quantize calibration_dataset int8_detect prefix",
-            _convert_integers,
-            "OpenVINO is to convert that ONNX graph, not a trace of the model.",
-        ),
+        # No event lies between the making of the model and that of the optimizer, the EMA and the DDP wrapper; and a
+        # resumed run need not name the plugin.
+        Patch(BaseTrainer, "setup_model", "self", partial(_announce_model, resume=resume)),
+        # on_export_start is for those who ask for it; a format that loses the quantizers is refused always.
+        Patch(Exporter, "__call__", "self model", _check_export),
+        # The exporter knows no 4-bit types and makes floats of integer weights; no event follows the tracing.
+        Patch(engine, "torch2onnx", onnx, _write_integers),
+        # OpenVINO is to convert that ONNX graph, not a trace of the model.
+        Patch(openvino, "torch2openvino", ov, _convert_integers),
     )
 
 
 _TRAINING = (
-    Patch(
-        BaseTrainer,
-        "build_optimizer",
-        "self model name lr momentum decay iterations",
-        _group_scales,
-        "Scales must leave weight decay and matrix optimizers before a scheduler sees the groups.",
-    ),
-    Patch(
-        engine_trainer,
-        "strip_optimizer",
-        "f s updates",
-        _strip_later,
-        "final_eval strips last.pt before on_train_end; until a run has ended it can be resumed.",
-    ),
+    # Scales must leave weight decay and matrix optimizers before a scheduler sees the groups.
+    Patch(BaseTrainer, "build_optimizer", "self model name lr momentum decay iterations", _group_scales),
+    # final_eval strips last.pt before on_train_end; until a run has ended it can be resumed.
+    Patch(engine_trainer, "strip_optimizer", "f s updates", _strip_later),
 )
