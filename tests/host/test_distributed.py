@@ -128,7 +128,7 @@ def test_a_worker_started_from_the_command_line_has_the_plugin_and_its_options(d
         "             for event, cs in trainer.callbacks.items()}\n"
         "    ours = {id(c.__self__): c.__self__ for cs in found.values() for c in cs}\n"
         "    print(json.dumps({'events': sorted(e for e in found if found[e]),\n"
-        "                      'options': [o.config.to_dict() for o in ours.values()],\n"
+        "                      'options': [o.state.config.to_dict() for o in ours.values()],\n"
         "                      'attached': hasattr(BaseTrainer.setup_model, 'qc_patch')}))\n"
         "BaseTrainer.train = show\n"
         f"runpy.run_path({files[0]!r}, run_name='__main__')\n"
