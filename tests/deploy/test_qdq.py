@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_deploy import DOUBLE, build, correct, deviation, randomize
+from test_fold import DOUBLE, build, correct, deviation, randomize
 from torch import nn
 from ultralytics import YOLO, cfg
 from ultralytics.nn.modules import Conv

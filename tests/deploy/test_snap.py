@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_deploy import CONVS, build, images, layer
+from test_fold import CONVS, build, images, layer
 from torch import nn
 
 from yolo_qc_plugin.deploy.fold import deploy_conv
