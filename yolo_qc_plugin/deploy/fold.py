@@ -24,6 +24,7 @@ from ..quant.precision import KeepWide
 from ..quant.quantizer import ActQuantizer
 from .trace import traced_convolve, traced_quantize
 
+EXACT = 2**24  # FP32 holds every integer of up to this magnitude
 OFF = 2**30  # a channel is off where its shift is this many units of its integer sums
 
 
@@ -56,8 +57,12 @@ class FixedQuantizer(nn.Module):
 
     def steps(self, x: Tensor) -> Tensor:
         """Codes minus the zero point, i.e. whole steps from 0, as floats of FP32 at least."""
-        low, high = self.quant_min - self.zero_point, self.quant_max - self.zero_point
-        return to_codes(self.equalized(widen(x)), self.scale, None, low, high)
+        return to_codes(self.equalized(widen(x)), self.scale, None, *self.range)
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """The smallest and the largest of all `steps`."""
+        return self.quant_min - self.zero_point, self.quant_max - self.zero_point
 
     def before(self, steps: Tensor) -> Tensor:
         """An input whose `steps` these are."""
@@ -81,14 +86,16 @@ class FixedQuantizer(nn.Module):
 class DeployedConv2d(Deployed, KeepWide, nn.Module):
     """Integer codes convolved, then one scale and one shift per output channel.
 
-    The convolution of codes is exact in FP32 (its sums stay far below 2^24 for layers of YOLO's sizes), so that this is
-    what integer hardware computes. Parameters of the convolution (stride, padding, ...) are those of nn.Conv2d.
+    The convolution of codes is exact, so this is what integer hardware computes. FP32 holds all integers up to 2^24; a
+    layer whose sums can be larger (8-bit weights and inputs, some hundred channels) computes them in FP64, which takes
+    longer. Parameters of the convolution (stride, padding, ...) are those of nn.Conv2d.
 
     Attributes:
         name: The layer's name in its model.
         bits: Width of the weight.
         act_quant: FixedQuantizer of the input.
         weight_codes: int8, shape of the weight.
+        wide_sums: Whether the sums need FP64.
         scale: Shape (out_channels,): weight scale, correction and batch norm; of either sign.
         shift: Shape (out_channels,).
     """
@@ -110,12 +117,14 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
         # parameters, so that a model's summary counts them; floats first, because the host reads a model's dtype there
         self.scale, self.shift = nn.Parameter(scale, False), nn.Parameter(shift, False)
         self.weight_codes = nn.Parameter(conv.weight_codes(), False)
+        self.wide_sums = largest_sum(self.weight_codes, *self.act_quant.range) > EXACT
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x of shape (batch, in, height, width)."""
         if torch.jit.is_tracing():
             return traced_convolve(self.act_quant(x), self)
         steps = self.act_quant.steps(x)
+        steps = steps.double() if self.wide_sums else steps
         sums = self.convolve(steps, self.weight_codes.to(steps.dtype))
         scale = (self.act_quant.scale * self.scale).to(steps.dtype)
         return torch.addcmul(along_channels(self.shift).to(steps.dtype), sums, along_channels(scale)).to(x.dtype)
@@ -160,6 +169,19 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"groups={self.groups}, bits={self.bits}"
         )
+
+
+def largest_sum(codes: Tensor, low: int, high: int) -> int:
+    """The largest magnitude of a channel's sum of products, complete or not, whatever the order of its terms.
+
+    Args:
+        codes: Integer weights, shape (out_channels, ...).
+        low: The smallest number that they are multiplied by, <= 0.
+        high: The largest, >= 0.
+    """
+    rows = codes.long().flatten(1)
+    positive, negative = rows.clamp(min=0).sum(1), -rows.clamp(max=0).sum(1)
+    return int(torch.maximum(positive * high - negative * low, negative * high - positive * low).max())
 
 
 def fold(conv: QuantConv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
