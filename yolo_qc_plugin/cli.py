@@ -221,7 +221,7 @@ def _eval(args: argparse.Namespace) -> None:
     options = _options(args.pairs, kinds)
     target = options.pop("json", None)
     if {"annotations", "detections"} <= options.keys():
-        from .tools.evaluate import coco_metrics
+        from .tools.coco import coco_metrics
 
         if extra := options.keys() - {"annotations", "detections", "max_det"}:
             raise ValueError(f"{', '.join(sorted(extra))} is not accepted with annotations= and detections=")

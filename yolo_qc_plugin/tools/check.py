@@ -8,8 +8,9 @@ Three comparisons for each runtime:
    as the share that differs and the largest difference in quantization steps. End to end no two float implementations
    agree bit for bit: a value that lies at a rounding threshold moves by a step, and what follows moves with it. So the
    share of codes that differ end to end is reported, and not judged.
-3. Accuracy on the same square images: of the checkpoint as it was trained (fake-quantized), of its deployed form in
-   PyTorch, and of the runtime. For detection that is mAP by pycocotools, for other tasks the host's own figures.
+3. Accuracy on the same images, padded to the file's size: of the checkpoint as it was trained (fake-quantized), of its
+   deployed form in PyTorch, and of the runtime. For detection that is mAP by pycocotools, for other tasks Ultralytics'
+   own figures.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from ..deploy.fold import deployed_convs
 from ..host import log
 from ..quant.layers import is_quantized
 from ..run.report import figures_of
-from .evaluate import evaluate, load_model
+from .evaluate import evaluate, load_model, validate
 
 MAX_STEPS = 1  # largest difference of a code that passes, given the same input
 MAX_POINTS = 0.1  # largest difference of a task's main figures that passes, in points
@@ -121,8 +121,7 @@ def _figures(yolo: YOLO, settings: dict[str, Any]) -> dict[str, float | None]:
     if yolo.task == "detect":
         coco = evaluate(yolo, **settings)["coco"]
         return {name: coco[name] for name in ("AP", "AP50")}
-    with TemporaryDirectory() as folder:
-        found = figures_of(yolo.val(**settings, plots=False, verbose=False, project=folder).results_dict)
+    found = figures_of(validate(yolo, **settings).metrics.results_dict)
     return {name: value for name, value in found.items() if name != "fitness"}
 
 
