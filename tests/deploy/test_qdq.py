@@ -24,7 +24,6 @@ from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import load_checkpoint
 
 from yolo_qc_plugin import choose_onnx_kind
-from yolo_qc_plugin.cli import wrap_entrypoint
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.deploy.codes import compare_codes
 from yolo_qc_plugin.deploy.exported import RUNTIMES, Exported
@@ -37,6 +36,7 @@ from yolo_qc_plugin.quant.calibrate import calibrate, calibrate_outputs
 from yolo_qc_plugin.quant.equalization import equalize
 from yolo_qc_plugin.quant.inject import inject, quantize_outputs
 from yolo_qc_plugin.quant.layers import quant_convs
+from yolo_qc_plugin.startup.command import wrap_entrypoint
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")

@@ -19,13 +19,13 @@ from ultralytics.utils.torch_utils import get_flops
 
 from yolo_qc_plugin import choose_onnx_kind, model_yaml, remove
 from yolo_qc_plugin.cfg import MODELS, with_our_models
-from yolo_qc_plugin.cli import wrap_entrypoint
 from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.data.digits import compose
 from yolo_qc_plugin.deploy.snap import SCALE_BITS, snap_scale
 from yolo_qc_plugin.quant.activations import QuantActivation, in_256ths, quant_activations
 from yolo_qc_plugin.quant.layers import quant_convs
 from yolo_qc_plugin.quant.quantizer import ActQuantizer
+from yolo_qc_plugin.startup.command import wrap_entrypoint
 
 
 @pytest.fixture(autouse=True)

@@ -91,7 +91,7 @@ def plot(runs: Sequence[str | Path], out: str | Path | None = None, steps: int =
         steps: How many of the last steps to draw and to count, 1 to 4,000.
 
     Returns:
-        What to print, and the files written.
+        How smooth the scales are, as a table, and the files written.
 
     Raises:
         QCError: If a run has no telemetry, `steps` is out of range, or a file of the user's has the name of a picture.
@@ -135,6 +135,12 @@ def plot(runs: Sequence[str | Path], out: str | Path | None = None, steps: int =
             temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
         table = format_smoothness(record)
     return table, [out / name for name in files] + [out / "smoothness.json"] * bool(after)
+
+
+def format_plot(drawn: tuple[str, list[Path]]) -> str:
+    """What `plot` returns, as plain text."""
+    table, files = drawn
+    return "\n".join([table, *(f"written to {file}" for file in files)])
 
 
 def smoothness(trace: np.ndarray) -> dict[str, float]:
