@@ -25,7 +25,7 @@ from yolo_qc_plugin.quant.inject import inject
 from yolo_qc_plugin.quant.layers import quant_convs
 from yolo_qc_plugin.run import steps, telemetry
 from yolo_qc_plugin.run.telemetry import COLUMNS, FILE, Telemetry, kept, read
-from yolo_qc_plugin.tools.plot import smoothness
+from yolo_qc_plugin.tools.smoothness import smoothness
 
 OPTIONS = {"bits": 3, "correction": "off", "output_bits": None, "calibration_batches": 1}
 ARGUMENTS = {**TINY, "epochs": 2, "nbs": 8, "lr0": 0.02, "amp": False}
