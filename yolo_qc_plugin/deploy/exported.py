@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import QCError
 from .fold import DeployedConv2d
-from .qdq import links
+from .nodes import links
 
 RUNTIMES = ("onnxruntime", "onnxruntime, not optimised", "openvino")
 
