@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""The deployed form: a quantized convolution and all that follows it in one scale and one bias per output channel.
+"""The deployed form: integer codes, and one scale and one bias per output channel for all behind their convolution.
 
 With xhat = act_scale * (code_x - zero_point), what = s * code_w, the correction's gamma and beta, and batch norm's
 a = bn.weight / sqrt(var + eps):
@@ -8,7 +8,7 @@ a = bn.weight / sqrt(var + eps):
         scale = a * gamma * s                                         per output channel, negative where a * gamma is
         shift = a * (gamma * bias + beta - mean) + bn.bias
 
-The integer codes never move, which folding batch norm into the weight (as for a float convolution) would do.
+The integer codes stay as they are. Batch norm folded into the weight, as for a float convolution, would change them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class FixedQuantizer(nn.Module):
         return self.quant_min - self.zero_point, self.quant_max - self.zero_point
 
     def before(self, steps: Tensor) -> Tensor:
-        """An input whose `steps` these are."""
+        """An input that has these `steps`."""
         values = steps * self.scale
         return values if self.equalizer is None else values / self.equalizer
 
@@ -114,7 +114,7 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
         self.act_quant = FixedQuantizer(conv.act_quant)
         for key in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
             setattr(self, key, getattr(conv, key))
-        # parameters, so that a model's summary counts them; floats first, because the host reads a model's dtype there
+        # parameters, so that a model's summary counts them; floats first, as Ultralytics reads a model's dtype there
         self.scale, self.shift = nn.Parameter(scale, False), nn.Parameter(shift, False)
         self.weight_codes = nn.Parameter(conv.weight_codes(), False)
         self.wide_sums = largest_sum(self.weight_codes, *self.act_quant.range) > EXACT
@@ -132,11 +132,11 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
     def positive_scale(self, lowest: int, highest: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes, scale and sign with scale > 0, for formats that want that.
 
-        A channel of negative scale gets negated codes. Where one of those would leave [lowest, highest] (that of -8 in
-        a 4-bit container, say), all codes stay and the sign is to be multiplied to the convolution's output.
+        A channel of negative scale gets negated codes. Where one of them would leave [lowest, highest], as 8 = -(-8)
+        leaves a 4-bit container, no codes are negated, and the convolution's output is to be multiplied by the sign.
 
-        A channel that is switched off (of zero scale, or one whose sums vanish beside its shift, which then has no
-        place in an INT32 bias) gets zero codes, and a scale of which its shift is a whole multiple.
+        A channel is off where its scale is zero, or so small beside its shift that the shift would not fit an INT32
+        bias. It gets zero codes, and a scale of which its shift is a whole multiple.
 
         Returns:
             Codes (int16, shape of the weight), scale (out_channels,), sign (out_channels,) of +1 and -1, or None.
@@ -208,7 +208,7 @@ def deploy_conv(conv: QuantConv2d, bn: nn.BatchNorm2d | None, name: str) -> Depl
 
     Args:
         conv: Quantized convolution, corrected or not.
-        bn: The batch norm that reads its output, in eval mode, or None; with it bn is to be left out.
+        bn: The batch norm that reads its output, in eval mode, or None. It is part of what is returned.
         name: The layer's name in its model.
 
     Returns:

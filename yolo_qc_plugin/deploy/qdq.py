@@ -8,12 +8,12 @@ Every convolution reads Q -> DQ of its input and DQ of its integer weight, with 
     int4  4-bit containers (opset 21) for weights and activations of up to 4 bits, 8-bit ones for the rest.
 
 Activation codes of a grid narrower than its container are shifted to the container's top (4 bits in UINT8: 240 to 255),
-so that saturation cuts off above, as the grid does. Below, a Max before Q does it, left out where the input cannot be
-that low: SiLU is never below -0.281, LeakyReLU never below its slope times the lowest code's value.
+so that saturation cuts off values above the grid. A Max before Q cuts off those below. It is left out where the input
+cannot be that low: SiLU is never below -0.281, LeakyReLU never below its slope times the lowest code's value.
 
 Weights are signed and symmetric, in INT8; those with codes beyond +-64 in UINT8 with a zero point of 128. On processors
 without VNNI, runtimes add the products of UINT8 activations and INT8 weights in pairs of 16 bits, which 2 * 255 * 65
-overflows; for UINT8 weights they take a way that is exact.
+overflows; with UINT8 weights they compute exactly.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def write_qdq(file: str | Path, layers: Mapping[str, DeployedConv2d], kind: str)
     check_kind(kind, opset)
     graph = _Graph(model.graph, layers, kind)
     graph.rewrite()
-    kept = [o for o in model.opset_import if o.domain != DOMAIN]
+    standard = [o for o in model.opset_import if o.domain != DOMAIN]
     del model.opset_import[:]
-    model.opset_import.extend(kept)
+    model.opset_import.extend(standard)
     if kind == "int4" and opset < INT4_OPSET:
-        # what 19 to 21 added to the nodes of our traces are types and attributes
+        # opsets 19 to 21 added types and attributes to the nodes of our traces, and changed no meaning
         next(o for o in model.opset_import if not o.domain).version = INT4_OPSET
         model.ir_version = max(model.ir_version, 10)
     onnx.checker.check_model(model, full_check=True)
@@ -135,8 +135,8 @@ class _Graph:
         x = node.input[0]
         a = {p.name: helper.get_attribute_value(p) for p in node.attribute}
         scale, low, high = a["scale"], a["quant_min"], a["quant_max"]
-        # convolutions with INT8 weights between 4-bit codes are fused by ONNX Runtime into nodes that it then refuses,
-        # and so is a MaxPool before 4-bit codes
+        # ONNX Runtime fuses a convolution of INT8 weights between 4-bit codes, and a MaxPool before such, into nodes
+        # that it then refuses
         beside = [*self.readers.get(node.output[0], []), *filter(None, [self.sources.get(node.input[0])])]
         wide = any((n.op_type == CONVOLVE and self._layer(n).bits > 4) or n.op_type == "MaxPool" for n in beside)
         narrow = self.kind == "int4" and high - low < 16 and not wide
@@ -195,7 +195,7 @@ class _Graph:
             bias = self._bias(layer_name, shift, self.act_scale[x] * scale, fused=self._output_quantized(out))
             self.writer.add("Conv", [x, weight, bias], out, **attributes)
             return
-        # codes that cannot be negated in their container: the sign follows the convolution
+        # codes that cannot be negated in their container: the sign is multiplied behind the convolution
         self.writer.add("Conv", [x, weight], f"{out}_unsigned", **attributes)
         self.writer.constant(f"{layer_name}.sign", sign.float().view(-1, 1, 1))
         self.writer.constant(f"{layer_name}.bias", shift.view(-1, 1, 1))
@@ -203,7 +203,7 @@ class _Graph:
         self.writer.add("Add", [f"{out}_signed", f"{layer_name}.bias"], out)
 
     def _bias(self, layer_name: str, shift, unit, fused: bool) -> str:
-        """The bias in whole units of the integer sums where the convolution is to be fused, else as floats."""
+        """The bias, in whole units of the integer sums where runtimes fuse the convolution, else as floats."""
         from onnx import TensorProto
 
         if self.kind != "int8" or not fused:

@@ -4,10 +4,10 @@
 Three comparisons for each runtime:
 
 1. The integer weights: equal or not.
-2. Layer by layer, PyTorch's layers being fed the very codes that the runtime computed: the codes that both then give,
-   as the share that differs and the largest difference in quantization steps. End to end no two float implementations
-   agree bit for bit: a value that lies at a rounding threshold moves by a step, and what follows moves with it. So the
-   share of codes that differ end to end is reported, and not judged.
+2. The codes of each layer, where PyTorch's layers are given the codes that the runtime computed before them: the share
+   that differs and the largest difference in quantization steps. Without that no two float implementations agree bit
+   for bit: a value at a rounding threshold moves by a step, and later values move with it. So the share of codes that
+   differ end to end is reported, and not judged.
 3. Accuracy on the same images, padded to the file's size: of the checkpoint as it was trained (fake-quantized), of its
    deployed form in PyTorch, and of the runtime. For detection that is mAP by pycocotools, for other tasks Ultralytics'
    own figures.
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,15 @@ def check(
     Raises:
         QCError: If a file is missing or cannot be read, or the ONNX file was not exported from a model like this one.
     """
-    from importlib.util import find_spec
-
     graph = Exported(Path(onnx))
     yolo, fake_quantized = _load_quantized(model, graph)
     graph.match(deployed_convs(yolo.model))
     stash = _Stash(images)
     settings = dict(data=data, imgsz=graph.imgsz, batch=graph.batch, split=split, conf=conf, iou=iou, rect=False)
 
-    with _forward(yolo.model, stash.wrap):
+    with _computed_by(yolo.model, stash.wrap):
         expected = _figures(yolo, settings)
-    with _forward(yolo.model, lambda _: fake_quantized):
+    with _computed_by(yolo.model, lambda _: fake_quantized):
         trained = _figures(yolo, settings)
     sample = torch.cat(stash.batches)[:images]
     result = {
@@ -94,19 +93,8 @@ def check(
         "weights": graph.differing_weights(deployed_convs(yolo.model)),
         "checkpoint": trained,
         "pytorch": expected,
-        "runtimes": [],
+        "runtimes": [_compare(name, graph, yolo, sample, settings, expected) for name in RUNTIMES],
     }
-    for name in RUNTIMES:
-        if name == "openvino" and (reason := graph.openvino_obstacle(bool(find_spec("openvino")))):
-            result["runtimes"].append({"name": name, "skipped": reason})
-            continue
-        log.info(f"{name}")
-        row = {"name": name, **compare_codes(yolo.model, graph, name, sample)}
-        run = batched(session(graph.path.read_bytes(), name), graph.fixed_batch)
-        with _forward(yolo.model, lambda _, run=run: partial(_run_on, run)):
-            found = _figures(yolo, settings)
-        row |= {**found, "points": _points(found, expected)}
-        result["runtimes"].append(row)
     judged = [r for r in result["runtimes"] if "skipped" not in r]
     result["passed"] = (
         not result["weights"]
@@ -114,6 +102,20 @@ def check(
         and all(r["steps"] <= MAX_STEPS and r["points"] <= MAX_POINTS for r in judged)
     )
     return result
+
+
+def _compare(
+    name: str, graph: Exported, yolo: YOLO, sample: Tensor, settings: dict[str, Any], expected: dict[str, float | None]
+) -> dict[str, Any]:
+    """One entry of "runtimes"."""
+    if name == "openvino" and (reason := graph.openvino_obstacle(bool(find_spec("openvino")))):
+        return {"name": name, "skipped": reason}
+    log.info(name)
+    codes = compare_codes(yolo.model, graph, name, sample)
+    run = batched(session(graph.path.read_bytes(), name), graph.fixed_batch)
+    with _computed_by(yolo.model, lambda _: partial(_run_on, run)):
+        found = _figures(yolo, settings)
+    return {"name": name, **codes, **found, "points": _points(found, expected)}
 
 
 def _figures(yolo: YOLO, settings: dict[str, Any]) -> dict[str, float | None]:
@@ -171,16 +173,16 @@ def _load_quantized(model: str | Path, graph: Exported):
 
 
 class _Stash:
-    """Keeps the first images that a model is given in a validation."""
+    """Copies the first images that a model is given in a validation."""
 
     def __init__(self, images: int):
         self.images, self.batches = images, []
 
     def wrap(self, forward):
-        """`forward`, with its input kept."""
+        """A forward that copies its input and calls `forward`."""
 
         def call(x, *args, **kwargs):
-            # the first call is the host's warm-up, on an empty image
+            # Ultralytics' first call is to warm up, on an empty image
             if x.any() and sum(map(len, self.batches)) < self.images:
                 self.batches.append(x.detach().cpu().clone())
             return forward(x, *args, **kwargs)
@@ -189,8 +191,8 @@ class _Stash:
 
 
 @contextmanager
-def _forward(model: nn.Module, wrap) -> Iterator[None]:
-    """Let something else compute a model's outputs, and the host's own validation do all that surrounds it."""
+def _computed_by(model: nn.Module, wrap) -> Iterator[None]:
+    """Let `wrap` of the model's forward compute its outputs, while Ultralytics validates it as ever."""
     model.forward = wrap(type(model).forward.__get__(model))
     try:
         yield
@@ -199,6 +201,6 @@ def _forward(model: nn.Module, wrap) -> Iterator[None]:
 
 
 def _run_on(run: Run, x: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor, ...]:
-    """A runtime's outputs as the host's own backends give them."""
+    """A runtime's outputs as Ultralytics' backends give them."""
     values = tuple(map(torch.from_numpy, run(x.cpu().numpy())))
     return values if len(values) > 1 else values[0]

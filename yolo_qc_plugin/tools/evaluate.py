@@ -39,11 +39,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Validate a detector once with Ultralytics and score the very same detections by COCOeval too.
 
-    Two rules part COCO's AP from Ultralytics' mAP50-95. COCOeval counts at most 100 detections per image and class
-    (its maxDets[-1]), whatever `max_det` lets through. And the boxes that predict() returns, and that a COCO server is
-    sent, are cut off at the image's border, while Ultralytics' own metric compares them uncut: where many objects touch
-    the border, COCO's AP is higher for that (blood cells at 320 pixels: by 1.3 points). With `clip=False` COCOeval gets
-    the uncut boxes too, and what is left is how the two interpolate, 0.1 to 0.3 points so far.
+    COCO's AP differs from Ultralytics' mAP50-95 by two rules. COCOeval counts at most 100 detections per image and
+    class (its maxDets[-1]), whatever `max_det` lets through. And the boxes that predict() returns, and that a COCO
+    server is sent, are cut off at the image's border, while Ultralytics' own metric compares them uncut: where many
+    objects touch the border, COCO's AP is higher for that (blood cells at 320 pixels: by 1.3 points). With `clip=False`
+    COCOeval gets the uncut boxes too, and what is left is how the two interpolate, 0.1 to 0.3 points so far.
 
     Nothing is written to the runs folder, and a YOLO object that is given keeps its callbacks.
 
@@ -163,7 +163,7 @@ def load_detector(model: str | Path) -> YOLO:
 
 
 class _RecordingValidator(DetectionValidator):
-    """Stock validation that also keeps, per image in the data set's order, its size and its detections.
+    """Ultralytics' validation that also records, per image in the data set's order, its size and its detections.
 
     Ultralytics' predictions.json knows an image by its file's stem alone, which two folders may share, and rounds.
     """
@@ -175,7 +175,7 @@ class _RecordingValidator(DetectionValidator):
         self.records: list[tuple[tuple[int, int], np.ndarray]] = []  # (h, w), (n, 6) of x1, y1, x2, y2, score, class
 
     def update_metrics(self, preds: list[dict[str, torch.Tensor]], batch: dict[str, Any]) -> None:
-        """Record what the stock metrics were given, with boxes in pixels of the original image."""
+        """Record what the metrics are given, with boxes in pixels of the original image."""
         super().update_metrics(preds, batch)
         for i, pred in enumerate(preds):
             shape = batch["ori_shape"][i]

@@ -2,7 +2,7 @@
 """Pictures of finished runs (`yolo-qc plot`): the paper's Figures 1 and 2, oscillation, codes, accuracy.
 
     weight_scales   Figure 1: scales of the 2nd to 5th convolution's weights, without and with EMA
-    act_scales      Figure 2: the same of their inputs, as far as each has a quantizer of its own, else of those after
+    act_scales      Figure 2: the same of the inputs of the first four after the 1st that have a quantizer of their own
     oscillation     share of oscillating weights at the end and share of codes that flip in a step, per layer
     codes           how often a layer uses each code, for each run
     report          accuracy of the float start, after QAT and after QC
@@ -206,7 +206,7 @@ def _draw_reports(runs: list[Run]) -> dict:
 
 
 def _figure(width: float, height: float):
-    """An empty figure of so many inches, without the state that pyplot keeps."""
+    """An empty figure of a size in inches, made without pyplot, which has a global state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -33,7 +33,7 @@ class Run:
 
     @classmethod
     def load(cls, folder: Path, last: int) -> Run:
-        """Read the folder of a run, of its last steps so many.
+        """Read the folder of a run, and of its steps the last ones, as many as `last`.
 
         Raises:
             QCError: If it has no telemetry.
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def averaged(self) -> bool:
-        """Whether it was trained with EMA: without, the average is the model."""
+        """Whether it was trained with EMA; without EMA the average is the model itself."""
         return not np.array_equal(self.traces("weight_scale"), self.traces("weight_scale_ema"))
 
 
@@ -119,6 +119,6 @@ def _ratio(without: float, averaged: float) -> float:
 
 
 def shown_layers(run: Run, column: str) -> list[str]:
-    """The layers of a figure: the 2nd to 5th convolution, of activations those whose quantizer is their own."""
+    """The layers of a figure: the first four after the 1st, of activations of those with a quantizer of their own."""
     own = ~np.isnan(run.traces(column)).any(0)
     return [layer for layer, has in list(zip(run.layers, own))[1:] if has][:4]
