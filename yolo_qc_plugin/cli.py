@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from .config import QCConfig
 from .keys import Key, documented, keys_of
@@ -51,9 +51,9 @@ class Form:
 
 
 OF_CORRECTION = {
-    f.name: Key(str, documented(QCConfig)[f.name], "the run's")
-    for f in fields(QCConfig)
-    if f.name.startswith("correction")
+    name: Key(hint, documented(QCConfig)[name], "the run's")
+    for name, hint in get_type_hints(QCConfig).items()
+    if name.startswith("correction")
 }
 OF_YOLO = {
     "device": Key(str, "Where to compute: cpu, 0, ...", "the run's"),

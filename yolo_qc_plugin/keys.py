@@ -58,20 +58,20 @@ def keys_of(function: Callable) -> dict[str, Key]:
 
 def documented(thing: Any) -> dict[str, str]:
     """Argument -> the first sentence on it in the docstring of a function or class."""
-    section = inspect.getdoc(thing).partition("\nArgs:\n")[2].partition("\n\n")[0]
+    section = (inspect.getdoc(thing) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.M)
     return {name: re.split(r"(?<=\.) ", " ".join(text.split()))[0] for name, text in entries}
 
 
 def _types(hint: Any) -> list[Any]:
     """The types of a union that a text can be read as; a path is a text."""
-    types = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
-    types = dict.fromkeys(str if t is Path else t for t in types if t is not NoneType)
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
+    types = dict.fromkeys(str if t is Path else t for t in parts if t is not NoneType)
     return [t for t in types if t in SCALARS or get_origin(t) in (Literal, Sequence)]
 
 
 def _words(hint: Any) -> str:
-    words = []
+    words: list[str] = []
     for kind in _types(hint):
         if get_origin(kind) is Literal:
             words += get_args(kind)

@@ -317,7 +317,7 @@ def test_remove_gives_the_float_model_back_with_quantized_outputs_too():
 
 def test_padding_other_than_zeros_is_refused_by_name():
     model = build("yolov5n.yaml", lambda m: setattr(m.model[3].conv, "padding_mode", "reflect"))
-    with pytest.raises(QCError, match="model.3.conv pads by 'reflect'; only zero padding"):
+    with pytest.raises(QCError, match=r"model\.3\.conv pads by 'reflect'; only zero padding"):
         model.fuse(verbose=False)
     skipped = build(
         "yolov5n.yaml", lambda m: setattr(m.model[3].conv, "padding_mode", "reflect"), skip=("model.3.conv",)

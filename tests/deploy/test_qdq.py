@@ -349,7 +349,7 @@ def test_no_code_lies_outside_the_grid(tmp_path, bits, act, bounds):
         seen = run(graph.model, 100 * x, optimised=False, tensors=graph.tensors())
         for name, (tensor, *_) in graph.inputs.items():
             codes = seen[tensor]
-            assert codes.min() == top + 1 - 2**bits or name == "1.conv" and not bounds
+            assert codes.min() == top + 1 - 2**bits or (name == "1.conv" and not bounds)
             assert codes.min() >= top + 1 - 2**bits and codes.max() == top
         found = sum(n.op_type == "Max" for n in graph.model.graph.node)
         assert found == (0 if bits == 4 and kind == "int4" else 1 + bounds)

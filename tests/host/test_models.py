@@ -82,7 +82,7 @@ def yolo(line: str, monkeypatch) -> None:
 def test_the_command_line_finds_it_without_callbacks(tmp_path, monkeypatch):
     """Float training is the host's alone: it gets past the model, to data that do not exist."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((FileNotFoundError, RuntimeError), match="missing.yaml"):
+    with pytest.raises((FileNotFoundError, RuntimeError), match=r"missing\.yaml"):
         yolo("train model = yolov7-tiny.yaml data=missing.yaml", monkeypatch)
 
 

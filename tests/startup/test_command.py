@@ -42,7 +42,7 @@ def test_every_option_has_its_argument():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments,message",
     [
         (["train", "callbacks=foo"], "Accepted: qc"),
         (["train", "callbacks="], "Accepted: qc"),

@@ -135,7 +135,7 @@ def test_hook_wraps_the_entry_point_of_yolo(site):
     assert on["finders"] == 0, "the finder has to go once its work is done"
     assert on["loaders"] == ["SourceFileLoader"] * 2, "the module has to look like any other"
     named = site.report("yolo", YOLO, "train", "model=yolov7-tiny.yaml")
-    ours = {f"yolo_qc_plugin{name}" for name in ("", ".startup", ".startup.command", ".config", ".cfg")}
+    ours = {f"yolo_qc_plugin{name}" for name in ("", ".startup", ".startup.command", ".config", ".options", ".cfg")}
     assert named["entrypoint"] == "yolo_qc_plugin.startup.command"
     assert set(named["modules"]) == {"_yolo_qc_startup", *ours}
     off = site.report("yolo", YOLO, "train", "callbacks=qc", YOLO_QC_HOOK="0")
@@ -316,7 +316,7 @@ def test_missing_or_empty_argv_is_no_error(monkeypatch):
 def test_start_up_files_know_the_models():
     from yolo_qc_plugin.cfg import MODELS
 
-    assert load_startup().MODELS == tuple(f"{name}.yaml" for name in MODELS)
+    assert tuple(f"{name}.yaml" for name in MODELS) == load_startup().MODELS
     assert all(f'"{name}.yaml"' in PTH_LINE for name in MODELS)
 
 

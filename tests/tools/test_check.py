@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,6 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 FINDS = 0.05  # AP of a model that finds digits: below, all figures could be 0 and equal
-
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def bad_files(trained, tmp_path):
     """Kind -> (checkpoint, ONNX file) that cannot be compared."""
     checkpoint, file = trained
     cut, text, torn, other = (tmp_path / n for n in ("cut.onnx", "text.onnx", "torn.pt", "other.onnx"))
-    content = open(file, "rb").read()
+    content = Path(file).read_bytes()
     cut.write_bytes(content[: len(content) // 2])
     text.write_text("not a model")
     torn.write_bytes(checkpoint.read_bytes()[:1000])

@@ -110,7 +110,7 @@ def test_uncut_ground_truth(odd_data: Path):
 def test_a_missing_split_or_file_is_refused(odd_data: Path):
     with pytest.raises(FileNotFoundError, match="test"):
         coco_ground_truth(odd_data, split="test")
-    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
         coco_ground_truth(odd_data.with_name("nowhere.yaml"))
 
 
@@ -234,7 +234,7 @@ def test_malformed_input_is_refused(tmp_path: Path):
         coco_metrics({"images": [], "annotations": []}, [])
     with pytest.raises(ValueError, match="id 0"):
         coco_metrics({**truth, "annotations": [{**truth["annotations"][0], "id": 0}]}, [])
-    with pytest.raises(FileNotFoundError, match="absent.json"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.json"):
         coco_metrics(tmp_path / "absent.json", [])
 
 
@@ -273,7 +273,7 @@ def test_a_model_keeps_its_callbacks(digits):
 
 
 def test_a_missing_or_unfit_model_is_refused(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="absent.pt"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
         evaluate(tmp_path / "absent.pt", tmp_path / "absent.yaml")
     with pytest.raises(ValueError, match="task 'classify'"):
         evaluate("yolov8n-cls.yaml", tmp_path / "absent.yaml")

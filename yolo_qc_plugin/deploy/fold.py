@@ -13,6 +13,8 @@ The integer codes stay as they are. Batch norm folded into the weight, as for a 
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -225,7 +227,9 @@ def deploy_conv(conv: QuantConv2d, bn: nn.BatchNorm2d | None, name: str) -> Depl
 
 def deploy_activation(act: QuantActivation) -> nn.Sequential:
     """The deployed form of an activation with a quantized input."""
-    function = QuantSiLU(FixedQuantizer(act.function.quant)) if isinstance(act.function, QuantSiLU) else act.function
+    function = act.function
+    if isinstance(function, QuantSiLU):
+        function = QuantSiLU(FixedQuantizer(cast(ActQuantizer, function.quant)))
     return nn.Sequential(FixedQuantizer(act.quant), function).train(act.training)
 
 

@@ -19,6 +19,8 @@ SiLU, LeakyReLU and ReLU. Their values can be anywhere; a few codes in a million
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -44,9 +46,9 @@ def snap(model: nn.Module) -> None:
         return
     for _, conv in quant_convs(model):
         snap_scale(conv.act_quant)
-    for block in model.modules():
-        if isinstance(getattr(block, "act", None), QuantActivation):
-            snap_conv(block.conv, block.bn, block.act)
+    blocks: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "act", None), QuantActivation)]
+    for block in blocks:
+        snap_conv(block.conv, block.bn, block.act)
 
 
 def snap_scale(quant: ActQuantizer) -> None:

@@ -49,8 +49,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[QCConfig | dict | None, l
     if not names:
         return None, rest
     if {"export", "mode=export"} & set(rest):
-        if unknown := options.keys() - {"onnx"}:
-            raise QCError(f"QC: {', '.join(OPTION + k for k in sorted(unknown))} is of training; export takes qc_onnx.")
+        if of_training := sorted(options.keys() - {"onnx"}):
+            raise QCError(f"QC: {', '.join(OPTION + k for k in of_training)} is of training; export takes qc_onnx.")
         return options, rest
     if not {"train", "mode=train"} & set(rest):
         raise QCError(
@@ -82,7 +82,10 @@ def wrap_entrypoint(module) -> None:
             if not debug:
                 module.ARGV[:] = command  # sys.argv itself: what reads it later finds Ultralytics' own arguments
             run = partial(original, " ".join(command) if debug else "")
-            return run() if config is None else _with_callbacks(config, run)
+            if config is None:
+                run()
+            else:
+                _with_callbacks(config, run)
         except QCError as e:
             raise SystemExit(str(e)) from None
 

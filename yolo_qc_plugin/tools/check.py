@@ -84,24 +84,23 @@ def check(
     with _computed_by(yolo.model, lambda _: fake_quantized):
         trained = _figures(yolo, settings)
     sample = torch.cat(stash.batches)[:images]
-    result = {
+    weights = graph.differing_weights(deployed_convs(yolo.model))
+    runtimes = [_compare(name, graph, yolo, sample, settings, expected) for name in RUNTIMES]
+    judged = [r for r in runtimes if "skipped" not in r]
+    return {
         "model": str(model),
         "onnx": str(onnx),
         "data": str(data),
         "imgsz": graph.imgsz,
         "images": len(sample),
-        "weights": graph.differing_weights(deployed_convs(yolo.model)),
+        "weights": weights,
         "checkpoint": trained,
         "pytorch": expected,
-        "runtimes": [_compare(name, graph, yolo, sample, settings, expected) for name in RUNTIMES],
+        "runtimes": runtimes,
+        "passed": not weights
+        and _points(trained, expected) <= MAX_POINTS
+        and all(r["steps"] <= MAX_STEPS and r["points"] <= MAX_POINTS for r in judged),
     }
-    judged = [r for r in result["runtimes"] if "skipped" not in r]
-    result["passed"] = (
-        not result["weights"]
-        and _points(result["checkpoint"], result["pytorch"]) <= MAX_POINTS
-        and all(r["steps"] <= MAX_STEPS and r["points"] <= MAX_POINTS for r in judged)
-    )
-    return result
 
 
 def _compare(
@@ -155,7 +154,7 @@ def format_check(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _load_quantized(model: str | Path, graph: Exported):
+def _load_quantized(model: str | Path, graph: Exported) -> tuple[YOLO, nn.Module]:
     """The checkpoint in the deployed form, with the head that the file has, and itself."""
     try:
         yolo = load_model(model)
@@ -165,10 +164,11 @@ def _load_quantized(model: str | Path, graph: Exported):
         raise QCError(f"QC: model={model} cannot be read as a checkpoint: {e}") from None
     if not isinstance(yolo.model, nn.Module) or not is_quantized(yolo.model):
         raise QCError(f"QC: model={model} is not quantized; accepted: checkpoints trained with callbacks=qc.")
-    if "end2end" in graph.metadata and hasattr(yolo.model, "end2end"):
-        yolo.model.end2end = graph.metadata["end2end"] == "True"
-    fake_quantized = deepcopy(yolo.model.float().eval())
-    yolo.model.fuse(verbose=False)
+    module: Any = yolo.model
+    if "end2end" in graph.metadata and hasattr(module, "end2end"):
+        module.end2end = graph.metadata["end2end"] == "True"
+    fake_quantized = deepcopy(module.float().eval())
+    module.fuse(verbose=False)
     return yolo, fake_quantized
 
 
@@ -176,7 +176,8 @@ class _Stash:
     """Copies the first images that a model is given in a validation."""
 
     def __init__(self, images: int):
-        self.images, self.batches = images, []
+        self.images = images
+        self.batches: list[Tensor] = []
 
     def wrap(self, forward):
         """A forward that copies its input and calls `forward`."""

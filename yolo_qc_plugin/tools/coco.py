@@ -110,7 +110,8 @@ def to_results(image_id: int, boxes: np.ndarray) -> list[dict[str, Any]]:
 
 def to_coco(labels: Iterable[dict[str, Any]], names: dict[int, str], root: str | Path, clip: bool) -> dict[str, Any]:
     """COCO form of Ultralytics' labels: im_file, shape (h, w), cls (n, 1), bboxes (n, 4) as normalized x, y, w, h."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id, label in enumerate(labels, 1):
         file, (height, width) = Path(label["im_file"]), label["shape"]
         file = file.relative_to(root) if file.is_relative_to(root) else file

@@ -115,8 +115,8 @@ def validate(
         The validator, with the metrics and the data set of this run.
     """
     kind = kind or yolo.task_map[yolo.task]["validator"]
-    oblong = None if imgsz is None or isinstance(imgsz, int) else list(imgsz)
-    size = {} if imgsz is None else {"imgsz": max(oblong or [imgsz])}
+    oblong = list(imgsz) if isinstance(imgsz, Sequence) else None
+    size = {} if imgsz is None else {"imgsz": max(imgsz) if isinstance(imgsz, Sequence) else imgsz}
     made: list[BaseValidator] = []
 
     def make(args: dict[str, Any], _callbacks: dict) -> BaseValidator:

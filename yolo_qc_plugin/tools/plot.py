@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ from .smoothness import Run, compare, format_smoothness, shown_layers
 MARK = "yolo-qc plot"  # by which our pictures are known
 RECORD = "smoothness.json"
 FORMATS = ("png", "pdf")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.spines.top": False,
@@ -59,22 +60,22 @@ def plot(runs: Sequence[str | Path], out: str | Path | None = None, steps: int =
     """
     if not 1 <= steps <= WINDOW:
         raise QCError(f"QC: steps={steps} is not accepted; give 1 to {WINDOW}, the steps kept at full rate.")
-    runs = [Run.load(Path(folder), steps) for folder in runs]
-    names = [run.name for run in runs]
-    for number, run in enumerate(runs, 1):
+    loaded = [Run.load(Path(folder), steps) for folder in runs]
+    names = [run.name for run in loaded]
+    for number, run in enumerate(loaded, 1):
         run.name += f" {number}" * (names.count(run.name) > 1)
-    out = Path(out or runs[0].folder / "qc" / "plots")
-    before = next((r for r in runs if not r.averaged), runs[0])
-    after = next((r for r in runs if r.averaged), None)
+    out = Path(out or loaded[0].folder / "qc" / "plots")
+    before = next((r for r in loaded if not r.averaged), loaded[0])
+    after = next((r for r in loaded if r.averaged), None)
     from matplotlib import rc_context
 
     with rc_context(STYLE):
         figures = {
             "weight_scales": _draw_scales(before, after, "weight_scale", "weight scale"),
             "act_scales": _draw_scales(before, after, "act_scale", "activation scale"),
-            "oscillation": _draw_oscillation(runs),
-            **_draw_codes(runs),
-            **_draw_reports(runs),
+            "oscillation": _draw_oscillation(loaded),
+            **_draw_codes(loaded),
+            **_draw_reports(loaded),
         }
         files = _save(figures, out)
     if after is None:
