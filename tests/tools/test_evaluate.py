@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import FLOAT
+from conftest import FLOAT, SHARED
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -23,7 +23,6 @@ from yolo_qc_plugin.data.digits import compose
 from yolo_qc_plugin.tools.coco import coco_ground_truth, coco_metrics
 from yolo_qc_plugin.tools.evaluate import evaluate, format_table
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
 KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
