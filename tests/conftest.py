@@ -13,6 +13,9 @@ os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="yolo_config_")
 import pytest  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+# a small model, and that model trained on digits: mAP50-95 about 0.3 (checkpoints/make.py)
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+TINY_YAML, FLOAT = CHECKPOINTS / "tiny.yaml", CHECKPOINTS / "float.pt"
 
 # the smallest real run: 24 images of 64 px, three batches an epoch
 TINY = {

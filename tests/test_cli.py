@@ -1,64 +1,46 @@
 # yolo_qc_plugin, AGPL-3.0
-"""The command lines: what is taken out of a `yolo` line, what is refused, and `yolo-qc`."""
+"""The program `yolo-qc`: one grammar, help from the functions behind the commands, refusals in a line."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolo_qc_plugin.cli import _options, main, split_arguments
-from yolo_qc_plugin.config import QCConfig, QCError
+from yolo_qc_plugin.cli import COMMANDS, main
+from yolo_qc_plugin.keys import Key, documented, keys_of
 
 
-def test_own_arguments_are_taken_out():
-    config, rest = split_arguments(
-        [
-            "train",
-            "model=a.pt",
-            "callbacks=qc",
-            "qc_bits=3",
-            "--qc_skip=model.9.*,model.2.*",
-            "qc_ema_decay=0",
-            "imgsz=64",
-        ]
-    )
-    assert rest == ["train", "model=a.pt", "imgsz=64"]
-    assert (config.bits, config.skip, config.ema_decay) == (3, ("model.9.*", "model.2.*"), 0)
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_commands_are_listed(arguments, capsys):
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
+    assert list(COMMANDS) == ["correct", "eval", "check", "plot", "digits", "hook"]
 
 
-def test_without_callbacks_nothing_is_touched():
-    assert split_arguments(["val", "model=a.pt"]) == (None, ["val", "model=a.pt"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_every_key(name, capsys):
+    """One line each, with the function's own default and first sentence."""
+    assert main([name, "--help"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    keys = [(key, of) for form in COMMANDS[name][1] for key, of in form.keys().items()]
+    assert [key for key, _ in lines] == [key for key, _ in keys]
+    for (_, told), (_, key) in zip(lines, keys):
+        assert key.meaning and told.startswith(key.meaning) and key.accepted in told
+        assert ("(required, " in told) == key.required and (f"default {key.default}" in told or not key.default)
 
 
-def test_every_option_has_its_argument():
-    text = {"skip": "a", "layer_bits": "a:4", "scale_init": "lsq", "correction": "tensor"}
-    for f in fields(QCConfig):
-        value = text.get(f.name, str(f.default))
-        config, _ = split_arguments(["train", "callbacks=qc", f"qc_{f.name}={value}"])
-        assert isinstance(config, QCConfig)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["train", "callbacks=foo"], "Accepted: qc"),
-        (["train", "callbacks="], "Accepted: qc"),
-        (["train", "callbacks=qc", "qc_bit=4"], "Did you mean bits"),
-        (["train", "callbacks=qc", "qc_bits=16"], "bits=16 is not accepted; give a whole number from 2 to 8"),
-        (["train", "callbacks=qc", "qc_bits=four"], "bits='four'"),
-        (["train", "callbacks=qc", "qc_correction=row"], "'channel' or 'tensor' or 'off'"),
-        (["train", "callbacks=qc", "qc_per_channel"], "needs a value"),
-        (["train", "qc_bits=4"], "needs callbacks=qc"),
-        (["val", "callbacks=qc"], "yolo train"),
-    ],
-)
-def test_refusals_name_the_argument_and_what_is_accepted(arguments, message):
-    with pytest.raises(QCError, match=message):
-        split_arguments(arguments)
+def test_help_of_a_command_says_what_it_takes(capsys):
+    main(["digits", "--help"])
+    told = capsys.readouterr().out
+    assert "usage: yolo-qc digits out=... [key=value ...]\n" in told
+    assert "  train              Images of the train split, >= 1. (a whole number, default 300)\n" in told
 
 
 def test_eval_of_files(tmp_path, capsys):
@@ -78,60 +60,84 @@ def test_eval_of_files(tmp_path, capsys):
     assert "AP50" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "pairs",
-    [
-        ["model=x.pt"],
-        ["modle=x.pt"],
-        ["imgsz=big", "model=a", "data=b"],
-        ["model"],
-        ["annotations=a", "detections=b", "imgsz=3"],
-    ],
-)
-def test_eval_refuses_in_one_line(pairs, capsys):
-    assert main(["eval", *pairs]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
+@pytest.mark.parametrize("arguments,message", [
+    (["chek"], "there is no such command. Did you mean check? Accepted: correct, eval,"),
+    (["eval", "model=x.pt"], "give model= and data=, or annotations= and detections="),
+    (["eval", "modle=x.pt"], "'modle=x.pt' is not accepted. Did you mean model?"),
+    (["eval", "imgsz=big", "model=a", "data=b"], "imgsz='big' is not accepted; give a whole number or several with"),
+    (["eval", "conf=", "model=a", "data=b"], "conf='' is not accepted; give a number"),
+    (["eval", "clip=maybe", "model=a", "data=b"], "clip='maybe' is not accepted; give true or false"),
+    (["eval", "model"], "'model' is not accepted; give key=value with a key of model, data,"),
+    (["eval", "annotations=a", "detections=b", "imgsz=3"], "'imgsz=3' is not accepted. Accepted: annotations, det"),
+    (["check", "model=a", "onnx=b"], "give model= and onnx= and data="),
+    (["correct", "correction=tensor"], "give model="),
+    (["correct", "model=a", "correction_shape=1"], "Did you mean correction_s"),
+    (["plot", "runs/a"], "'runs/a' is not accepted; give key=value with a key of runs, out, steps"),
+    (["digits"], "give out="),
+    (["digits", "out=x", "train=1.5"], "train='1.5' is not accepted; give a whole number"),
+    (["digits", "out=x", "train=0"], "train"),
+    (["hook", "action=start"], "action='start' is not accepted; give install or remove or status"),
+])  # fmt: skip
+def test_refusals_take_one_line(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    told = capsys.readouterr()
+    assert told.err.startswith(f"yolo-qc {arguments[0]}: ") and told.err.count("\n") == 1 and message in told.err
+    assert told.out == "" and not list(tmp_path.iterdir())
 
 
-def test_digits_and_hook_status(tmp_path, capsys):
-    assert main(["digits", "--out", str(tmp_path / "d"), "--train", "2", "--val", "1", "--imgsz", "64"]) == 0
+def test_digits_and_hook(tmp_path, capsys):
+    assert main(["digits", f"out={tmp_path / 'd'}", "--train=2", "val=1", "imgsz=64"]) == 0
+    assert capsys.readouterr().out.endswith(f"{tmp_path / 'd' / 'digits.yaml'}\n")
     assert (tmp_path / "d" / "digits.yaml").exists()
-    assert main(["digits", "--out", str(tmp_path / "d"), "--train", "0"]) == 1
-    assert main(["hook", "status"]) == 0
+    assert main(["hook", "action=status"]) == 0
     assert "hook" in capsys.readouterr().out
 
 
-OURS = "callbacks=qc --callbacks=qc callbacks=[qc] callbacks = qc qc_ train export mode=train".split()
-ARGUMENTS = st.lists(
-    st.sampled_from([*OURS, *(f"qc_{f.name}={f.default}" for f in fields(QCConfig))])
-    | st.builds("{}qc_{}={}".format, st.sampled_from(["", "--"]), st.sampled_from(["bits", "skip", "onnx"]), st.text())
-    | st.text()
-    | st.text("-=qc_albks,[]()'"),
-    max_size=6,
-)
+def example(
+    runs: Sequence[str | Path],
+    size: int | Sequence[int] | None = None,
+    kind: Literal["a", "b"] = "a",
+    clip: bool = True,
+    rate: float = 0.5,
+    **more,
+) -> None:
+    """Take all kinds.
+
+    Args:
+        runs: Folders, at
+            least one. They are read.
+        size: Side.
+        kind: Which.
+        clip: Whether.
+        rate: How much; in 0..1.
+        **more: Of others.
+
+    Returns:
+        runs: Not an argument.
+    """
 
 
-@given(ARGUMENTS)
-@example(["train", "callbacks=qc,qc", "qc_bits=3,"])
-@settings(max_examples=300, deadline=None)
-def test_any_command_line_is_split_or_refused(arguments):
-    """Never another exception; the host gets its own arguments in their order, and none of ours."""
-    try:
-        config, rest = split_arguments(arguments)
-    except QCError as e:
-        assert str(e).startswith("QC: ")
-    else:
-        ours = [a for a in arguments if (a.lstrip("-") + "=").startswith(("callbacks=", "qc_"))]
-        assert rest == [a for a in arguments if a not in ours]
-        assert (config is not None) is any(a.lstrip("-").startswith("callbacks") for a in ours)
+def test_keys_are_those_of_a_function():
+    keys = keys_of(example)
+    assert documented(example)["runs"] == "Folders, at least one." and list(keys) == [
+        "runs", "size", "kind", "clip", "rate",
+    ]  # fmt: skip
+    assert [(k.required, k.default) for k in keys.values()] == [
+        (True, ""), (False, ""), (False, "a"), (False, "True"), (False, "0.5"),
+    ]  # fmt: skip
+    read = {name: key.read(text) for (name, key), text in zip(keys.items(), ("x,y", "64", "b", "FALSE", "1e-3"))}
+    assert read == {"runs": ["x", "y"], "size": 64, "kind": "b", "clip": False, "rate": 1e-3}
+    assert [keys["size"].read(text) for text in ("64,96", "[64, 96]")] == [[64, 96]] * 2
 
 
-@given(st.lists(st.text() | st.builds("{}={}".format, st.sampled_from(["imgsz", "conf", "model"]), st.text())))
+@given(st.text(), st.sampled_from([int, float, bool, str, int | None, Sequence[int], Literal["a", "b"]]))
 @settings(max_examples=200, deadline=None)
-def test_any_pair_is_read_or_refused(pairs):
+def test_any_text_is_read_or_refused(text, hint):
     try:
-        options = _options(pairs, {"imgsz": int, "conf": float, "model": str})
-    except ValueError as e:
-        assert "is not accepted" in str(e)
+        value = Key(hint, "").read(text)
+    except ValueError:
+        assert hint is not str or text == ""
     else:
-        assert len(options) <= len(pairs) and {type(v) for v in options.values()} <= {int, float, str}
+        kind = {int | None: int, Sequence[int]: list, Literal["a", "b"]: str}.get(hint, hint)
+        assert type(value) is kind

@@ -1,264 +1,179 @@
 # yolo_qc_plugin, AGPL-3.0
-"""The command lines: what the plugin adds to the stock `yolo`, and the program `yolo-qc`."""
+"""The program `yolo-qc`: functions of the package as commands that take key=value, as `yolo` does.
+
+Nothing heavy is imported before a command is known.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
-from functools import partial, wraps
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
+from typing import Any, get_type_hints
 
-from .cfg import with_our_models
-from .config import QCConfig, QCError
+from .config import QCConfig
+from .keys import Key, documented, keys_of
 
-CALLBACKS = ("qc",)
-OPTION = "qc_"
+PROGRAM = "yolo-qc"
+HELP = {"--help", "-h"}
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[QCConfig | dict | None, list[str]]:
-    """Take the plugin's own arguments out of a `yolo` command line.
+@dataclass(frozen=True)
+class Form:
+    """A function as a command.
 
-    Args:
-        arguments: Without the program's name, and with 'key=value' in one piece.
-
-    Returns:
-        The config of a training, the options of an export, or None where the plugin is not asked for; and the arguments
-        that are the host's.
-
-    Raises:
-        QCError: On an unknown name after callbacks=, an unknown or malformed qc_ option, qc_ options without
-            callbacks=qc, or a mode other than train and export.
+    Attributes:
+        module: Where it is, relative to the package.
+        function: Its name.
+        show: What makes a text of its result: a function, or the name of one beside it. None prints nothing.
+        also: Keys that it takes beside those of its signature.
+        json: Whether json=FILE writes its result.
     """
-    names, options, rest = [], {}, []
-    for argument in arguments:
-        key, sep, value = argument.lstrip("-").partition("=")
-        if key == "callbacks":
-            names += [v.strip(" '\"") for v in value.strip("[]()").split(",") if v.strip(" '\"")] or [""]
-        elif key.startswith(OPTION):
-            if not sep:
-                raise QCError(f"QC: {key} needs a value, as in {key}=...")
-            options[key.removeprefix(OPTION)] = value.rstrip(",")
-        else:
-            rest.append(argument)
-    if unknown := [n for n in names if n not in CALLBACKS]:
-        raise QCError(
-            f"QC: callbacks={','.join(unknown)!r} is not known. Accepted: {', '.join(CALLBACKS)}, with the options "
-            f"{', '.join(OPTION + name for name in ('preset', *(f.name for f in fields(QCConfig))))}."
-        )
-    if options and not names:
-        raise QCError(f"QC: {', '.join(OPTION + k for k in options)} needs callbacks=qc.")
-    if not names:
-        return None, rest
-    if {"export", "mode=export"} & set(rest):
-        if unknown := options.keys() - {"onnx"}:
-            raise QCError(f"QC: {', '.join(OPTION + k for k in sorted(unknown))} is of training; export takes qc_onnx.")
-        return options, rest
-    if not {"train", "mode=train"} & set(rest):
-        raise QCError(
-            "QC: callbacks=qc applies to 'yolo train' and 'yolo export'; val, predict and track open a checkpoint of "
-            "ours without it."
-        )
-    return QCConfig.from_options(options), rest
+
+    module: str
+    function: str
+    show: str | Callable[[Any], str] | None = None
+    also: dict[str, Key] = field(default_factory=dict)
+    json: bool = False
+
+    def find(self, name: str) -> Callable:
+        """A function of the module."""
+        return getattr(import_module(f".{self.module}", __package__), name)
+
+    def keys(self) -> dict[str, Key]:
+        """Every key by name."""
+        keys = keys_of(self.find(self.function)) | self.also
+        return keys | {"json": Key(str, "File to write the result to, as JSON.")} if self.json else keys
 
 
-def wrap_entrypoint(module) -> None:
-    """Make `ultralytics.cfg.entrypoint` understand callbacks=qc, qc_ options and the names of our models.
-
-    Args:
-        module: The module ultralytics.cfg, just loaded; its `entrypoint` is replaced.
-
-    Raises:
-        QCError: If the module has not what the plugin needs of it.
-    """
-    if missing := [name for name in ("entrypoint", "merge_equals_args", "ARGV") if not hasattr(module, name)]:
-        raise QCError(f"QC: {module.__name__} has no {', '.join(missing)}")
-    original = module.entrypoint
-
-    @wraps(original)
-    def entrypoint(debug: str = "") -> None:
-        program, *arguments = debug.split(" ") if debug else module.ARGV
-        try:
-            config, rest = split_arguments(with_our_models(module.merge_equals_args(arguments)))
-            command = [program, *rest]
-            if not debug:
-                module.ARGV[:] = command  # sys.argv itself: what runs later sees a command line of the host's
-            run = partial(original, " ".join(command) if debug else "")
-            return run() if config is None else _with_callbacks(config, run)
-        except QCError as e:
-            raise SystemExit(str(e)) from None
-
-    entrypoint.__module__ = __name__
-    module.entrypoint = entrypoint
-
-
-def _with_callbacks(options: QCConfig | dict, command) -> None:
-    """Run a command whose YOLO object is made with the plugin's callbacks among the host's default ones."""
-    from ultralytics.utils.callbacks.base import default_callbacks
-
-    from .run.callbacks import QCCallbacks, attach
-    from .run.export import export_events
-
-    attach()
-    events = QCCallbacks(options).events() if isinstance(options, QCConfig) else export_events(**options)
-    before = {event: default_callbacks.get(event) for event in events}
-    try:
-        for event, callback in events.items():
-            default_callbacks[event] = [*(before[event] or []), callback]
-        command()
-    finally:
-        for event, callbacks in before.items():
-            if callbacks is None:
-                default_callbacks.pop(event)
-            else:
-                default_callbacks[event] = callbacks
+OF_CORRECTION = {
+    name: Key(hint, documented(QCConfig)[name], "the run's")
+    for name, hint in get_type_hints(QCConfig).items()
+    if name.startswith("correction")
+}
+OF_YOLO = {
+    "device": Key(str, "Where to compute: cpu, 0, ...", "the run's"),
+    "batch": Key(int, "Images a batch.", "the run's"),
+    "seed": Key(int, "Seed of the images' order and augmentation.", "the run's"),
+    "project": Key(str, "Folder of runs, as of `yolo train`."),
+    "name": Key(str, "Folder of this run, as of `yolo train`.", "correct"),
+}
+# name -> what it is for, and its forms, of which the keys that are given choose one
+COMMANDS = {
+    "correct": (
+        "correct a finished run again",
+        [Form("run.standalone", "correct", also=OF_CORRECTION | OF_YOLO)],
+    ),
+    "eval": (
+        "AP by pycocotools, of a model or of files in COCO form",
+        [
+            Form("tools.evaluate", "evaluate", "format_table", json=True),
+            Form("tools.coco", "coco_metrics", "format_metrics", json=True),
+        ],
+    ),
+    "check": (
+        "compare a checkpoint with its ONNX file; exit status 1 where they differ",
+        [Form("tools.check", "check", "format_check", json=True)],
+    ),
+    "plot": ("draw pictures of runs", [Form("tools.plot", "plot", "format_plot")]),
+    "digits": (
+        "compose a data set from pixels that installed packages ship",
+        [Form("data.digits", "compose", str)],
+    ),
+    "hook": (
+        "the start-up hook of `yolo`, needed by hand for editable installs only",
+        [Form("startup.hook", "manage", str)],
+    ),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program `yolo-qc`: correct, eval, check, plot, digits, hook."""
-    parser = argparse.ArgumentParser(prog="yolo-qc", description="Tools beside `yolo train ... callbacks=qc`.")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    for name, purpose, usage in (
-        (
-            "correct",
-            "correct a finished run again",
-            "yolo-qc correct model=RUN/weights/qat.pt [data= correction=channel|tensor correction_scale= "
-            "correction_shift=\n       correction_epochs= correction_lr= device= batch= seed= project= name=]",
-        ),
-        (
-            "eval",
-            "AP by pycocotools",
-            "yolo-qc eval model=best.pt data=data.yaml [imgsz= batch= device= split= conf= iou= max_det= json=FILE]\n"
-            "       yolo-qc eval annotations=gt.json detections=dt.json [max_det= json=FILE]",
-        ),
-        (
-            "check",
-            "compare a checkpoint with its ONNX file",
-            "yolo-qc check model=best.pt onnx=best.onnx data=data.yaml [images= split= conf= iou= json=FILE]",
-        ),
-    ):
-        command = commands.add_parser(name, help=purpose, usage=usage)
-        command.add_argument("pairs", nargs="+", metavar="key=value")
-
-    plot = commands.add_parser("plot", help="pictures of runs", usage="yolo-qc plot RUN [RUN...] [out=DIR steps=4000]")
-    plot.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run; out=DIR: other than RUN/qc/plots")
-
-    digits = commands.add_parser("digits", help="compose a data set from pixels that installed packages ship")
-    digits.add_argument("--out", required=True, type=Path, help="new folder")
-    digits.add_argument("--train", type=int, default=300, help="training images (300)")
-    digits.add_argument("--val", type=int, default=100, help="validation images (100)")
-    digits.add_argument("--imgsz", type=int, default=160, help="image side in pixels, a multiple of 32 (160)")
-    digits.add_argument("--seed", type=int, default=0)
-    digits.add_argument("--task", default="detect", help="detect, segment, pose, obb or classify (detect)")
-    levels = "plain, hard (20 classes, clutter, fainter) or wide (hard in all sizes) (plain)"
-    digits.add_argument("--level", default="plain", help=levels)
-
-    hook = commands.add_parser("hook", help="the start-up hook of `yolo`: needed by hand for editable installs only")
-    hook.add_argument("action", choices=("install", "remove", "status"))
-
-    args = parser.parse_args(arguments)
-    programs = {"correct": _correct, "eval": _eval, "check": _check, "plot": _plot, "digits": _digits, "hook": _hook}
+    """Run a command and return the exit status: 1 where it is refused, fails, or says that something has not passed."""
+    name, *pairs = (sys.argv[1:] if arguments is None else arguments) or HELP
     try:
-        passed = programs[args.command](args)
+        if name in HELP:
+            print(overview())
+        elif name not in COMMANDS:
+            raise ValueError(f"there is no such command.{_nearest(name, COMMANDS)}")
+        elif HELP & set(pairs):
+            print(usage(name))
+        else:
+            return run(COMMANDS[name][1], pairs)
     except (ValueError, OSError, ImportError, RuntimeError) as e:
-        print(f"yolo-qc {args.command}: {e}", file=sys.stderr)
+        print(f"{PROGRAM} {name}: {' '.join(str(e).split())}", file=sys.stderr)
         return 1
-    return int(passed is False)
+    return 0
 
 
-def _options(pairs: Sequence[str], kinds: dict[str, type]) -> dict:
-    """key=value pairs as a dict, each value of its kind."""
-    options = {}
-    for pair in pairs:
-        key, sep, value = pair.partition("=")
-        if not sep or key not in kinds:
-            raise ValueError(f"{pair!r} is not accepted; give key=value with a key of {', '.join(kinds)}")
-        try:
-            options[key] = kinds[key](value)
-        except ValueError:
-            raise ValueError(f"{pair!r} is not accepted; {key} takes a {kinds[key].__name__}") from None
-    return options
-
-
-def _write_json(result: dict, target: str | None) -> None:
+def run(forms: Sequence[Form], pairs: Sequence[str]) -> int:
+    """Call the function that the keys are for and print its result; returns the exit status."""
+    form, values = choose(forms, pairs)
+    target = values.pop("json", None)
+    result = form.find(form.function)(**values)
+    show = form.find(form.show) if isinstance(form.show, str) else form.show
+    if show:
+        print(show(result))
     if target:
         Path(target).write_text(json.dumps(result, indent=1), encoding="utf-8")
         print(f"written to {target}")
+    return int(isinstance(result, dict) and result.get("passed") is False)
 
 
-def _correct(args: argparse.Namespace) -> None:
-    kinds = {f.name: str for f in fields(QCConfig) if f.name.startswith("correction")}
-    kinds |= dict(model=str, data=str, device=str, batch=int, seed=int, project=str, name=str)
-    options = _options(args.pairs, kinds)
-    if "model" not in options:
-        raise ValueError("give model=RUN/weights/qat.pt")
-    from .run.standalone import correct
+def choose(forms: Sequence[Form], pairs: Sequence[str]) -> tuple[Form, dict[str, Any]]:
+    """The first form of which all required keys are given, and the values of its keys.
 
-    correct(**options)
+    Raises:
+        ValueError: On an argument that is not key=value, an unknown key, a missing one, or a value of another type.
+    """
+    split = [pair.lstrip("-").partition("=") for pair in pairs]
+    given = {key: text for key, _, text in split}
+    all_keys = [form.keys() for form in forms]
+    required = [[name for name, key in keys.items() if key.required] for keys in all_keys]
+    found = next((i for i, names in enumerate(required) if given.keys() >= set(names)), None)
+    keys = {name: key for of in all_keys for name, key in of.items()} if found is None else all_keys[found]
+    for pair, (name, sep, _) in zip(pairs, split):
+        if not sep:
+            raise ValueError(f"{pair!r} is not accepted; give key=value with a key of {', '.join(keys)}")
+        if name not in keys:
+            raise ValueError(f"{pair!r} is not accepted.{_nearest(name, keys)}")
+    if found is None:
+        raise ValueError("give " + ", or ".join(" and ".join(f"{name}=" for name in names) for names in required))
+    values = {}
+    for name, text in given.items():
+        try:
+            values[name] = keys[name].read(text)
+        except ValueError:
+            raise ValueError(f"{name}={text!r} is not accepted; give {keys[name].accepted}") from None
+    return forms[found], values
 
 
-def _check(args: argparse.Namespace) -> bool:
-    options = _options(
-        args.pairs, dict(model=str, onnx=str, data=str, json=str, split=str, images=int, conf=float, iou=float)
+def overview() -> str:
+    """All commands, one a line."""
+    commands = [f"  {name:<9} {purpose}" for name, (purpose, _) in COMMANDS.items()]
+    return "\n".join(
+        [f"usage: {PROGRAM} COMMAND key=value ...", "", *commands, "", f"{PROGRAM} COMMAND --help lists its keys."]
     )
-    if missing := {"model", "onnx", "data"} - options.keys():
-        raise ValueError(f"give {', '.join(f'{k}=' for k in sorted(missing))}")
-    from .tools.check import check, format_check
-
-    target = options.pop("json", None)
-    result = check(**options)
-    print(format_check(result))
-    _write_json(result, target)
-    return result["passed"]
 
 
-def _eval(args: argparse.Namespace) -> None:
-    kinds = dict(model=str, data=str, annotations=str, detections=str, json=str, device=str, split=str)
-    kinds |= dict(imgsz=int, batch=int, max_det=int, conf=float, iou=float)
-    options = _options(args.pairs, kinds)
-    target = options.pop("json", None)
-    if {"annotations", "detections"} <= options.keys():
-        from .tools.evaluate import coco_metrics
-
-        if extra := options.keys() - {"annotations", "detections", "max_det"}:
-            raise ValueError(f"{', '.join(sorted(extra))} is not accepted with annotations= and detections=")
-        result = coco_metrics(**options)
-        print("\n".join(f"{k:<8}{'-' if v is None else f'{v:.4f}'}" for k, v in result.items() if k != "per_class"))
-    elif {"model", "data"} <= options.keys():
-        from .tools.evaluate import evaluate, format_table
-
-        result = evaluate(**options)
-        print(format_table(result))
-    else:
-        raise ValueError("give model= and data=, or annotations= and detections=")
-    _write_json(result, target)
+def usage(name: str) -> str:
+    """The keys of a command, one a line: name, type, default, meaning."""
+    purpose, forms = COMMANDS[name]
+    lines = [f"{PROGRAM} {name}: {purpose}"]
+    for form in forms:
+        keys = form.keys()
+        needed = " ".join(f"{key}=..." for key, of in keys.items() if of.required)
+        lines += ["", f"usage: {PROGRAM} {name} {needed} [key=value ...]"]
+        for key, of in keys.items():
+            kind = ", ".join(["required"] * of.required + [of.accepted] + [f"default {of.default}"] * bool(of.default))
+            lines.append(f"  {key:<18} {of.meaning} ({kind})")
+    return "\n".join(lines)
 
 
-def _plot(args: argparse.Namespace) -> None:
-    runs = [r for r in args.runs if not r.startswith(("out=", "steps="))]
-    options = _options([r for r in args.runs if r not in runs], dict(out=str, steps=int))
-    if not runs:
-        raise ValueError("give the folder of a run")
-    from .tools.plot import plot
-
-    table, files = plot(runs, **options)
-    print("\n".join([table, *(f"written to {file}" for file in files)]))
-
-
-def _digits(args: argparse.Namespace) -> None:
-    from .data.digits import compose
-
-    print(compose(args.out, args.train, args.val, args.imgsz, args.seed, args.task, args.level))
-
-
-def _hook(args: argparse.Namespace) -> None:
-    from .startup import hook
-
-    if args.action == "status":
-        print(hook.status())
-        return
-    done = hook.install() if args.action == "install" else hook.remove()
-    print("\n".join(f"{args.action.removesuffix('e')}ed {p}" for p in done) or "nothing to remove")
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at what may have been meant, and what is accepted."""
+    near = get_close_matches(name, known, n=1)
+    return "".join(f" Did you mean {n}?" for n in near) + f" Accepted: {', '.join(known)}."

@@ -30,7 +30,7 @@ from about import about, versions
 from ultralytics import YOLO
 
 from yolo_qc_plugin import add_qc_callbacks, choose_onnx_kind, compose
-from yolo_qc_plugin.deploy.qdq import links
+from yolo_qc_plugin.deploy.nodes import links
 
 TURN = 6  # calls of one file before the next one's turn
 SETTLE = 4  # calls at the start of a turn that are not counted: the file before left its threads and caches

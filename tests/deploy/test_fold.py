@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from ultralytics.nn.modules import Conv, Conv2, ConvTranspose, RepConv
 from ultralytics.nn.modules.block import RepVGGDW
 from ultralytics.nn.tasks import BaseModel, DetectionModel
@@ -316,7 +317,7 @@ def test_remove_gives_the_float_model_back_with_quantized_outputs_too():
 
 def test_padding_other_than_zeros_is_refused_by_name():
     model = build("yolov5n.yaml", lambda m: setattr(m.model[3].conv, "padding_mode", "reflect"))
-    with pytest.raises(QCError, match="model.3.conv pads by 'reflect'; only zero padding"):
+    with pytest.raises(QCError, match=r"model\.3\.conv pads by 'reflect'; only zero padding"):
         model.fuse(verbose=False)
     skipped = build(
         "yolov5n.yaml", lambda m: setattr(m.model[3].conv, "padding_mode", "reflect"), skip=("model.3.conv",)
@@ -421,3 +422,47 @@ def test_positive_scale(lowest, highest, codes, scale, wanted, signed):
     assert (positive > 0).all() and (sign is not None) == signed
     sign = torch.ones(4) if sign is None else sign
     assert torch.equal(found.flatten() * positive * sign, deployed.weight_codes.flatten() * deployed.scale)
+
+
+class ConvolutionTypes(TorchDispatchMode):
+    """Collects the types in which convolutions are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "convolution" in str(func):
+            self.seen.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def one_sign(channels, bits):
+    """A deployed 3x3 convolution of positive weights with unit scales, and an input that takes the highest codes."""
+    torch.manual_seed(0)
+    conv = QuantConv2d.from_float(nn.Conv2d(channels, 8, 3, padding=1, bias=False), bits, bits, False, False)
+    top = 2 ** (bits - 1) - 1
+    with torch.no_grad():
+        conv.weight.copy_(torch.randint(top // 2, top + 1, conv.weight.shape))
+    conv.act_quant.set_signed(False)
+    deployed = deploy_conv(conv, None, "")
+    high = deployed.act_quant.quant_max
+    return deployed, torch.randint(high // 2, high + 1, (1, channels, 8, 8)).float()
+
+
+@pytest.mark.parametrize("channels,bits,computed", [
+    (512, 8, torch.float64),
+    (64, 8, torch.float32),  # up to 64 * 9 * 127 * 255 = 1.9e7 by its shape, less by its codes
+    (512, 4, torch.float32),
+])  # fmt: skip
+@torch.no_grad()
+def test_sums_are_those_of_whole_numbers(channels, bits, computed):
+    """Whatever the size of a layer; FP64, which is slower, only where FP32 does not hold every sum."""
+    deployed, x = one_sign(channels, bits)
+    codes = deployed.weight_codes.long().flatten(1)
+    sums = (codes @ nn.functional.unfold(x, 3, padding=1).long()).view(1, 8, 8, 8)
+    assert (sums.max().item() > 2**24) is (computed is torch.float64)
+    with ConvolutionTypes() as types:
+        found = deployed(x)
+    assert found.dtype == torch.float32 and torch.equal(found, sums.float())  # the sum rounded once
+    assert types.seen == {computed}

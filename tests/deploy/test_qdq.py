@@ -17,14 +17,13 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_deploy import DOUBLE, build, correct, deviation, randomize
+from test_fold import DOUBLE, build, correct, deviation, randomize
 from torch import nn
 from ultralytics import YOLO, cfg
 from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import load_checkpoint
 
 from yolo_qc_plugin import choose_onnx_kind
-from yolo_qc_plugin.cli import wrap_entrypoint
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.deploy.codes import compare_codes
 from yolo_qc_plugin.deploy.exported import RUNTIMES, Exported
@@ -37,6 +36,7 @@ from yolo_qc_plugin.quant.calibrate import calibrate, calibrate_outputs
 from yolo_qc_plugin.quant.equalization import equalize
 from yolo_qc_plugin.quant.inject import inject, quantize_outputs
 from yolo_qc_plugin.quant.layers import quant_convs
+from yolo_qc_plugin.startup.command import wrap_entrypoint
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -349,7 +349,7 @@ def test_no_code_lies_outside_the_grid(tmp_path, bits, act, bounds):
         seen = run(graph.model, 100 * x, optimised=False, tensors=graph.tensors())
         for name, (tensor, *_) in graph.inputs.items():
             codes = seen[tensor]
-            assert codes.min() == top + 1 - 2**bits or name == "1.conv" and not bounds
+            assert codes.min() == top + 1 - 2**bits or (name == "1.conv" and not bounds)
             assert codes.min() >= top + 1 - 2**bits and codes.max() == top
         found = sum(n.op_type == "Max" for n in graph.model.graph.node)
         assert found == (0 if bits == 4 and kind == "int4" else 1 + bounds)

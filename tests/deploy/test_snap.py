@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_deploy import CONVS, build, images, layer
+from test_fold import CONVS, build, images, layer
 from torch import nn
 
 from yolo_qc_plugin.deploy.fold import deploy_conv
@@ -30,7 +30,7 @@ def with_grid(scale):
 @torch.no_grad()
 def test_snapped_channels(correction, step):
     """A power of two over an odd number, whole biases, near what was there; channels of zero scale stay as they are."""
-    conv, bn, x = layer(CONVS["no bias"], correction=correction, dtype=torch.float32)
+    conv, bn, _ = layer(CONVS["no bias"], correction=correction, dtype=torch.float32)
     before = deploy_conv(conv, bn, "")
     snap_conv(conv, bn, with_grid(step))
     after = deploy_conv(conv, bn, "")
@@ -66,7 +66,7 @@ def test_snapped_scales(bits, scale, zero_point, offset):
         with torch.no_grad():
             snap_scale(quant)
         now = quant.scale.item()
-        odd, exponent = Fraction(now).as_integer_ratio()
+        odd, _ = Fraction(now).as_integer_ratio()
         while odd % 2 == 0:
             odd //= 2
         assert 2 ** (SCALE_BITS - bits - 1) <= odd < 2 ** (SCALE_BITS - bits)
@@ -97,7 +97,7 @@ def test_no_value_comes_near_a_threshold():
     for hook in hooks:
         hook.remove()
     assert len(seen) == 75 + 69
-    for name, (position, quant) in seen.items():
+    for name, (position, _) in seen.items():
         if name == "model.0.conv":
             continue  # the image's own values are given
         distance = (position - position.floor() - 0.5).abs().min().item()

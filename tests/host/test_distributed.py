@@ -18,8 +18,8 @@ from ultralytics.utils.dist import generate_ddp_file
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_qc_plugin import add_qc_callbacks
-from yolo_qc_plugin.cli import wrap_entrypoint
 from yolo_qc_plugin.quant.layers import is_quantized, scale_parameters
+from yolo_qc_plugin.startup.command import wrap_entrypoint
 
 ARGUMENTS = {**TINY, "epochs": 2, "batch": 16, "nbs": 16, "optimizer": "SGD"}  # two batches of 16 and 8 images an epoch
 OPTIONS = {"bits": 4, "dampening_weight": 1.0, "act_equalize": True}

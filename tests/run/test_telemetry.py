@@ -25,7 +25,7 @@ from yolo_qc_plugin.quant.inject import inject
 from yolo_qc_plugin.quant.layers import quant_convs
 from yolo_qc_plugin.run import steps, telemetry
 from yolo_qc_plugin.run.telemetry import COLUMNS, FILE, Telemetry, kept, read
-from yolo_qc_plugin.tools.plot import smoothness
+from yolo_qc_plugin.tools.smoothness import smoothness
 
 OPTIONS = {"bits": 3, "correction": "off", "output_bits": None, "calibration_batches": 1}
 ARGUMENTS = {**TINY, "epochs": 2, "nbs": 8, "lr0": 0.02, "amp": False}
@@ -264,7 +264,7 @@ def test_smoothness_is_numpys():
 
 def test_plot_draws_all_pictures_and_says_how_smooth(trained, tmp_path, capsys):
     out = tmp_path / "pictures"
-    assert main(["plot", str(trained[0]), f"out={out}"]) == 0
+    assert main(["plot", f"runs={trained[0]}", f"out={out}"]) == 0
     names = "weight_scales", "act_scales", "oscillation", "codes", "report"
     assert {f.name for f in out.iterdir()} == {
         "smoothness.json", *(f"{n}.{kind}" for n in names for kind in ("png", "pdf"))
@@ -278,17 +278,17 @@ def test_plot_draws_all_pictures_and_says_how_smooth(trained, tmp_path, capsys):
             assert row[side] == smoothness(values[:, layers.index(row["layer"]), COLUMNS.index(column)])
     assert f"written to {out / 'codes.pdf'}" in capsys.readouterr().out
     (out / "report.png").write_bytes(b"a picture of the user's")
-    assert main(["plot", str(trained[0]), f"out={out}"]) == 1
+    assert main(["plot", f"runs={trained[0]}", f"out={out}"]) == 1
     # its own pictures, which come first, would have been drawn again
     assert "report.png was not drawn by yolo-qc plot" in capsys.readouterr().err
     assert (out / "report.png").read_bytes() == b"a picture of the user's"
 
 
 @pytest.mark.parametrize("arguments,message", [
-    (["missing"], "telemetry.parquet; it is written by a run of callbacks=qc with qc_telemetry=True"),
-    (["out=x"], "give the folder of a run"),
-    (["broken"], "cannot be read"),
-    (["broken", "steps=5000"], "give 1 to 4000"),
+    (["runs=missing"], "telemetry.parquet; it is written by a run of callbacks=qc with qc_telemetry=True"),
+    (["out=x"], "give runs="),
+    (["runs=broken"], "cannot be read"),
+    (["runs=broken", "steps=5000"], "give 1 to 4000"),
 ])  # fmt: skip
 def test_plot_refuses_in_one_line(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -41,7 +41,7 @@ def python(code: str, cwd: Path) -> str:
 
 def test_two_epochs_through_the_stock_program(digits, tmp_path):
     """`yolo train ... callbacks=qc` as a subprocess, then the checkpoint in a fresh process."""
-    assert "enabled" in hook.status(), "install the package, or run `yolo-qc hook install` after an editable install"
+    assert "enabled" in hook.status(), "install the package, or run `yolo-qc hook action=install` if it is editable"
     host = {k: v for k, v in TINY.items() if k != "epochs"} | {"data": digits, "project": tmp_path, "name": "run"}
     command = [
         str(Path(sys.executable).with_name("yolo")), "train", "model=yolov5n.yaml", "epochs=2", "callbacks=qc",

@@ -114,7 +114,7 @@ def test_wheel_ships_the_hook_at_its_root(wheel):
             assert archive.read(name) == (STARTUP / name).read_bytes()
     assert {n for n in names if "/" not in n} == ROOT_FILES
     assert {line.split(",")[0] for line in record.splitlines()} == names  # so that `pip uninstall` takes all away
-    assert {f"yolo_qc_plugin/startup/{n}" for n in ROOT_FILES} <= names  # what `yolo-qc hook install` copies
+    assert {f"yolo_qc_plugin/startup/{n}" for n in ROOT_FILES} <= names  # what `yolo-qc hook action=install` copies
     assert "yolo_qc_plugin/cfg/yolov7-tiny.yaml" in names
 
 
@@ -131,12 +131,13 @@ def test_hook_leaves_other_processes_alone(site):
 
 def test_hook_wraps_the_entry_point_of_yolo(site):
     on = site.report("yolo", YOLO, "train", "callbacks=qc", "qc_bits=4")
-    assert on["entrypoint"] == "yolo_qc_plugin.cli"
+    assert on["entrypoint"] == "yolo_qc_plugin.startup.command"
     assert on["finders"] == 0, "the finder has to go once its work is done"
     assert on["loaders"] == ["SourceFileLoader"] * 2, "the module has to look like any other"
     named = site.report("yolo", YOLO, "train", "model=yolov7-tiny.yaml")
-    ours = {f"yolo_qc_plugin{name}" for name in ("", ".cli", ".config", ".cfg")}
-    assert named["entrypoint"] == "yolo_qc_plugin.cli" and set(named["modules"]) == {"_yolo_qc_startup", *ours}
+    ours = {f"yolo_qc_plugin{name}" for name in ("", ".startup", ".startup.command", ".config", ".options", ".cfg")}
+    assert named["entrypoint"] == "yolo_qc_plugin.startup.command"
+    assert set(named["modules"]) == {"_yolo_qc_startup", *ours}
     off = site.report("yolo", YOLO, "train", "callbacks=qc", YOLO_QC_HOOK="0")
     assert off["entrypoint"] == "ultralytics.cfg"
     assert off["modules"] == ["_yolo_qc_startup"]
@@ -315,7 +316,7 @@ def test_missing_or_empty_argv_is_no_error(monkeypatch):
 def test_start_up_files_know_the_models():
     from yolo_qc_plugin.cfg import MODELS
 
-    assert load_startup().MODELS == tuple(f"{name}.yaml" for name in MODELS)
+    assert tuple(f"{name}.yaml" for name in MODELS) == load_startup().MODELS
     assert all(f'"{name}.yaml"' in PTH_LINE for name in MODELS)
 
 

@@ -3,34 +3,36 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import FLOAT, TINY
 from ultralytics import YOLO
+
+from yolo_qc_plugin import add_qc_callbacks, choose_onnx_kind
+from yolo_qc_plugin.cli import main
+from yolo_qc_plugin.config import QCError
+from yolo_qc_plugin.deploy.fold import FixedQuantizer, deployed_convs
+from yolo_qc_plugin.deploy.snap import MULTIPLIER_BITS
+from yolo_qc_plugin.tools.check import check
+from yolo_qc_plugin.tools.evaluate import evaluate
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from conftest import TINY  # noqa: E402
-
-from yolo_qc_plugin import add_qc_callbacks, choose_onnx_kind  # noqa: E402
-from yolo_qc_plugin.cli import main  # noqa: E402
-from yolo_qc_plugin.config import QCError  # noqa: E402
-from yolo_qc_plugin.deploy.fold import FixedQuantizer, deployed_convs  # noqa: E402
-from yolo_qc_plugin.deploy.snap import MULTIPLIER_BITS  # noqa: E402
-from yolo_qc_plugin.tools.check import check  # noqa: E402
-
-EDGES = ["model.0.conv", *(f"model.24.{branch}.{i}.2" for branch in ("cv2", "cv3") for i in range(3))]
+FINDS = 0.05  # AP of a model that finds digits: below, all figures could be 0 and equal
 
 
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
-    """A quantized checkpoint of one short epoch, and its file of the int8 kind."""
+    """A quantized checkpoint of one short epoch that finds digits, and its file of the int8 kind."""
     folder = tmp_path_factory.mktemp("trained")
-    model = YOLO("yolov5n.yaml")
+    model = YOLO(FLOAT)
     add_qc_callbacks(model, bits=4)
-    model.train(data=str(digits), project=str(folder), name="run", **TINY)
+    options = {**TINY, "nbs": 8, "optimizer": "Adam", "lr0": 1e-3, "mosaic": 0.0}
+    model.train(data=str(digits), project=str(folder), name="run", **options)
     checkpoint = folder / "best.pt"
     shutil.copy(folder / "run" / "weights" / "best.pt", checkpoint)
     return checkpoint, YOLO(checkpoint).export(format="onnx", imgsz=64, device="cpu")
@@ -43,10 +45,23 @@ def test_a_file_of_ours_passes(trained, digits, tmp_path, capsys):
     assert "passed" in capsys.readouterr().out
     result = json.loads(target.read_text())
     assert result["weights"] == [] and result["images"] == 4 and result["imgsz"] == 64
+    assert result["pytorch"]["AP"] > FINDS
     for runtime in result["runtimes"]:
         if "skipped" not in runtime:
-            # what snapping is for: all codes agree, end to end, and so does the accuracy
-            assert runtime["steps"] == 0 and runtime["changed_end_to_end"] == 0 and runtime["points"] == 0, runtime
+            # what snapping is for: all codes agree, end to end; boxes differ in their last digits, so AP hardly does
+            assert runtime["steps"] == 0 and runtime["changed_end_to_end"] == 0 and runtime["points"] < 0.01, runtime
+
+
+def test_a_file_that_is_not_square_passes(trained, digits, tmp_path):
+    """PyTorch sees the images that Ultralytics itself gives such a file."""
+    checkpoint = shutil.copy(trained[0], tmp_path / "best.pt")
+    file = YOLO(checkpoint).export(format="onnx", imgsz=[64, 96], device="cpu")
+    result = check(checkpoint, file, digits, images=2)
+    assert result["passed"] and result["imgsz"] == [64, 96] and result["pytorch"]["AP"] > FINDS
+    assert all(r["changed_end_to_end"] == 0 for r in result["runtimes"] if "skipped" not in r)
+    stock = evaluate(file, digits)
+    assert stock["imgsz"] == [64, 96] and stock["coco"]["AP"] == result["runtimes"][0]["AP"]
+    assert evaluate(checkpoint, digits, imgsz=96, rect=False)["coco"]["AP"] != result["pytorch"]["AP"]
 
 
 def test_the_int4_kind_passes_without_openvino(trained, digits, tmp_path):
@@ -54,12 +69,14 @@ def test_the_int4_kind_passes_without_openvino(trained, digits, tmp_path):
     shutil.copy(trained[0], checkpoint)
     model = YOLO(checkpoint)
     choose_onnx_kind(model, "int4")
-    result = check(checkpoint, model.export(format="onnx", imgsz=64, device="cpu"), digits, images=2)
+    # as wide as it takes for a file of 100 kB: Ultralytics refuses to write smaller ones
+    result = check(checkpoint, model.export(format="onnx", imgsz=[64, 640], device="cpu"), digits, images=2)
     assert result["passed"] and "skipped" in result["runtimes"][-1] and "skipped" not in result["runtimes"][0]
+    assert result["runtimes"][0]["AP"] > FINDS
 
 
 def test_openvino_gets_the_integer_graph(trained, digits, tmp_path):
-    """`format=openvino` as the host names it: all but the 8-bit edges and DFL run on 8-bit codes, and it predicts."""
+    """`format=openvino` as Ultralytics names it: all but 8-bit edges and DFL run on 8-bit codes, and it predicts."""
     openvino = pytest.importorskip("openvino")
     checkpoint = tmp_path / "best.pt"
     shutil.copy(trained[0], checkpoint)
@@ -71,7 +88,9 @@ def test_openvino_gets_the_integer_graph(trained, digits, tmp_path):
         if info["layerType"].astype(str) == "Convolution":
             kinds.append(info["runtimePrecision"].astype(str))
     # weights of large codes, which would overflow in pairs on some processors, are computed in float
-    assert len(kinds) == 76 and kinds.count("u8") == 75 - len(EDGES)
+    layers = deployed_convs(YOLO(checkpoint).model.float().fuse(verbose=False)).values()
+    edges = sum(layer.bits == 8 for layer in layers)
+    assert edges and len(kinds) == len(layers) + 1 and kinds.count("u8") == len(layers) - edges
     assert len(YOLO(folder)(str(digits.parent / "images" / "val"), imgsz=64, verbose=False)) == 8
 
 
@@ -99,7 +118,7 @@ def bad_files(trained, tmp_path):
     """Kind -> (checkpoint, ONNX file) that cannot be compared."""
     checkpoint, file = trained
     cut, text, torn, other = (tmp_path / n for n in ("cut.onnx", "text.onnx", "torn.pt", "other.onnx"))
-    content = open(file, "rb").read()
+    content = Path(file).read_bytes()
     cut.write_bytes(content[: len(content) // 2])
     text.write_text("not a model")
     torn.write_bytes(checkpoint.read_bytes()[:1000])
@@ -154,5 +173,5 @@ def test_outputs_of_a_finished_model_lie_where_runtimes_agree(trained):
         assert torch.allclose(q, q.round(), rtol=1e-6, atol=0) and (q.round() % 2 == 1).all(), name
         bias = layer.shift.double() / (layer.act_quant.scale * layer.scale.double())
         assert torch.allclose(bias, bias.round(), rtol=1e-6, atol=1e-2), name
-    assert outputs == len(layers) - 6  # all but the head's bare outputs
+    assert outputs == len([name for name in layers if name.endswith(".conv")]) > 0  # all but the head's bare outputs
     assert np.isfinite([p.sum().item() for p in model.parameters()]).all()

@@ -13,14 +13,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import FLOAT, SHARED
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from ultralytics import YOLO
 
 from yolo_qc_plugin.data.digits import compose
-from yolo_qc_plugin.tools.evaluate import coco_ground_truth, coco_metrics, evaluate, format_table
+from yolo_qc_plugin.tools.coco import coco_ground_truth, coco_metrics
+from yolo_qc_plugin.tools.evaluate import evaluate, format_table
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
 KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
@@ -107,7 +109,7 @@ def test_uncut_ground_truth(odd_data: Path):
 def test_a_missing_split_or_file_is_refused(odd_data: Path):
     with pytest.raises(FileNotFoundError, match="test"):
         coco_ground_truth(odd_data, split="test")
-    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
         coco_ground_truth(odd_data.with_name("nowhere.yaml"))
 
 
@@ -231,7 +233,7 @@ def test_malformed_input_is_refused(tmp_path: Path):
         coco_metrics({"images": [], "annotations": []}, [])
     with pytest.raises(ValueError, match="id 0"):
         coco_metrics({**truth, "annotations": [{**truth["annotations"][0], "id": 0}]}, [])
-    with pytest.raises(FileNotFoundError, match="absent.json"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.json"):
         coco_metrics(tmp_path / "absent.json", [])
 
 
@@ -245,19 +247,32 @@ def check_result(result: dict) -> None:
     assert ap == ["AP", f"{100 * result['coco']['AP']:.2f}", f"{100 * result['ultralytics']['map50_95']:.2f}"]
 
 
-def test_untrained_model_on_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_detector_of_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of uncut boxes only the interpolation of the curve differs; cut ones fit digits at the border better."""
     monkeypatch.chdir(tmp_path)
-    data = compose(tmp_path / "set", 1, 8, 96)
-    result = evaluate("yolov5n.yaml", data, imgsz=96, batch=4, device="cpu")
+    data = compose(tmp_path / "set", 1, 24, 64)
+    result, cut = (evaluate(FLOAT, data, batch=4, device="cpu", clip=clip) for clip in (False, True))
     rows = sum(len(file.read_text().splitlines()) for file in (tmp_path / "set/labels/val").glob("*.txt"))
-    assert (result["images"], result["instances"], result["imgsz"]) == (8, rows, 96)
+    assert (result["images"], result["instances"], result["imgsz"]) == (24, rows, 64)
+    assert cut["coco"]["AP"] > result["coco"]["AP"] > 0.2
     assert result["coco"]["AP"] == pytest.approx(result["ultralytics"]["map50_95"], abs=0.005)
+    assert result["coco"]["AP50"] == pytest.approx(result["ultralytics"]["map50"], abs=0.005)
     check_result(result)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]  # no runs folder
 
 
+def test_a_model_keeps_its_callbacks(digits):
+    """Nothing that an evaluation makes stays on the caller's object."""
+    yolo = YOLO(FLOAT)
+    settings = dict(data=str(digits), imgsz=64, plots=False, verbose=False)
+    yolo.val(**settings)  # Ultralytics adds callbacks of its own
+    before = {event: list(callbacks) for event, callbacks in yolo.callbacks.items()}
+    assert evaluate(yolo, digits, imgsz=64)["coco"]["AP"] > 0.05
+    assert yolo.callbacks == before
+
+
 def test_a_missing_or_unfit_model_is_refused(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="absent.pt"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
         evaluate(tmp_path / "absent.pt", tmp_path / "absent.yaml")
     with pytest.raises(ValueError, match="task 'classify'"):
         evaluate("yolov8n-cls.yaml", tmp_path / "absent.yaml")
@@ -299,8 +314,6 @@ def test_uncut_boxes_agree_with_ultralytics(bccd_result: dict):
 
 def test_cut_boxes_are_what_predict_returns(bccd: tuple[Path, Path], bccd_result: dict):
     """Detections by the host's predict(), an independent way to the numbers of the default."""
-    from ultralytics import YOLO
-
     weights, data = bccd
     result = evaluate(weights, data, batch=1, device="cpu")
     truth = coco_ground_truth(data)

@@ -22,7 +22,13 @@ KEYPOINTS = 4  # of a digit: the ends of its ink at the top, right, bottom and l
 
 
 def compose(
-    out: str | Path, train: int, val: int, imgsz: int, seed: int = 0, task: str = "detect", level: str = "plain"
+    out: str | Path,
+    train: int = 300,
+    val: int = 100,
+    imgsz: int = 160,
+    seed: int = 0,
+    task: str = "detect",
+    level: str = "plain",
 ) -> Path:
     """Write the data set in Ultralytics' layout and return what `data=` takes.
 
@@ -36,8 +42,9 @@ def compose(
         val: Images of the val split, >= 1.
         imgsz: Side of the square images in pixels, a multiple of 32, >= 64.
         seed: Seed of every random draw, >= 0.
-        task: What the labels are for, one of TASKS. All tasks but "classify" have the same images.
-        level: How hard the set is, a name of LEVELS.
+        task: What the labels are for: detect, segment, pose, obb or classify. All tasks but the last have the same
+            images.
+        level: How hard the set is: plain, hard (20 classes, clutter, fainter) or wide (hard in all sizes).
 
     Returns:
         `out/digits.yaml`, beside `images/{train,val}/*.jpg` and `labels/{train,val}/*.txt`; classes 0 to 9, or these in

@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""How low the values of a traced ONNX graph can be: what lies above a grid's lower end needs no bound below."""
+"""How low the values of a traced ONNX graph can be: a tensor that stays above its grid's lower end needs no Max."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def compare_codes(model: nn.Module, graph: Exported, name: str, images: Tensor) 
         free = _Codes(model, graph, theirs, force=False)
         with free:
             mine = model(image)
-        mine = mine[0] if isinstance(mine, (tuple, list)) else mine  # what follows are the training loss' inputs
+        mine = mine[0] if isinstance(mine, (tuple, list)) else mine  # the others are for the training loss
         mine = mine if isinstance(mine, (tuple, list)) else (mine,)
         shapes = [tuple(v.shape) for v in mine], [v.shape for v in values[:count]]
         if shapes[0] != shapes[1]:
@@ -65,7 +65,7 @@ def compare_codes(model: nn.Module, graph: Exported, name: str, images: Tensor) 
 
 
 class _Codes:
-    """Hooks that compare a model's codes with those of a runtime, and let it go on with the latter if `force`.
+    """Hooks that compare a model's codes with those of a runtime; with `force` the model computes with the runtime's.
 
     Attributes:
         total: Codes compared.

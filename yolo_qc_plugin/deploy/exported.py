@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import QCError
 from .fold import DeployedConv2d
-from .qdq import links
+from .nodes import links
 
 RUNTIMES = ("onnxruntime", "onnxruntime, not optimised", "openvino")
 
@@ -25,6 +25,9 @@ class Exported:
         path: Of the file.
 
     Attributes:
+        imgsz: Side of its images in pixels, or [height, width] where these differ; of dynamic axes, as it was exported.
+        batch: Images a batch to evaluate it with.
+        fixed_batch: Images that it takes at once, 0 for any number.
         codes: Layer name -> (tensor of its input's codes, zero point).
         outputs: Layer name -> (tensor of its output's codes, scale, zero point), where the output is quantized.
         weights: Layer name -> tensor of its weight's codes.
@@ -46,13 +49,14 @@ class Exported:
             onnx.checker.check_model(self.model)
             image = next(i for i in self.model.graph.input if i.name == "images")
         except Exception as e:  # protobuf, checker and OS each have errors of their own
-            lines = str(e).strip().splitlines()
-            raise QCError(f"QC: onnx={path} is no ONNX model of Ultralytics: {lines[0] if lines else type(e).__name__}")
+            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            raise QCError(f"QC: onnx={path} is no ONNX model of Ultralytics: {reason}") from None
         self.metadata = {p.key: p.value for p in self.model.metadata_props}
         sides = [d.dim_value for d in image.type.tensor_type.shape.dim]
         self.fixed_batch = sides[0]  # 0: any
         try:
-            self.imgsz = sides[2] or max(json.loads(self.metadata["imgsz"]))
+            height, width = sides[2:] if all(sides[2:]) else json.loads(self.metadata["imgsz"])
+            self.imgsz = height if height == width else [height, width]
             self.batch = self.fixed_batch or 16
         except (KeyError, ValueError):
             raise QCError(

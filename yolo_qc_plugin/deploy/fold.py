@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""The deployed form: a quantized convolution and all that follows it in one scale and one bias per output channel.
+"""The deployed form: integer codes, and one scale and one bias per output channel for all behind their convolution.
 
 With xhat = act_scale * (code_x - zero_point), what = s * code_w, the correction's gamma and beta, and batch norm's
 a = bn.weight / sqrt(var + eps):
@@ -8,10 +8,12 @@ a = bn.weight / sqrt(var + eps):
         scale = a * gamma * s                                         per output channel, negative where a * gamma is
         shift = a * (gamma * bias + beta - mean) + bn.bias
 
-The integer codes never move, which folding batch norm into the weight (as for a float convolution) would do.
+The integer codes stay as they are. Batch norm folded into the weight, as for a float convolution, would change them.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from ..quant.precision import KeepWide
 from ..quant.quantizer import ActQuantizer
 from .trace import traced_convolve, traced_quantize
 
+EXACT = 2**24  # FP32 holds every integer of up to this magnitude
 OFF = 2**30  # a channel is off where its shift is this many units of its integer sums
 
 
@@ -56,11 +59,15 @@ class FixedQuantizer(nn.Module):
 
     def steps(self, x: Tensor) -> Tensor:
         """Codes minus the zero point, i.e. whole steps from 0, as floats of FP32 at least."""
-        low, high = self.quant_min - self.zero_point, self.quant_max - self.zero_point
-        return to_codes(self.equalized(widen(x)), self.scale, None, low, high)
+        return to_codes(self.equalized(widen(x)), self.scale, None, *self.range)
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """The smallest and the largest of all `steps`."""
+        return self.quant_min - self.zero_point, self.quant_max - self.zero_point
 
     def before(self, steps: Tensor) -> Tensor:
-        """An input whose `steps` these are."""
+        """An input that has these `steps`."""
         values = steps * self.scale
         return values if self.equalizer is None else values / self.equalizer
 
@@ -81,14 +88,16 @@ class FixedQuantizer(nn.Module):
 class DeployedConv2d(Deployed, KeepWide, nn.Module):
     """Integer codes convolved, then one scale and one shift per output channel.
 
-    The convolution of codes is exact in FP32 (its sums stay far below 2^24 for layers of YOLO's sizes), so that this is
-    what integer hardware computes. Parameters of the convolution (stride, padding, ...) are those of nn.Conv2d.
+    The convolution of codes is exact, so this is what integer hardware computes. FP32 holds all integers up to 2^24; a
+    layer whose sums can be larger (8-bit weights and inputs, some hundred channels) computes them in FP64, which takes
+    longer. Parameters of the convolution (stride, padding, ...) are those of nn.Conv2d.
 
     Attributes:
         name: The layer's name in its model.
         bits: Width of the weight.
         act_quant: FixedQuantizer of the input.
         weight_codes: int8, shape of the weight.
+        wide_sums: Whether the sums need FP64.
         scale: Shape (out_channels,): weight scale, correction and batch norm; of either sign.
         shift: Shape (out_channels,).
     """
@@ -107,15 +116,17 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
         self.act_quant = FixedQuantizer(conv.act_quant)
         for key in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
             setattr(self, key, getattr(conv, key))
-        # parameters, so that a model's summary counts them; floats first, because the host reads a model's dtype there
+        # parameters, so that a model's summary counts them; floats first, as Ultralytics reads a model's dtype there
         self.scale, self.shift = nn.Parameter(scale, False), nn.Parameter(shift, False)
         self.weight_codes = nn.Parameter(conv.weight_codes(), False)
+        self.wide_sums = largest_sum(self.weight_codes, *self.act_quant.range) > EXACT
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x of shape (batch, in, height, width)."""
         if torch.jit.is_tracing():
             return traced_convolve(self.act_quant(x), self)
         steps = self.act_quant.steps(x)
+        steps = steps.double() if self.wide_sums else steps
         sums = self.convolve(steps, self.weight_codes.to(steps.dtype))
         scale = (self.act_quant.scale * self.scale).to(steps.dtype)
         return torch.addcmul(along_channels(self.shift).to(steps.dtype), sums, along_channels(scale)).to(x.dtype)
@@ -123,11 +134,11 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
     def positive_scale(self, lowest: int, highest: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes, scale and sign with scale > 0, for formats that want that.
 
-        A channel of negative scale gets negated codes. Where one of those would leave [lowest, highest] (that of -8 in
-        a 4-bit container, say), all codes stay and the sign is to be multiplied to the convolution's output.
+        A channel of negative scale gets negated codes. Where one of them would leave [lowest, highest], as 8 = -(-8)
+        leaves a 4-bit container, no codes are negated, and the convolution's output is to be multiplied by the sign.
 
-        A channel that is switched off (of zero scale, or one whose sums vanish beside its shift, which then has no
-        place in an INT32 bias) gets zero codes, and a scale of which its shift is a whole multiple.
+        A channel is off where its scale is zero, or so small beside its shift that the shift would not fit an INT32
+        bias. It gets zero codes, and a scale of which its shift is a whole multiple.
 
         Returns:
             Codes (int16, shape of the weight), scale (out_channels,), sign (out_channels,) of +1 and -1, or None.
@@ -162,6 +173,19 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
         )
 
 
+def largest_sum(codes: Tensor, low: int, high: int) -> int:
+    """The largest magnitude of a channel's sum of products, complete or not, whatever the order of its terms.
+
+    Args:
+        codes: Integer weights, shape (out_channels, ...).
+        low: The smallest number that they are multiplied by, <= 0.
+        high: The largest, >= 0.
+    """
+    rows = codes.long().flatten(1)
+    positive, negative = rows.clamp(min=0).sum(1), -rows.clamp(max=0).sum(1)
+    return int(torch.maximum(positive * high - negative * low, negative * high - positive * low).max())
+
+
 def fold(conv: QuantConv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
     """Scale and shift of the header's formula, FP64, shape (out_channels,) each."""
     wide = torch.float64  # folding is done once: no digit is lost in it
@@ -186,7 +210,7 @@ def deploy_conv(conv: QuantConv2d, bn: nn.BatchNorm2d | None, name: str) -> Depl
 
     Args:
         conv: Quantized convolution, corrected or not.
-        bn: The batch norm that reads its output, in eval mode, or None; with it bn is to be left out.
+        bn: The batch norm that reads its output, in eval mode, or None. It is part of what is returned.
         name: The layer's name in its model.
 
     Returns:
@@ -203,7 +227,9 @@ def deploy_conv(conv: QuantConv2d, bn: nn.BatchNorm2d | None, name: str) -> Depl
 
 def deploy_activation(act: QuantActivation) -> nn.Sequential:
     """The deployed form of an activation with a quantized input."""
-    function = QuantSiLU(FixedQuantizer(act.function.quant)) if isinstance(act.function, QuantSiLU) else act.function
+    function = act.function
+    if isinstance(function, QuantSiLU):
+        function = QuantSiLU(FixedQuantizer(cast(ActQuantizer, function.quant)))
     return nn.Sequential(FixedQuantizer(act.quant), function).train(act.training)
 
 

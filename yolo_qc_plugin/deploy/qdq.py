@@ -8,12 +8,12 @@ Every convolution reads Q -> DQ of its input and DQ of its integer weight, with 
     int4  4-bit containers (opset 21) for weights and activations of up to 4 bits, 8-bit ones for the rest.
 
 Activation codes of a grid narrower than its container are shifted to the container's top (4 bits in UINT8: 240 to 255),
-so that saturation cuts off above, as the grid does. Below, a Max before Q does it, left out where the input cannot be
-that low: SiLU is never below -0.281, LeakyReLU never below its slope times the lowest code's value.
+so that saturation cuts off values above the grid. A Max before Q cuts off those below. It is left out where the input
+cannot be that low: SiLU is never below -0.281, LeakyReLU never below its slope times the lowest code's value.
 
 Weights are signed and symmetric, in INT8; those with codes beyond +-64 in UINT8 with a zero point of 128. On processors
 without VNNI, runtimes add the products of UINT8 activations and INT8 weights in pairs of 16 bits, which 2 * 255 * 65
-overflows; for UINT8 weights they take a way that is exact.
+overflows; with UINT8 weights they compute exactly.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..config import QCError
 from .bounds import LowerBounds
 from .fold import DeployedConv2d
+from .nodes import Writer, links
 from .trace import CONVOLVE, DOMAIN, QUANTIZE
 
 ONNX_KINDS = ("int8", "int4")
@@ -56,11 +56,11 @@ def write_qdq(file: str | Path, layers: Mapping[str, DeployedConv2d], kind: str)
     check_kind(kind, opset)
     graph = _Graph(model.graph, layers, kind)
     graph.rewrite()
-    kept = [o for o in model.opset_import if o.domain != DOMAIN]
+    standard = [o for o in model.opset_import if o.domain != DOMAIN]
     del model.opset_import[:]
-    model.opset_import.extend(kept)
+    model.opset_import.extend(standard)
     if kind == "int4" and opset < INT4_OPSET:
-        # what 19 to 21 added to the nodes of our traces are types and attributes
+        # opsets 19 to 21 added types and attributes to the nodes of our traces, and changed no meaning
         next(o for o in model.opset_import if not o.domain).version = INT4_OPSET
         model.ir_version = max(model.ir_version, 10)
     onnx.checker.check_model(model, full_check=True)
@@ -84,29 +84,18 @@ def check_kind(kind: str, opset: int = INT4_OPSET) -> None:
         raise QCError(f"QC: opset={opset} is too old for the {kind} kind; accepted: {MIN_OPSET[kind]} and later.")
 
 
-def links(graph) -> tuple[dict, dict[str, list]]:
-    """Tensor -> the node that writes it, and tensor -> the nodes that read it, of an ONNX graph."""
-    sources = {out: n for n in graph.node for out in n.output}
-    readers: dict[str, list] = {}
-    for n in graph.node:
-        for name in n.input:
-            readers.setdefault(name, []).append(n)
-    return sources, readers
-
-
 class _Graph:
     """A graph being rewritten."""
 
     def __init__(self, graph, layers: Mapping[str, DeployedConv2d], kind: str):
         self.graph, self.layers, self.kind = graph, layers, kind
-        self.nodes: list = []  # of the new graph
+        self.writer = Writer(graph)
         self.sources, self.readers = links(graph)
         self.bounds = LowerBounds(graph, self.sources)
         self.equalized: dict[tuple, str] = {}  # (tensor, factors) -> their product
         self.act_scale: dict[str, float] = {}  # fake-quantized tensor -> scale
         self.quantized: dict[tuple, str] = {}  # (tensor, grid) -> fake-quantized tensor, shared by all who read it
         self.renamed: dict[str, str] = {}
-        self.constants: set[str] = set()
         self.unsigned: set[str] = set()  # layers
         self.quantizers = self.clips = 0
 
@@ -117,15 +106,15 @@ class _Graph:
                 node.input[i] = self.renamed.get(name, name)
             if node.domain != DOMAIN:
                 if not self._written_before(node):
-                    self.nodes.append(node)
+                    self.writer.nodes.append(node)
             elif node.op_type == QUANTIZE:
                 self.renamed[node.output[0]] = self._quantize(node)
             else:
                 self._convolve(node)
         stale = {v.name: v for v in self.graph.value_info}
         del self.graph.node[:]
-        self.graph.node.extend(self.nodes)
-        written = {out for n in self.nodes for out in n.output}
+        self.graph.node.extend(self.writer.nodes)
+        written = {out for n in self.writer.nodes for out in n.output}
         del self.graph.value_info[:]
         self.graph.value_info.extend(v for name, v in stale.items() if name in written)
 
@@ -146,8 +135,8 @@ class _Graph:
         x = node.input[0]
         a = {p.name: helper.get_attribute_value(p) for p in node.attribute}
         scale, low, high = a["scale"], a["quant_min"], a["quant_max"]
-        # convolutions with INT8 weights between 4-bit codes are fused by ONNX Runtime into nodes that it then refuses,
-        # and so is a MaxPool before 4-bit codes
+        # ONNX Runtime fuses a convolution of INT8 weights between 4-bit codes, and a MaxPool before such, into nodes
+        # that it then refuses
         beside = [*self.readers.get(node.output[0], []), *filter(None, [self.sources.get(node.input[0])])]
         wide = any((n.op_type == CONVOLVE and self._layer(n).bits > 4) or n.op_type == "MaxPool" for n in beside)
         narrow = self.kind == "int4" and high - low < 16 and not wide
@@ -159,17 +148,17 @@ class _Graph:
         name = node.output[0]
         self.quantizers += 1
         if low + shift > 0 and self.bounds.of(x) < (low - a["zero_point"] - 0.5) * scale:
-            bound = self._constant(f"{name}_low", (low - a["zero_point"]) * scale)
+            bound = self.writer.constant(f"{name}_low", (low - a["zero_point"]) * scale)
             # Max, not Clip: ONNX Runtime 1.32 fails where it fuses a Clip with a 4-bit QuantizeLinear
-            self._add("Max", [x, bound], f"{name}_clipped")
+            self.writer.add("Max", [x, bound], f"{name}_clipped")
             x, self.clips = f"{name}_clipped", self.clips + 1
         container = TensorProto.UINT4 if narrow else TensorProto.UINT8
         grid = [
-            self._constant(f"{name}_scale", scale),
-            self._constant(f"{name}_zero_point", a["zero_point"] + shift, container),
+            self.writer.constant(f"{name}_scale", scale),
+            self.writer.constant(f"{name}_zero_point", a["zero_point"] + shift, container),
         ]
-        self._add("QuantizeLinear", [x, *grid], f"{name}_codes")
-        self._add("DequantizeLinear", [f"{name}_codes", *grid], name)
+        self.writer.add("QuantizeLinear", [x, *grid], f"{name}_codes")
+        self.writer.add("DequantizeLinear", [f"{name}_codes", *grid], name)
         self.act_scale[name], self.quantized[key] = scale, name
         return name
 
@@ -189,10 +178,10 @@ class _Graph:
         if codes.abs().max() > PAIRED:
             kind, codes = TensorProto.UINT8, codes + 128
             self.unsigned.add(layer_name)
-            self._constant(f"{layer_name}.weight_zero_point", torch.full_like(scale, 128), kind)
-        self._constant(f"{layer_name}.weight_codes", codes, kind)
-        self._constant(f"{layer_name}.weight_scale", scale)
-        weight = self._dequantize(f"{layer_name}.weight")
+            self.writer.constant(f"{layer_name}.weight_zero_point", torch.full_like(scale, 128), kind)
+        self.writer.constant(f"{layer_name}.weight_codes", codes, kind)
+        self.writer.constant(f"{layer_name}.weight_scale", scale)
+        weight = self.writer.dequantize(f"{layer_name}.weight")
 
         attributes = dict(
             kernel_shape=list(layer.kernel_size),
@@ -204,65 +193,26 @@ class _Graph:
         shift = layer.shift.detach().float()
         if sign is None:
             bias = self._bias(layer_name, shift, self.act_scale[x] * scale, fused=self._output_quantized(out))
-            self._add("Conv", [x, weight, bias], out, **attributes)
+            self.writer.add("Conv", [x, weight, bias], out, **attributes)
             return
-        # codes that cannot be negated in their container: the sign follows the convolution
-        self._add("Conv", [x, weight], f"{out}_unsigned", **attributes)
-        self._constant(f"{layer_name}.sign", sign.float().view(-1, 1, 1))
-        self._constant(f"{layer_name}.bias", shift.view(-1, 1, 1))
-        self._add("Mul", [f"{out}_unsigned", f"{layer_name}.sign"], f"{out}_signed")
-        self._add("Add", [f"{out}_signed", f"{layer_name}.bias"], out)
+        # codes that cannot be negated in their container: the sign is multiplied behind the convolution
+        self.writer.add("Conv", [x, weight], f"{out}_unsigned", **attributes)
+        self.writer.constant(f"{layer_name}.sign", sign.float().view(-1, 1, 1))
+        self.writer.constant(f"{layer_name}.bias", shift.view(-1, 1, 1))
+        self.writer.add("Mul", [f"{out}_unsigned", f"{layer_name}.sign"], f"{out}_signed")
+        self.writer.add("Add", [f"{out}_signed", f"{layer_name}.bias"], out)
 
     def _bias(self, layer_name: str, shift, unit, fused: bool) -> str:
-        """The bias in whole units of the integer sums where the convolution is to be fused, else as floats."""
+        """The bias, in whole units of the integer sums where runtimes fuse the convolution, else as floats."""
         from onnx import TensorProto
 
         if self.kind != "int8" or not fused:
-            return self._constant(f"{layer_name}.bias", shift)
+            return self.writer.constant(f"{layer_name}.bias", shift)
         units = (shift.double() / unit.double()).round()
-        self._constant(f"{layer_name}.bias_codes", units.long(), TensorProto.INT32)
-        self._constant(f"{layer_name}.bias_scale", unit)
-        return self._dequantize(f"{layer_name}.bias")
-
-    def _dequantize(self, name: str) -> str:
-        """NAME from the constants NAME_codes, NAME_scale and any NAME_zero_point, along axis 0.
-
-        Once for a layer that runs twice.
-        """
-        if name not in self.constants:
-            parts = [f"{name}_{part}" for part in ("codes", "scale", "zero_point")]
-            self._add("DequantizeLinear", [part for part in parts if part in self.constants], name, axis=0)
-            self.constants.add(name)
-        return name
+        self.writer.constant(f"{layer_name}.bias_codes", units.long(), TensorProto.INT32)
+        self.writer.constant(f"{layer_name}.bias_scale", unit)
+        return self.writer.dequantize(f"{layer_name}.bias")
 
     def _output_quantized(self, name: str) -> bool:
         readers = self.readers.get(name, [])
         return bool(readers) and all(n.domain == DOMAIN and n.op_type == QUANTIZE for n in readers)
-
-    def _add(self, op: str, inputs: list[str], output: str, **attributes) -> None:
-        from onnx import helper
-
-        self.nodes.append(helper.make_node(op, inputs, [output], name=f"{output}/{op}", **attributes))
-
-    def _constant(self, name: str, value, kind: int | None = None) -> str:
-        """An initializer, its values as raw bytes; a name is written once."""
-        from onnx import TensorProto, helper
-
-        if name not in self.constants:
-            kind = TensorProto.FLOAT if kind is None else kind
-            value = torch.as_tensor(value).detach().cpu()
-            if kind in {TensorProto.INT4, TensorProto.UINT4}:
-                raw = _pack4(value)
-            else:
-                raw = value.numpy().astype(helper.tensor_dtype_to_np_dtype(kind)).tobytes()
-            self.graph.initializer.append(helper.make_tensor(name, kind, value.shape, raw, raw=True))
-            self.constants.add(name)
-        return name
-
-
-def _pack4(codes: torch.Tensor) -> bytes:
-    """Two codes a byte, the first in the low half, as ONNX stores 4-bit types."""
-    nibbles = codes.flatten().to(torch.int16).numpy() & 15
-    if nibbles.size % 2:
-        nibbles = np.append(nibbles, 0)
-    return (nibbles[::2] | nibbles[1::2] << 4).astype(np.uint8).tobytes()

@@ -1,15 +1,15 @@
 # yolo_qc_plugin, AGPL-3.0
 """Move a model's numbers, by 0.2% at most, to where every runtime computes the same codes.
 
-Float implementations of one graph differ in the order of their operations. That shows where a value lies within a
-rounding error of a threshold between two codes: one code moves, and a 4-bit network makes a tenth of all codes of it.
-So no value shall come that near:
+Float implementations of one graph differ in the order of their operations, and so in their rounding errors. Where a
+value lies that near to a threshold between two codes, its code differs, and in a 4-bit network a tenth of all codes
+behind it may differ then. So no value may come that near:
 
-1. A convolution's output is m * (sum + b) steps of its 8-bit grid, of integer products' sum. b becomes whole, and m a
-   power of two over an odd number q. Then it is at least 1 / 2q of a step off every threshold n + 1/2.
-2. That grid's step is a power of two (`QuantActivation`). So the product of it and of whole 256ths, SiLU's sigmoid or
-   LeakyReLU's slope, is a multiple of a power of two, and FP32 holds it exactly, and concatenations and sums of
-   residuals too.
+1. A convolution's output is m * (sum + b) steps of its 8-bit grid, where sum is one of integer products. b becomes
+   whole, and m a power of two over an odd number q. Then the output is at least 1 / 2q of a step off every threshold
+   n + 1/2.
+2. That grid's step is a power of two (`QuantActivation`). SiLU's sigmoid and LeakyReLU's slope are whole 256ths. So
+   their products, concatenations and residual sums are multiples of a power of two, which FP32 holds exactly.
 3. An input's scale becomes an odd multiple of a yet smaller power of two, so that thresholds (n + 1/2) * scale lie half
    a multiple off all those values.
 
@@ -18,6 +18,8 @@ SiLU, LeakyReLU and ReLU. Their values can be anywhere; a few codes in a million
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +46,9 @@ def snap(model: nn.Module) -> None:
         return
     for _, conv in quant_convs(model):
         snap_scale(conv.act_quant)
-    for block in model.modules():
-        if isinstance(getattr(block, "act", None), QuantActivation):
-            snap_conv(block.conv, block.bn, block.act)
+    blocks: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "act", None), QuantActivation)]
+    for block in blocks:
+        snap_conv(block.conv, block.bn, block.act)
 
 
 def snap_scale(quant: ActQuantizer) -> None:

@@ -62,7 +62,7 @@ class ImportHook:
 
 def wrap(module):
     """Let the plugin read its own arguments before Ultralytics sees the rest."""
-    from yolo_qc_plugin.cli import wrap_entrypoint
+    from yolo_qc_plugin.startup.command import wrap_entrypoint
 
     wrap_entrypoint(module)
 
@@ -77,7 +77,7 @@ def main():
     """Arm the hooks that this process asks for."""
     program, *arguments = getattr(sys, "argv", None) or [""]  # an embedded interpreter may have no argv
     name = os.path.basename(program).removesuffix(".exe").removesuffix("-script.py")
-    # "=" is added because the host also accepts `callbacks = qc`, which arrives as three arguments.
+    # "=" is added because Ultralytics also accepts `callbacks = qc`, which arrives as three arguments.
     asked = any(
         (a.lstrip("-") + "=").startswith(("callbacks=", "qc_")) or a.rpartition("=")[2] in MODELS for a in arguments
     )

@@ -1,8 +1,8 @@
 # yolo_qc_plugin, AGPL-3.0
 """Put the start-up hook into this interpreter's site-packages, or take it out again.
 
-A wheel brings the hook along. An editable install does not, hence `yolo-qc hook install`. Errors are OSErrors with a
-message for the user.
+A wheel brings the hook along. An editable install does not, hence `yolo-qc hook action=install`. Errors are OSErrors
+with a message for the user.
 """
 
 import os
@@ -10,10 +10,26 @@ import site
 import sysconfig
 from importlib.util import cache_from_source
 from pathlib import Path
+from typing import Literal
 
 STARTUP = Path(__file__).parent
 FILES = ("_yolo_qc_startup.py", "yolo_qc_plugin.pth", "yolo_qc_plugin.start")  # the module before those that call it
 MARKER = b"# yolo_qc_plugin"  # first bytes of every file of ours
+
+
+def manage(action: Literal["install", "remove", "status"]) -> str:
+    """Install the hook, remove it, or say whether it is there.
+
+    Args:
+        action: What to do.
+
+    Returns:
+        What was done, in words.
+    """
+    if action == "status":
+        return status()
+    done = install() if action == "install" else remove()
+    return "\n".join(f"{action.removesuffix('e')}ed {path}" for path in done) or "nothing to remove"
 
 
 def install() -> list[Path]:
@@ -46,7 +62,7 @@ def status() -> str:
     """Say in words whether the hook is installed, where, and whether the environment switches it off."""
     lines = [line for line in map(_folder_status, _folders()) if line]
     if not lines:
-        return "hook: not installed; `yolo-qc hook install` puts it into site-packages"
+        return "hook: not installed; `yolo-qc hook action=install` puts it into site-packages"
     switch = "switched off by YOLO_QC_HOOK=0" if os.environ.get("YOLO_QC_HOOK") == "0" else "enabled"
     return "\n".join([*lines, f"hook: {switch}"])
 
@@ -57,9 +73,9 @@ def _folder_status(folder: Path) -> str:
     if not present:
         return ""
     if len(present) < len(_sources()):
-        detail = " (incomplete; `yolo-qc hook install` completes it)"
+        detail = " (incomplete; `yolo-qc hook action=install` completes it)"
     elif any((folder / source.name).read_bytes() != source.read_bytes() for source in present):
-        detail = " (of another version; `yolo-qc hook install` updates it)"
+        detail = " (of another version; `yolo-qc hook action=install` updates it)"
     else:
         detail = ""
     return f"hook: installed in {folder}{detail}"

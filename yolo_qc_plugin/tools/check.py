@@ -4,12 +4,13 @@
 Three comparisons for each runtime:
 
 1. The integer weights: equal or not.
-2. Layer by layer, PyTorch's layers being fed the very codes that the runtime computed: the codes that both then give,
-   as the share that differs and the largest difference in quantization steps. End to end no two float implementations
-   agree bit for bit: a value that lies at a rounding threshold moves by a step, and what follows moves with it. So the
-   share of codes that differ end to end is reported, and not judged.
-3. Accuracy on the same square images: of the checkpoint as it was trained (fake-quantized), of its deployed form in
-   PyTorch, and of the runtime. For detection that is mAP by pycocotools, for other tasks the host's own figures.
+2. The codes of each layer, where PyTorch's layers are given the codes that the runtime computed before them: the share
+   that differs and the largest difference in quantization steps. Without that no two float implementations agree bit
+   for bit: a value at a rounding threshold moves by a step, and later values move with it. So the share of codes that
+   differ end to end is reported, and not judged.
+3. Accuracy on the same images, padded to the file's size: of the checkpoint as it was trained (fake-quantized), of its
+   deployed form in PyTorch, and of the runtime. For detection that is mAP by pycocotools, for other tasks Ultralytics'
+   own figures.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from ..deploy.fold import deployed_convs
 from ..host import log
 from ..quant.layers import is_quantized
 from ..run.report import figures_of
-from .evaluate import evaluate, load_model
+from .evaluate import evaluate, load_model, validate
 
 MAX_STEPS = 1  # largest difference of a code that passes, given the same input
 MAX_POINTS = 0.1  # largest difference of a task's main figures that passes, in points
@@ -72,48 +73,48 @@ def check(
     Raises:
         QCError: If a file is missing or cannot be read, or the ONNX file was not exported from a model like this one.
     """
-    from importlib.util import find_spec
-
     graph = Exported(Path(onnx))
     yolo, fake_quantized = _load_quantized(model, graph)
     graph.match(deployed_convs(yolo.model))
     stash = _Stash(images)
     settings = dict(data=data, imgsz=graph.imgsz, batch=graph.batch, split=split, conf=conf, iou=iou, rect=False)
 
-    with _forward(yolo.model, stash.wrap):
+    with _computed_by(yolo.model, stash.wrap):
         expected = _figures(yolo, settings)
-    with _forward(yolo.model, lambda _: fake_quantized):
+    with _computed_by(yolo.model, lambda _: fake_quantized):
         trained = _figures(yolo, settings)
     sample = torch.cat(stash.batches)[:images]
-    result = {
+    weights = graph.differing_weights(deployed_convs(yolo.model))
+    runtimes = [_compare(name, graph, yolo, sample, settings, expected) for name in RUNTIMES]
+    judged = [r for r in runtimes if "skipped" not in r]
+    return {
         "model": str(model),
         "onnx": str(onnx),
         "data": str(data),
         "imgsz": graph.imgsz,
         "images": len(sample),
-        "weights": graph.differing_weights(deployed_convs(yolo.model)),
+        "weights": weights,
         "checkpoint": trained,
         "pytorch": expected,
-        "runtimes": [],
+        "runtimes": runtimes,
+        "passed": not weights
+        and _points(trained, expected) <= MAX_POINTS
+        and all(r["steps"] <= MAX_STEPS and r["points"] <= MAX_POINTS for r in judged),
     }
-    for name in RUNTIMES:
-        if name == "openvino" and (reason := graph.openvino_obstacle(bool(find_spec("openvino")))):
-            result["runtimes"].append({"name": name, "skipped": reason})
-            continue
-        log.info(f"{name}")
-        row = {"name": name, **compare_codes(yolo.model, graph, name, sample)}
-        run = batched(session(graph.path.read_bytes(), name), graph.fixed_batch)
-        with _forward(yolo.model, lambda _, run=run: partial(_run_on, run)):
-            found = _figures(yolo, settings)
-        row |= {**found, "points": _points(found, expected)}
-        result["runtimes"].append(row)
-    judged = [r for r in result["runtimes"] if "skipped" not in r]
-    result["passed"] = (
-        not result["weights"]
-        and _points(result["checkpoint"], result["pytorch"]) <= MAX_POINTS
-        and all(r["steps"] <= MAX_STEPS and r["points"] <= MAX_POINTS for r in judged)
-    )
-    return result
+
+
+def _compare(
+    name: str, graph: Exported, yolo: YOLO, sample: Tensor, settings: dict[str, Any], expected: dict[str, float | None]
+) -> dict[str, Any]:
+    """One entry of "runtimes"."""
+    if name == "openvino" and (reason := graph.openvino_obstacle(bool(find_spec("openvino")))):
+        return {"name": name, "skipped": reason}
+    log.info(name)
+    codes = compare_codes(yolo.model, graph, name, sample)
+    run = batched(session(graph.path.read_bytes(), name), graph.fixed_batch)
+    with _computed_by(yolo.model, lambda _: partial(_run_on, run)):
+        found = _figures(yolo, settings)
+    return {"name": name, **codes, **found, "points": _points(found, expected)}
 
 
 def _figures(yolo: YOLO, settings: dict[str, Any]) -> dict[str, float | None]:
@@ -121,8 +122,7 @@ def _figures(yolo: YOLO, settings: dict[str, Any]) -> dict[str, float | None]:
     if yolo.task == "detect":
         coco = evaluate(yolo, **settings)["coco"]
         return {name: coco[name] for name in ("AP", "AP50")}
-    with TemporaryDirectory() as folder:
-        found = figures_of(yolo.val(**settings, plots=False, verbose=False, project=folder).results_dict)
+    found = figures_of(validate(yolo, **settings).metrics.results_dict)
     return {name: value for name, value in found.items() if name != "fitness"}
 
 
@@ -154,7 +154,7 @@ def format_check(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _load_quantized(model: str | Path, graph: Exported):
+def _load_quantized(model: str | Path, graph: Exported) -> tuple[YOLO, nn.Module]:
     """The checkpoint in the deployed form, with the head that the file has, and itself."""
     try:
         yolo = load_model(model)
@@ -164,24 +164,26 @@ def _load_quantized(model: str | Path, graph: Exported):
         raise QCError(f"QC: model={model} cannot be read as a checkpoint: {e}") from None
     if not isinstance(yolo.model, nn.Module) or not is_quantized(yolo.model):
         raise QCError(f"QC: model={model} is not quantized; accepted: checkpoints trained with callbacks=qc.")
-    if "end2end" in graph.metadata and hasattr(yolo.model, "end2end"):
-        yolo.model.end2end = graph.metadata["end2end"] == "True"
-    fake_quantized = deepcopy(yolo.model.float().eval())
-    yolo.model.fuse(verbose=False)
+    module: Any = yolo.model
+    if "end2end" in graph.metadata and hasattr(module, "end2end"):
+        module.end2end = graph.metadata["end2end"] == "True"
+    fake_quantized = deepcopy(module.float().eval())
+    module.fuse(verbose=False)
     return yolo, fake_quantized
 
 
 class _Stash:
-    """Keeps the first images that a model is given in a validation."""
+    """Copies the first images that a model is given in a validation."""
 
     def __init__(self, images: int):
-        self.images, self.batches = images, []
+        self.images = images
+        self.batches: list[Tensor] = []
 
     def wrap(self, forward):
-        """`forward`, with its input kept."""
+        """A forward that copies its input and calls `forward`."""
 
         def call(x, *args, **kwargs):
-            # the first call is the host's warm-up, on an empty image
+            # Ultralytics' first call is to warm up, on an empty image
             if x.any() and sum(map(len, self.batches)) < self.images:
                 self.batches.append(x.detach().cpu().clone())
             return forward(x, *args, **kwargs)
@@ -190,8 +192,8 @@ class _Stash:
 
 
 @contextmanager
-def _forward(model: nn.Module, wrap) -> Iterator[None]:
-    """Let something else compute a model's outputs, and the host's own validation do all that surrounds it."""
+def _computed_by(model: nn.Module, wrap) -> Iterator[None]:
+    """Let `wrap` of the model's forward compute its outputs, while Ultralytics validates it as ever."""
     model.forward = wrap(type(model).forward.__get__(model))
     try:
         yield
@@ -200,6 +202,6 @@ def _forward(model: nn.Module, wrap) -> Iterator[None]:
 
 
 def _run_on(run: Run, x: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor, ...]:
-    """A runtime's outputs as the host's own backends give them."""
+    """A runtime's outputs as Ultralytics' backends give them."""
     values = tuple(map(torch.from_numpy, run(x.cpu().numpy())))
     return values if len(values) > 1 else values[0]

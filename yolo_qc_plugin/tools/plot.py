@@ -2,7 +2,7 @@
 """Pictures of finished runs (`yolo-qc plot`): the paper's Figures 1 and 2, oscillation, codes, accuracy.
 
     weight_scales   Figure 1: scales of the 2nd to 5th convolution's weights, without and with EMA
-    act_scales      Figure 2: the same of their inputs, as far as each has a quantizer of its own, else of those after
+    act_scales      Figure 2: the same of the inputs of the first four after the 1st that have a quantizer of their own
     oscillation     share of oscillating weights at the end and share of codes that flip in a step, per layer
     codes           how often a layer uses each code, for each run
     report          accuracy of the float start, after QAT and after QC
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,13 +24,14 @@ from ..config import QCError
 from ..files import replacing
 from ..quant.layers import quant_convs
 from ..run.report import FIGURES
-from ..run.telemetry import COLUMNS, FILE, WINDOW, read
+from ..run.telemetry import WINDOW
 from .evaluate import load_model
+from .smoothness import Run, compare, format_smoothness, shown_layers
 
 MARK = "yolo-qc plot"  # by which our pictures are known
+RECORD = "smoothness.json"
 FORMATS = ("png", "pdf")
-SMOOTH = 101  # steps of the moving mean, the span of an oscillation in the paper
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.spines.top": False,
@@ -43,45 +44,6 @@ STYLE = {
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by the colour-blind too
 
 
-@dataclass
-class Run:
-    """What a run has left.
-
-    Attributes:
-        name: Its folder's name; with a number where several runs have it.
-        folder: Its folder.
-        layers: Names of the trained layers.
-        steps: Numbers of the last steps, shape (n,).
-        values: COLUMNS of these steps, shape (n, layers, columns).
-    """
-
-    name: str
-    folder: Path
-    layers: list[str]
-    steps: np.ndarray
-    values: np.ndarray
-
-    @classmethod
-    def load(cls, folder: Path, last: int) -> Run:
-        """Read the folder of a run, of its last steps so many.
-
-        Raises:
-            QCError: If it has no telemetry.
-        """
-        layers, steps, values = read(folder / "qc" / FILE)
-        shown = steps > steps[-1] - last
-        return cls(folder.resolve().name, folder, layers, steps[shown], values[shown])
-
-    def traces(self, column: str) -> np.ndarray:
-        """One column, shape (n, layers)."""
-        return self.values[..., COLUMNS.index(column)]
-
-    @property
-    def averaged(self) -> bool:
-        """Whether it was trained with EMA: without, the average is the model."""
-        return not np.array_equal(self.traces("weight_scale"), self.traces("weight_scale_ema"))
-
-
 def plot(runs: Sequence[str | Path], out: str | Path | None = None, steps: int = WINDOW) -> tuple[str, list[Path]]:
     """Draw all pictures of one or several runs.
 
@@ -91,126 +53,64 @@ def plot(runs: Sequence[str | Path], out: str | Path | None = None, steps: int =
         steps: How many of the last steps to draw and to count, 1 to 4,000.
 
     Returns:
-        What to print, and the files written.
+        How smooth the scales are, as a table, and the files written.
 
     Raises:
         QCError: If a run has no telemetry, `steps` is out of range, or a file of the user's has the name of a picture.
     """
     if not 1 <= steps <= WINDOW:
         raise QCError(f"QC: steps={steps} is not accepted; give 1 to {WINDOW}, the steps kept at full rate.")
-    runs = [Run.load(Path(folder), steps) for folder in runs]
-    names = [run.name for run in runs]
-    for number, run in enumerate(runs, 1):
+    loaded = [Run.load(Path(folder), steps) for folder in runs]
+    names = [run.name for run in loaded]
+    for number, run in enumerate(loaded, 1):
         run.name += f" {number}" * (names.count(run.name) > 1)
-    out = Path(out or runs[0].folder / "qc" / "plots")
-    before = next((r for r in runs if not r.averaged), runs[0])
-    after = next((r for r in runs if r.averaged), None)
+    out = Path(out or loaded[0].folder / "qc" / "plots")
+    before = next((r for r in loaded if not r.averaged), loaded[0])
+    after = next((r for r in loaded if r.averaged), None)
     from matplotlib import rc_context
 
-    table = "no run with EMA: there is nothing to compare"
     with rc_context(STYLE):
         figures = {
             "weight_scales": _draw_scales(before, after, "weight_scale", "weight scale"),
             "act_scales": _draw_scales(before, after, "act_scale", "activation scale"),
-            "oscillation": _draw_oscillation(runs),
-            **_draw_codes(runs),
-            **_draw_reports(runs),
+            "oscillation": _draw_oscillation(loaded),
+            **_draw_codes(loaded),
+            **_draw_reports(loaded),
         }
-        files = {f"{name}.{kind}": figure for name, figure in figures.items() for kind in FORMATS}
-        for name in [*files, "smoothness.json"]:
-            if (out / name).is_file() and MARK.encode() not in (out / name).read_bytes():
-                raise QCError(f"QC: {out / name} was not drawn by {MARK} and would be overwritten; give another out=.")
-        out.mkdir(parents=True, exist_ok=True)
-        for figure in figures.values():
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # the layout is made once, and not for each format
-        for name, figure in files.items():
-            kind = name.rpartition(".")[2]
-            with replacing(out / name) as temporary:
-                metadata = {"Software" if kind == "png" else "Creator": MARK}
-                figure.savefig(temporary, format=kind, dpi=300, metadata=metadata)
-    if after:
-        record = {"by": MARK, **compare(before, after)}
-        with replacing(out / "smoothness.json") as temporary:
-            temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        table = format_smoothness(record)
-    return table, [out / name for name in files] + [out / "smoothness.json"] * bool(after)
+        files = _save(figures, out)
+    if after is None:
+        return "no run with EMA: there is nothing to compare", files
+    record = {"by": MARK, **compare(before, after)}
+    with replacing(out / RECORD) as temporary:
+        temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return format_smoothness(record), [*files, out / RECORD]
 
 
-def smoothness(trace: np.ndarray) -> dict[str, float]:
-    """How smooth a scale's trace is, shape (n,); variances are divided by the square of its mean.
-
-    Returns:
-        "mean"; "variance" of the whole trace, its trend included; "fluctuation", the variance around the centred moving
-        mean over 101 steps (over half of them where there are fewer than 202), of the steps that have one; "steps",
-        the variance of the change from step to step.
-    """
-    trace = trace.astype(np.float64)
-    width = min(SMOOTH, len(trace) // 4 * 2 + 1)
-    moving = np.convolve(trace, np.full(width, 1 / width), mode="valid")
-    middle = trace[width // 2 : width // 2 + len(moving)]
-    mean = trace.mean()
-    return {
-        "mean": mean,
-        "variance": trace.var() / mean**2,
-        "fluctuation": ((middle - moving) ** 2).mean() / mean**2,
-        "steps": np.diff(trace).var() / mean**2 if len(trace) > 1 else 0.0,
-    }
+def _save(figures: dict, out: Path) -> list[Path]:
+    """Write all figures in all formats, or none where a file of the user's has the name of one of ours."""
+    files = {out / f"{name}.{kind}": figure for name, figure in figures.items() for kind in FORMATS}
+    for file in [*files, out / RECORD]:
+        if file.is_file() and MARK.encode() not in file.read_bytes():
+            raise QCError(f"QC: {file} was not drawn by {MARK} and would be overwritten; give another out=.")
+    out.mkdir(parents=True, exist_ok=True)
+    for figure in figures.values():
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # the layout is made once, and not for each format
+    for file, figure in files.items():
+        kind = file.suffix.removeprefix(".")
+        with replacing(file) as temporary:
+            figure.savefig(temporary, format=kind, dpi=300, metadata={"Software" if kind == "png" else "Creator": MARK})
+    return list(files)
 
 
-def compare(before: Run, after: Run) -> dict:
-    """`smoothness` of all scales, without and with EMA, and which figures show."""
-    rows = []
-    for column in ("weight_scale", "act_scale"):
-        shown = _shown(before, column)
-        for layer in before.layers:
-            without = before.traces(column)[:, before.layers.index(layer)]
-            if layer in after.layers and not np.isnan(without).any():
-                averaged = after.traces(f"{column}_ema")[:, after.layers.index(layer)]
-                found = {"without": smoothness(without), "with": smoothness(averaged)}
-                rows.append({"scale": column, "layer": layer, "shown": layer in shown, **found})
-    sides = {
-        "without": {"run": before.name, "trace": "in training", "steps": len(before.steps)},
-        "with": {"run": after.name, "trace": "averaged", "steps": len(after.steps)},
-    }
-    return {**sides, "scales": rows}
-
-
-def format_smoothness(record: dict) -> str:
-    """The record as a table of standard deviations in percent of the scale: fluctuation, and change of a step."""
-    head = ("without", "EMA", "var. ratio") * 2
-    lines = [
-        f"{'':<46}{'around the moving mean':^33}{'from step to step':^33}",
-        f"{'scale, % of its mean':<46}" + "".join(f"{title:>11}" for title in head),
-    ]
-    for row in [r for r in record["scales"] if r["shown"]]:
-        line = f"{row['scale']:<14}{row['layer']:<32}"
-        for key in ("fluctuation", "steps"):
-            without, averaged = row["without"][key], row["with"][key]
-            line += f"{without**0.5:>11.4%}{averaged**0.5:>11.4%}{_ratio(without, averaged):>11.1f}"
-        lines.append(line)
-    for column in ("weight_scale", "act_scale"):
-        line = f"{column:<14}{'all layers, median':<32}"
-        for key in ("fluctuation", "steps"):
-            pairs = [(r["without"][key], r["with"][key]) for r in record["scales"] if r["scale"] == column]
-            without, averaged = np.median(np.sqrt(pairs), axis=0)
-            line += f"{without:>11.4%}{averaged:>11.4%}{np.median([_ratio(*pair) for pair in pairs]):>11.1f}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def _ratio(without: float, averaged: float) -> float:
-    return without / averaged if averaged else float("inf")
-
-
-def _shown(run: Run, column: str) -> list[str]:
-    """The layers of a figure: the 2nd to 5th convolution, of activations those whose quantizer is their own."""
-    own = ~np.isnan(run.traces(column)).any(0)
-    return [layer for layer, has in list(zip(run.layers, own))[1:] if has][:4]
+def format_plot(drawn: tuple[str, list[Path]]) -> str:
+    """What `plot` returns, as plain text."""
+    table, files = drawn
+    return "\n".join([table, *(f"written to {file}" for file in files)])
 
 
 def _draw_scales(before: Run, after: Run | None, column: str, label: str):
-    layers = [layer for layer in _shown(before, column) if after is None or layer in after.layers]
+    layers = [layer for layer in shown_layers(before, column) if after is None or layer in after.layers]
     sides = [(before, column, "without EMA")]
     if after:
         sides.append((after, f"{column}_ema", "with EMA"))
@@ -307,7 +207,7 @@ def _draw_reports(runs: list[Run]) -> dict:
 
 
 def _figure(width: float, height: float):
-    """An empty figure of so many inches, without the state that pyplot keeps."""
+    """An empty figure of a size in inches, made without pyplot, which has a global state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
