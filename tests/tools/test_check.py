@@ -12,7 +12,7 @@ from ultralytics import YOLO
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from conftest import TINY  # noqa: E402
+from conftest import CHECKPOINTS, TINY  # noqa: E402
 
 from yolo_qc_plugin import add_qc_callbacks, choose_onnx_kind  # noqa: E402
 from yolo_qc_plugin.cli import main  # noqa: E402
@@ -47,6 +47,16 @@ def test_a_file_of_ours_passes(trained, digits, tmp_path, capsys):
         if "skipped" not in runtime:
             # what snapping is for: all codes agree, end to end, and so does the accuracy
             assert runtime["steps"] == 0 and runtime["changed_end_to_end"] == 0 and runtime["points"] == 0, runtime
+
+
+def test_a_model_that_finds_something_finds_it_in_each_runtime(digits, tmp_path):
+    """AP of two models that find nothing is equal whatever they compute."""
+    checkpoint = tmp_path / "best.pt"
+    shutil.copy(CHECKPOINTS / "quantized.pt", checkpoint)
+    result = check(checkpoint, YOLO(checkpoint).export(format="onnx", imgsz=64, device="cpu"), digits, images=8)
+    assert result["passed"] and result["checkpoint"]["AP"] > 0.2 and result["pytorch"]["AP"] > 0.2
+    judged = [runtime for runtime in result["runtimes"] if "skipped" not in runtime]
+    assert judged and all(runtime["AP"] > 0.2 and runtime["changed_end_to_end"] == 0 for runtime in judged)
 
 
 def test_the_int4_kind_passes_without_openvino(trained, digits, tmp_path):
