@@ -70,23 +70,3 @@ def train(digits, tmp_path):
         return yolo
 
     return run
-
-
-@pytest.fixture(scope="session")
-def bccd(tmp_path_factory) -> tuple[Path, Path]:
-    """(data YAML, float checkpoint) of the shared blood-cell set, a part of it; skips where it is missing."""
-    import shutil
-
-    source, weights = SHARED / "data" / "bccd", SHARED / "weights" / "bccd-yolov5n-320.pt"
-    if not (source.exists() and weights.exists()):
-        pytest.skip("the shared blood-cell data are not beside this checkout")
-    root = tmp_path_factory.mktemp("bccd")
-    for split, count in (("train", 32), ("val", 24)):
-        for kind in ("images", "labels"):
-            (root / kind / split).mkdir(parents=True)
-        for image in sorted((source / "images" / split).iterdir())[:count]:
-            shutil.copy(image, root / "images" / split)
-            shutil.copy(source / "labels" / split / f"{image.stem}.txt", root / "labels" / split)
-    yaml = root / "bccd.yaml"
-    yaml.write_text(f"path: {root}\ntrain: images/train\nval: images/val\nnames: [Platelets, RBC, WBC]\n")
-    return yaml, weights

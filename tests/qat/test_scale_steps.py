@@ -14,7 +14,7 @@ from ultralytics.optim import MuSGD
 from yolo_qc_plugin.config import QCConfig
 from yolo_qc_plugin.host import architecture
 from yolo_qc_plugin.host.record import QuantRecord
-from yolo_qc_plugin.qat.scale_steps import ScaleSteps, separate_scales
+from yolo_qc_plugin.qat.scale_steps import MAX_STEP, ScaleSteps, separate_scales
 from yolo_qc_plugin.quant.inject import inject, remove
 from yolo_qc_plugin.quant.layers import scale_parameters
 from yolo_qc_plugin.quant.quantizer import ActQuantizer, WeightQuantizer
@@ -189,7 +189,7 @@ def test_sgd_follows_the_published_gradient(kind):
     model, twin = Quantizers(), Quantizers()
     optimizer, reference = kind([*model.parameters()]), kind([*twin.parameters()])
     ScaleSteps(optimizer, model)
-    for gradient in (1e-3, -2e-3, 5e-4):
+    for gradient in (1e-4, -2e-4, 5e-5):
         model.gradient(gradient)
         twin.gradient(gradient)
         optimizer.step()
@@ -207,7 +207,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("kind", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("direction", ["down", "up", "either"])
-def test_scales_stay_positive_and_within_half_and_double(kind, direction):
+def test_scales_stay_positive_and_near_what_they_were(kind, direction):
     model = Quantizers()
     optimizer = kind(model.parameters())
     steps = ScaleSteps(optimizer, model)
@@ -221,12 +221,12 @@ def test_scales_stay_positive_and_within_half_and_double(kind, direction):
         optimizer.step()
         for s, b in zip(scales, before):
             assert (s > 0).all() and s.isfinite().all(), f"step {i}"
-            assert (0.5 * b <= s).all() and (s <= 2 * b).all(), f"step {i}"
+            assert ((1 - MAX_STEP) * b <= s).all() and (s <= (1 + MAX_STEP) * b).all(), f"step {i}"
     assert steps.taken == 200
 
 
-def test_one_huge_step_halves_or_doubles():
-    for gradient, factor in ((1e6, 0.5), (-1e6, 2.0)):
+def test_one_huge_step_changes_scales_by_a_tenth():
+    for gradient, factor in ((1e6, 0.9), (-1e6, 1.1)):
         model = Quantizers()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         ScaleSteps(optimizer, model)

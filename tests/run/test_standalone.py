@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from conftest import FLOAT
 from ultralytics.nn.tasks import load_checkpoint, torch_safe_load
 
 from yolo_qc_plugin import correct
@@ -20,11 +21,10 @@ def state_of(file) -> dict:
     return load_checkpoint(file)[0].state_dict()
 
 
-def test_a_finished_run_is_corrected_again(train, bccd, tmp_path):
+def test_a_finished_run_is_corrected_again(train, tmp_path):
     """From a corrected checkpoint too: the correction is undone, so what it starts from is qat.pt, bit by bit."""
-    data, weights = bccd
-    small = {"imgsz": 96, "data": str(data), "nbs": 8, "lr0": 1e-3, "optimizer": "Adam"}
-    run = train({"ema_decay": 0.5, "correction": "off"}, model=weights, **small).trainer
+    small = {"nbs": 8, "lr0": 1e-3, "optimizer": "Adam"}
+    run = train({"ema_decay": 0.5, "correction": "off"}, model=FLOAT, **small).trainer
     first = json.loads((run.save_dir / "qc" / "report.json").read_text())
     checkpoint, _ = torch_safe_load(run.best)
     for _, conv in quant_convs(checkpoint["model"]):
@@ -38,16 +38,16 @@ def test_a_finished_run_is_corrected_again(train, bccd, tmp_path):
     report = json.loads((tmp_path / "again" / "qc" / "report.json").read_text())
     before, copied = state_of(run.wdir / "qat.pt"), state_of(tmp_path / "again" / "weights" / "qat.pt")
     assert before.keys() == copied.keys() and all(torch.equal(before[k], copied[k]) for k in before)
+    assert first["metrics"]["qat"]["map50_95"] > 0.1, "the test must be able to fail"
     assert report["metrics"]["qat"] == pytest.approx(first["metrics"]["qat"])
-    assert report["metrics"]["qc"] != report["metrics"]["qat"]
+    assert report["metrics"]["qc"]["map50_95"] > 0.1 and report["metrics"]["qc"] != report["metrics"]["qat"]
     assert report["config"] == {**first["config"], "correction": "tensor", "correction_shift": False}
     assert load_checkpoint(tmp_path / "again" / "weights" / "best.pt")[0].qc.config == report["config"]
 
 
-def test_what_cannot_be_corrected_is_refused(bccd, capsys):
-    _, weights = bccd
+def test_what_cannot_be_corrected_is_refused(capsys):
     with pytest.raises(QCError, match="is not quantized"):
-        correct(weights)
+        correct(FLOAT)
     assert main(["correct", "correction=tensor"]) == 1
-    assert main(["correct", f"model={weights}", "correction_shape=1"]) == 1
+    assert main(["correct", f"model={FLOAT}", "correction_shape=1"]) == 1
     assert "correction_shift" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, last_epoch
+from conftest import FLOAT, TINY, last_epoch
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
@@ -217,34 +217,32 @@ def test_what_is_saved_is_what_was_measured(train):
     assert precisions == [None] * 3  # the float start, the epoch, the file
 
 
-def test_one_number_on_real_photographs(bccd, tmp_path):
+def test_one_number(train, digits, tmp_path):
     """Training, its report, what train() returns and a fresh process agree; QC is kept where it is better."""
-    data, weights = bccd
-    model = YOLO(weights)
-    add_qc_callbacks(model, bits=4)
-    arguments = {**TINY, "imgsz": 320, "batch": 8, "epochs": 1, "optimizer": "Adam", "lr0": 5e-4, "data": str(data)}
-    returned = model.train(**arguments, project=str(tmp_path), name="run")
+    yolo = train({"bits": 4}, model=FLOAT, optimizer="Adam", lr0=5e-4, nbs=8)
     run = tmp_path / "run"
     report = report_of(run)
     metrics, kept = report["metrics"], report["kept"]
-    assert metrics["float"]["map50_95"] > 0.4 and metrics["qat"]["map50_95"] > 0.05
+    assert metrics["float"]["map50_95"] > 0.3 and metrics["qat"]["map50_95"] > 0.2
     assert kept == ("qc" if metrics["qc"]["fitness"] > metrics["qat"]["fitness"] else "qat")
-    assert returned.box.map == pytest.approx(metrics[kept]["map50_95"], abs=1e-9)
+    assert yolo.returned.box.map == metrics[kept]["map50_95"]
     assert last_epoch(run)["metrics/mAP50-95(B)"] == round(metrics["float_outputs"]["map50_95"], 5)
-    for file, key in (("best.pt", kept), ("qat.pt", "qat")):
-        out = python(
-            "from ultralytics import YOLO\n"
-            f"r = YOLO({str(run / 'weights' / file)!r}).val(data={str(data)!r}, imgsz=320, batch=16, plots=False, "
-            "device='cpu', verbose=False, project='v')\nprint('\\nmap', r.box.map)",
-            tmp_path,
-        )
-        assert float(out.rsplit("map", 1)[1]) == pytest.approx(metrics[key]["map50_95"], abs=1e-3)
+    out = python(
+        "from ultralytics import YOLO\n"
+        f"for file in ('best.pt', 'qat.pt'):\n    r = YOLO({str(run / 'weights')!r} + '/' + file).val(data={str(digits)!r}, "
+        "imgsz=64, batch=16, plots=False, device='cpu', verbose=False, project='v')\n    print('\\nmap', r.box.map)",
+        tmp_path,
+    )
+    found = [float(line.split()[1]) for line in out.splitlines() if line.startswith("map ")]
+    assert found == pytest.approx([metrics[kept]["map50_95"], metrics["qat"]["map50_95"]], abs=1e-6)
 
 
 def test_outputs_can_stay_in_float(train, tmp_path):
     """`output_bits=None` adds nothing: qat.pt is the host's best.pt, with the figures that the host measured."""
-    yolo = train({"bits": 4, "act_offset": False, "output_bits": None, "correction": "off"})  # plain LSQ
+    options = {"bits": 4, "act_offset": False, "output_bits": None, "correction": "off"}  # plain LSQ
+    yolo = train(options, model=FLOAT, optimizer="Adam", lr0=5e-4)
     report = report_of(yolo.trainer.save_dir)
+    assert report["metrics"]["qat"]["map50_95"] > 0.1, "the test must be able to fail"
     assert report["outputs"] == [] and report["metrics"]["qat"] == report["metrics"]["float_outputs"]
     model, _ = load_checkpoint(yolo.trainer.wdir / "qat.pt")
     assert not any(m.correction for _, m in quant_convs(model)) and not list(quant_activations(model))

@@ -11,6 +11,8 @@ from ..config import QCError
 from ..quant.observers import TINY
 from ..quant.quantizer import Quantizer
 
+MAX_STEP = 0.1  # of a scale, by which one step changes it at most
+
 
 def separate_scales(optimizer: Optimizer, scales: list[nn.Parameter], lr_factor: float) -> dict | None:
     """Move `scales` out of the groups they were sorted into and into a last group of their own.
@@ -53,8 +55,9 @@ class ScaleSteps:
     the scale of an 8-bit weight, about 2e-3, would change sign within two steps. Its step is therefore taken in units
     of the scale: lr 1e-3 moves a scale by 0.1%, and an offset by a thousandth of a quantization step. The SGD family
     follows LSQ's gradient, which the published gradient scale already brings into proportion, and is left as it is.
-    In either case one step at most halves or doubles a scale, and none falls below TINY. Our reading; the papers
-    train with SGD.
+    In either case one step changes a scale by MAX_STEP of it at most, and none falls below TINY: with SGD at lr 0.01 a
+    few steps in a thousand would change one by more, up to its double, most of them of 8-bit weights, whose scales are
+    small. Our reading; the papers train with SGD.
 
     Args:
         optimizer: Holds the parameters below; gets a pre- and a post-step hook.
@@ -101,9 +104,9 @@ class ScaleSteps:
             torch._foreach_mul_(steps, [self.old[i] for i in self.unit])
             torch._foreach_copy_(self.parameters, torch._foreach_add(self.old, steps))
         old = self.old[: len(self.scales)]
-        torch._foreach_maximum_(self.scales, torch._foreach_mul(old, 0.5))
+        torch._foreach_maximum_(self.scales, torch._foreach_mul(old, 1 - MAX_STEP))
         torch._foreach_clamp_min_(self.scales, TINY)
-        torch._foreach_minimum_(self.scales, torch._foreach_mul(old, 2.0))
+        torch._foreach_minimum_(self.scales, torch._foreach_mul(old, 1 + MAX_STEP))
         overflow = getattr(optimizer, "found_inf", None)  # set by GradScaler during the call of a fused optimizer
         if overflow is None:
             self._taken += 1
