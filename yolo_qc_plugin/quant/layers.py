@@ -47,7 +47,9 @@ class QuantConv2d(KeepWide, nn.Conv2d):
     Made by `from_float`, undone by `to_float`; both share the very Parameter objects.
 
     Attributes:
-        weight: Latent weight; `weight_quant(weight)` is what convolves.
+        weight: Latent weight; `weight_quant(weight)` is what convolves, or `given_weight` where there is one.
+        given_weight: `weight_quant(weight)` for the passes to come, from whoever computes it for all layers
+            (`qat.prepare`) and takes it back before the weight changes. Copies of the layer and files lack it.
         weight_quant: WeightQuantizer.
         act_quant: ActQuantizer of the input.
         correction: ChannelAffine of the output, or None.
@@ -58,6 +60,10 @@ class QuantConv2d(KeepWide, nn.Conv2d):
     weight_quant: WeightQuantizer
     act_quant: ActQuantizer
     correction: ChannelAffine | None
+    given_weight: Tensor | None = None
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in vars(self).items() if k != "given_weight"}
 
     @classmethod
     def from_float(
@@ -94,7 +100,8 @@ class QuantConv2d(KeepWide, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x of shape (batch, in, height, width)."""
-        weight = self.weight_quant(self.weight).to(x.dtype)
+        weight = self.weight_quant(self.weight) if self.given_weight is None else self.given_weight
+        weight = weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         x = self.act_quant(x)
         with recomputed_in_backward(x, values=weight.requires_grad):  # what the weight's gradient is made of
