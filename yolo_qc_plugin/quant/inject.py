@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from ..config import MAX_BITS, QCConfig, QCError
+from ..config import QCConfig, QCError
 from .activations import QuantActivation, quant_activations
 from .layers import Deployed, QuantConv2d, is_quantized, quant_convs
 from .modules import evaluating, replace_modules
@@ -82,9 +82,7 @@ def inject(
         raise QCError(f"QC: skip={list(config.skip)} leaves no convolution to quantize.")
 
     twins = {
-        convs[name]: QuantConv2d.from_float(
-            convs[name], w, a, config.per_channel, config.act_offset, config.act_equalize and a < MAX_BITS
-        )
+        convs[name]: QuantConv2d.from_float(convs[name], w, a, config.per_channel, config.act_offset)
         for name, (w, a) in plan.items()
     }
     replace_modules(model, twins)

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .functional import along_channels, fake_quantize, grid_offset, grid_position, to_codes, widen
+from .functional import fake_quantize, grid_offset, grid_position, to_codes, widen
 from .observers import lsq_scale, mse_scale, mse_scale_offset
 
 
@@ -59,8 +59,6 @@ class Quantizer(nn.Module):
             if self._parameters.get(name) is not None:
                 tensor = self._parameters.pop(name).detach().fill_(value)
                 self.register_buffer(name, tensor)
-        if self._buffers.get("equalizer") is not None:
-            self.equalizer = None
 
     def _start_scale(self, rows: Tensor, method: str) -> None:
         """Start the scale from rows (scales, n) by `method`, without offset."""
@@ -124,24 +122,16 @@ class ActQuantizer(Quantizer):
     Args:
         bits: Width, 2 to 8.
         offset: Learn an offset.
-        channels: Channels of the input, which are to be equalized (`equalization`); 0 leaves them as they are.
 
     Attributes:
         offset: Parameter of shape (1,), FP32, or None.
-        equalizer: Buffer of shape (channels,), FP32, positive powers of two: what each channel is multiplied by before
-            it is quantized. The weights that read it are divided by it. Or None.
     """
 
     __module__ = "yolo_qc_plugin"  # by which checkpoints name it
 
-    def __init__(self, bits: int, offset: bool, channels: int = 0):
+    def __init__(self, bits: int, offset: bool):
         super().__init__(bits, signed=not offset)
         self.offset = nn.Parameter(torch.zeros(1)) if offset else None
-        self.register_buffer("equalizer", torch.ones(channels) if channels else None)
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._buffers.setdefault("equalizer", None)  # checkpoints of before it was there
 
     @property
     def zero_point(self) -> int:
@@ -155,13 +145,8 @@ class ActQuantizer(Quantizer):
             return None
         return grid_offset(self.offset, self.scale, self.quant_min, self.quant_max)
 
-    def equalized(self, x: Tensor) -> Tensor:
-        """x of shape (batch, channels, height, width) times any equalizer, in x's dtype: what is quantized."""
-        return x if self.equalizer is None else x * along_channels(self.equalizer).to(x.dtype)
-
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize activations of shape (batch, ...)."""
-        x = self.equalized(x)
         if not self.enabled:
             return x
         grad_scale = (max(math.prod(x.shape[1:]), 1) * self.quant_max) ** -0.5
@@ -172,7 +157,7 @@ class ActQuantizer(Quantizer):
         """Start scale, offset and range from a sample.
 
         Args:
-            values: Sample of the activations, shape (n,), equalized.
+            values: Sample of the activations, shape (n,).
             low: Smallest of these seen, in the sample or not.
             method: "mse" or "lsq".
         """
@@ -190,11 +175,9 @@ class ActQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x`, int16, in its shape."""
-        x = self.equalized(widen(x))
-        return to_codes(x, self.scale, self.grid_offset(), self.quant_min, self.quant_max).to(torch.int16)
+        return to_codes(widen(x), self.scale, self.grid_offset(), self.quant_min, self.quant_max).to(torch.int16)
 
     @torch.no_grad()
     def clipped(self, x: Tensor) -> Tensor:
         """Share of `x` outside the range, rounding included: a 0-dim tensor in [0, 1]."""
-        x = self.equalized(widen(x))
-        return self._share_outside(grid_position(x, self.scale, self.grid_offset()))
+        return self._share_outside(grid_position(widen(x), self.scale, self.grid_offset()))

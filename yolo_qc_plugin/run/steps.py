@@ -98,7 +98,6 @@ class Steps:
         """Do what is due after a last batch whose end Ultralytics did not tell; pass on what was recorded."""
         self._weights.take_back()
         self._after_step(trainer)
-        trainer.ema.mend(unwrap_model(trainer.model))
         if self.telemetry:
             self.telemetry.to_tensorboard(trainer.epoch + 1)
             self.telemetry.write(EVERY)
