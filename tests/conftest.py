@@ -10,7 +10,7 @@ from pathlib import Path
 
 os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="yolo_config_"))  # leave the user's settings alone
 
-import pytest  # noqa: E402
+import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 # a small model, and that model trained on digits: mAP50-95 about 0.3 (checkpoints/make.py)

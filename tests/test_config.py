@@ -27,7 +27,6 @@ REFUSED = {
     "output_bits": BITS,
     "per_channel": FLAG,
     "act_offset": FLAG,
-    "act_equalize": FLAG,
     "correction_scale": FLAG,
     "correction_shift": FLAG,
     "scale_init": ("'mse' or 'lsq'", ["", "MSE", "minmax", None, 1, True, ["mse"]]),
@@ -175,7 +174,6 @@ configs = st.builds(
     edge_bits=st.integers(2, 8),
     per_channel=st.booleans(),
     act_offset=st.booleans(),
-    act_equalize=st.booleans(),
     scale_init=st.sampled_from(["mse", "lsq"]),
     scale_lr=st.floats(1e-6, 100),
     ema_decay=st.floats(0, 1, exclude_max=True),
@@ -269,10 +267,9 @@ def test_the_papers_preset_is_not_the_defaults():
     assert (config.act_offset, config.output_bits, config.bits) == (False, None, 4) and config != QCConfig()
     best = QCConfig.from_options({"preset": "best"})
     assert best.per_channel and best.output_bits == 8 and best.body_bits == (4, 8)
-    assert QCConfig.from_options({"preset": "narrow", "bits": 3}).body_bits == (3, 3)
 
 
 @pytest.mark.parametrize("preset", ["", "Paper", "paper,best", None, ["paper"], 1])
 def test_an_unknown_preset_is_refused(preset):
-    with pytest.raises(QCError, match=r"preset=.*'paper' or 'best' or 'narrow'"):
+    with pytest.raises(QCError, match=r"preset=.*'paper' or 'best'"):
         QCConfig.from_options({"preset": preset})

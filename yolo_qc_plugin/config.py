@@ -17,7 +17,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {  # our reading: LSQ as published, QC per channel for an epoch; no learning rate is named
         "per_channel": False,
         "act_offset": False,
-        "act_equalize": False,
         "scale_init": "lsq",
         "edge_bits": 8,
         "output_bits": None,
@@ -29,7 +28,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # beside the defaults; docs/results/presets.md has the runs
     "best": {"per_channel": True, "act_bits": 8},  # no runtime on a CPU or GPU computes narrower activations faster
-    "narrow": {"per_channel": True, "act_equalize": True},  # activations as narrow as weights, as some FPGAs have them
 }
 
 
@@ -48,8 +46,6 @@ class QCConfig:
             Integer kernels give 8-bit outputs; the grid is set after QAT, before the correction.
         per_channel: One weight scale per output channel instead of one per tensor.
         act_offset: Learn an offset for activations (LSQ+); False is plain LSQ.
-        act_equalize: Multiply the channels of activations below 8 bits by powers of two, found before training, that
-            bring them to one size, and divide the weights that read them by these (`equalization`).
         scale_init: Start of the scales: "mse" (least squared error on the calibration batches) or "lsq"
             (2 * mean|x| / sqrt(quant_max), Esser et al. 2020).
         scale_lr: Learning rate of scales and offsets as a factor of `lr0`, above 0.
@@ -82,7 +78,6 @@ class QCConfig:
     output_bits: int | None = option(8, or_none(WIDTH, " for float"))
     per_channel: bool = option(False, FLAG)
     act_offset: bool = option(True, FLAG)
-    act_equalize: bool = option(False, FLAG)
     scale_init: str = option("mse", choice("mse", "lsq"))
     scale_lr: float = option(1.0, number(above=0))
     ema_decay: float = option(0.99, number(at_least=0, below=1, note="; 0 is plain LSQ without EMA"))

@@ -31,8 +31,8 @@ HERE = Path(__file__).resolve().parent
 YAML, FLOAT, QUANTIZED, FIGURES = (HERE / n for n in ("tiny.yaml", "float.pt", "quantized.pt", "quantized.json"))
 SIZE = 300_000  # bytes that a file has at most
 COMMON = {"imgsz": 64, "device": "cpu", "workers": 0, "plots": False, "verbose": False, "name": "run"}
-FLOAT_RUN = {"epochs": 70, "batch": 32, "optimizer": "AdamW", "lr0": 5e-3, "cos_lr": True, "warmup_epochs": 1, "cls": 1.0,
-             "mosaic": 0.0, "scale": 0.2, "fliplr": 0.0, "cache": True, "val": False}  # fmt: skip
+FLOAT_RUN = {"epochs": 70, "batch": 32, "optimizer": "AdamW", "lr0": 5e-3, "cos_lr": True, "warmup_epochs": 1,
+             "cls": 1.0, "mosaic": 0.0, "scale": 0.2, "fliplr": 0.0, "cache": True, "val": False}  # fmt: skip
 QUANTIZED_RUN = {"epochs": 1, "batch": 8, "nbs": 8, "optimizer": "Adam", "lr0": 1e-3, "warmup_epochs": 0, "mosaic": 0.0,
                  "fliplr": 0.0}  # fmt: skip
 

@@ -22,7 +22,7 @@ from yolo_qc_plugin.quant.layers import is_quantized, scale_parameters
 from yolo_qc_plugin.startup.command import wrap_entrypoint
 
 ARGUMENTS = {**TINY, "epochs": 2, "batch": 16, "nbs": 16, "optimizer": "SGD"}  # two batches of 16 and 8 images an epoch
-OPTIONS = {"bits": 4, "dampening_weight": 1.0, "act_equalize": True}
+OPTIONS = {"bits": 4, "dampening_weight": 1.0}
 
 
 @pytest.fixture(scope="module")

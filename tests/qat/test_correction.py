@@ -18,7 +18,6 @@ from yolo_qc_plugin.qat.correction import (
     freeze_statistics,
     insert_correction,
     train_correction,
-    weights_quantized_once,
 )
 from yolo_qc_plugin.quant.calibrate import calibrate
 from yolo_qc_plugin.quant.inject import inject
@@ -206,20 +205,6 @@ def test_accumulated_batches_make_one_step(epoch):
         )
         results.append((done, affine.gamma.item()))
     assert results[0] == results[1] and results[0][0] == 4
-
-
-def test_frozen_weights_are_quantized_once():
-    """Within the context neither a changed weight nor a changed scale shows; after it they do again."""
-    conv = QuantConv2d.from_float(nn.Conv2d(3, 4, 3), 4, 4, False, True)
-    conv.weight_quant.calibrate(conv.weight, "mse")
-    before = conv.weight_quant(conv.weight).detach().clone()
-    with pytest.raises(ZeroDivisionError), weights_quantized_once(nn.Sequential(conv)):
-        with torch.no_grad():
-            conv.weight.mul_(3)
-        assert torch.equal(conv.weight_quant(conv.weight), before)
-        assert not conv.weight_quant(conv.weight).requires_grad
-        raise ZeroDivisionError
-    assert "forward" not in vars(conv.weight_quant) and not torch.equal(conv.weight_quant(conv.weight), before)
 
 
 @pytest.mark.parametrize("per_channel", [True, False])

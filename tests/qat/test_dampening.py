@@ -12,7 +12,7 @@ from torch import nn
 
 from yolo_qc_plugin.qat.dampening import Dampening, dampening_loss
 from yolo_qc_plugin.qat.oscillation import annealed
-from yolo_qc_plugin.qat.weights import WeightsTogether
+from yolo_qc_plugin.qat.prepare import TrainedWeights
 from yolo_qc_plugin.quant.functional import fake_quantize
 from yolo_qc_plugin.quant.layers import QuantConv2d, quant_convs
 
@@ -58,13 +58,13 @@ class Host(nn.Sequential):
 
 @pytest.fixture
 def parts():
-    """(model, its WeightsTogether, a maker of batches)."""
+    """(model, its TrainedWeights, a maker of batches)."""
     torch.manual_seed(0)
     model = Host(QuantConv2d.from_float(nn.Conv2d(3, 8, 3), 4, 4, True, True))
     model[0].weight_quant.calibrate(model[0].weight, "mse")
     model[0].act_quant.scale.data.fill_(0.1)
     images = torch.rand(16, 3, 8, 8)
-    return model, WeightsTogether(model), lambda a, b: {"img": images[a:b]}
+    return model, TrainedWeights(model), lambda a, b: {"img": images[a:b]}
 
 
 def test_micro_batches_add_up_to_the_batch_and_the_scaler_scales(parts):
@@ -74,7 +74,7 @@ def test_micro_batches_add_up_to_the_batch_and_the_scaler_scales(parts):
     def gradient(*batches, weight=0.5, scaler=None):
         model.zero_grad()
         for one in batches:
-            added.prepare(weight, weights.prepare())
+            added.prepare(weight, weights.hand_out())
             loss, shown = model(one)
             assert shown.keys() == {"loss"} and shown["loss"].shape == (8,)
             (scaler.scale(loss) if scaler else loss).sum().backward()
@@ -94,10 +94,10 @@ def test_micro_batches_add_up_to_the_batch_and_the_scaler_scales(parts):
 def test_one_training_pass_is_changed_and_no_copy(parts):
     model, weights, batch = parts
     added, plain = Dampening(model, weights), model(batch(0, 4))[0].sum()
-    added.prepare(1.0, weights.prepare())
+    added.prepare(1.0, weights.hand_out())
     with pytest.raises(AttributeError):
         model({"img": None})  # a pass that fails
-    added.prepare(1.0, weights.prepare())
+    added.prepare(1.0, weights.hand_out())
     expected = plain + 4 * added.loss()
     assert torch.allclose(model(batch(0, 4))[0], expected) and expected > plain
     assert torch.equal(model(batch(0, 4))[0].sum(), plain)

@@ -16,7 +16,8 @@ from ultralytics.nn.tasks import load_checkpoint
 from yolo_qc_plugin import add_qc_callbacks
 from yolo_qc_plugin.qat import freezing
 from yolo_qc_plugin.qat.freezing import Freezing, freeze_threshold
-from yolo_qc_plugin.quant.foreach import fake_quantize_all
+from yolo_qc_plugin.qat.prepare import TrainedWeights
+from yolo_qc_plugin.quant.functional import gradients
 from yolo_qc_plugin.quant.layers import QuantConv2d, quant_convs
 
 
@@ -41,7 +42,7 @@ def walk(model, rand):
 
 def test_a_frozen_weight_keeps_the_mean_of_its_codes(model):
     """Weight by weight against a count by hand; those of 8 bits are not frozen."""
-    found, rand = Freezing(model, bits=4), torch.Generator().manual_seed(0)
+    found, rand = Freezing(TrainedWeights(model), bits=4), torch.Generator().manual_seed(0)
     codes = [found.codes.clone().numpy()]
     frozen_at, held = np.full(len(codes[0]), -1), np.zeros(len(codes[0]))
     last, frequency, mean = np.zeros(len(held)), np.zeros(len(held)), codes[0].astype(float)
@@ -49,6 +50,7 @@ def test_a_frozen_weight_keeps_the_mean_of_its_codes(model):
     for step in range(40):
         walk(model, rand)
         found.threshold = None if step < 10 else 0.045
+        found.weights.read()
         found.step()
         now = np.concatenate([c.weight_codes().flatten().numpy() for c in model])
         now = np.where(frozen_at >= 0, held, now)
@@ -71,7 +73,7 @@ def test_a_frozen_weight_keeps_the_mean_of_its_codes(model):
 
 
 def test_whatever_an_optimizer_does_the_weight_is_put_back_to_its_scale(model):
-    found = Freezing(model, bits=4)
+    found = Freezing(TrainedWeights(model), bits=4)
     found.frequency.fill_(1.0)
     found.threshold = 0.5
     found.step()
@@ -90,16 +92,27 @@ def test_whatever_an_optimizer_does_the_weight_is_put_back_to_its_scale(model):
 def test_a_frozen_weight_has_no_gradient_and_its_scale_that_of_a_fixed_code():
     rand = torch.Generator().manual_seed(0)
     weight, upstream = (torch.randn(6, 4, 3, 3, generator=rand) for _ in range(2))
-    scale = torch.full((6,), 0.3, requires_grad=True)
+    scale = torch.full((6,), 0.3)
     free = (torch.rand(weight.shape, generator=rand) > 0.5).to(torch.int8)
     codes = (weight / 0.3).round().clamp(-8, 7)
-    w = weight.clone().requires_grad_()
-    (out,) = fake_quantize_all([w], [scale], [(-8, 7)], [1.0], [free])
-    out.backward(upstream)
+    by_weight, by_scale, _ = gradients(upstream, weight, scale, None, -8, 7, 1.0, free)
     v = weight / 0.3
     inside = (v > -8) & (v < 7) & free.bool()
-    assert torch.equal(w.grad, upstream * inside)
-    torch.testing.assert_close(scale.grad, (upstream * (codes - v * inside)).sum((1, 2, 3)))
+    assert torch.equal(by_weight, upstream * inside)
+    torch.testing.assert_close(by_scale, (upstream * (codes - v * inside)).sum((1, 2, 3)))
+
+
+def test_a_fixed_code_is_handed_out_whatever_the_weight_and_has_no_gradient(model):
+    weights = TrainedWeights(model)
+    found = Freezing(weights, bits=4)
+    found.free[:10] = 0
+    found.held[:10] = torch.arange(-4, 4).repeat(2)[:10]
+    first, *_ = weights.hand_out()
+    scale = model[0].weight_quant.scale
+    assert torch.equal(first.flatten()[:10], found.held[:10] * scale)
+    first.sum().backward()
+    grad = model[0].weight.grad.flatten()
+    assert not grad[:10].any() and grad[10:].mean() > 0.9
 
 
 def test_the_threshold_falls_after_a_quarter_of_the_run():

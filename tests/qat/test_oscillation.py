@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from yolo_qc_plugin.qat.oscillation import Oscillation
+from yolo_qc_plugin.qat.prepare import TrainedWeights
 from yolo_qc_plugin.quant import kernels
 from yolo_qc_plugin.quant.layers import QuantConv2d
 
@@ -36,6 +37,11 @@ def walk(model, seed):
         conv.weight_quant.scale.mul_(1 + 0.02 * torch.randn(conv.weight_quant.scale.shape, generator=rand))
 
 
+def take_step(oscillation):
+    oscillation.weights.read()
+    oscillation.step()
+
+
 def codes_by_hand(conv) -> np.ndarray:
     weight, scale = conv.weight.detach().numpy(), conv.weight_quant.scale.detach().numpy().reshape(-1, 1, 1, 1)
     half = 2 ** (conv.weight_quant.bits - 1)
@@ -46,12 +52,12 @@ def codes_by_hand(conv) -> np.ndarray:
 def test_counts_are_those_by_hand(model, way, monkeypatch):
     """Weight by weight over a random walk of weights and scales; frozen layers are left out."""
     monkeypatch.setattr(kernels, "enabled", way == "C")
-    found = Oscillation(model, momentum=0.1, threshold=0.1)
+    found = Oscillation(TrainedWeights(model), momentum=0.1, threshold=0.1)
     assert found.names == ["0", "1", "2"]
     history = [[codes_by_hand(conv) for conv in model]]
     for step in range(30):
         walk(model, step)
-        found.step()
+        take_step(found)
         history.append([codes_by_hand(conv) for conv in model])
     oscillations = 0
     for layer in range(3):
@@ -80,8 +86,8 @@ def test_codes_that_jump_across_the_range(model):
         with torch.no_grad():
             conv.weight.fill_(1e3 * sign)
         if found:
-            found.step()
-        found = found or Oscillation(model)
+            take_step(found)
+        found = found or Oscillation(TrainedWeights(model))
     assert found.by_layer(found.codes)[2].unique().tolist() == [127]
     assert found.by_layer(found.direction)[2].unique().tolist() == [1]
     torch.testing.assert_close(found.by_layer(found.frequency)[2].unique(), torch.tensor([1 - 0.99**3]))
@@ -89,29 +95,29 @@ def test_codes_that_jump_across_the_range(model):
 
 
 def test_state_goes_on_as_if_it_had_not_been_interrupted(model):
-    first = Oscillation(model)
+    first = Oscillation(TrainedWeights(model))
     for step in range(4):
         walk(model, step)
-        first.step()
+        take_step(first)
     state = copy.deepcopy(first.state_dict())
-    second = Oscillation(model)
+    second = Oscillation(TrainedWeights(model))
     second.load_state_dict(state)
     for step in range(4, 8):
         walk(model, step)
-        first.step()
-        second.step()
+        take_step(first)
+        take_step(second)
     assert all(v.equal(second.state_dict()[k]) for k, v in first.state_dict().items())
     assert first.change.equal(second.change) and first.frequency.count_nonzero()
 
 
 def test_both_ways_give_the_same(model, monkeypatch):
     """In C and by tensor operations: state and shares bit for bit, in turns as well."""
-    found = {way: Oscillation(model) for way in ("C", "tensors", "in turns")}
+    found = {way: Oscillation(TrainedWeights(model)) for way in ("C", "tensors", "in turns")}
     for step in range(40):
         walk(model, step)
         for way, one in found.items():
             monkeypatch.setattr(kernels, "enabled", way == "C" or (way == "in turns" and step % 2 == 0))
-            one.step()
+            take_step(one)
     first = found.pop("C")
     for other in found.values():
         for name in ("codes", "direction", "frequency", "change", "flipped", "oscillating"):

@@ -1,10 +1,12 @@
 # yolo_qc_plugin, AGPL-3.0
-"""fake_quantize against its defining formula: values, gradients, dtypes, memory layouts."""
+"""fake_quantize against its defining formula: values, gradients, dtypes, memory layouts.
+
+Offsets of the samples are on their grids, but for those of the test of what brings them there."""
 
 import pytest
 import torch
 
-from yolo_qc_plugin.quant.functional import fake_quantize, from_codes, to_codes
+from yolo_qc_plugin.quant.functional import fake_quantize, from_codes, grid_offset, to_codes
 
 # Gradients in float64: both sides sum at most a few hundred products of order 10, each off by at most 1e-16 of itself.
 GRAD = dict(rtol=1e-11, atol=1e-11)
@@ -41,10 +43,12 @@ def sample(lo, hi, channels, with_offset, dtype=torch.float64, shape=(5, 4, 3, 3
     rand = torch.Generator().manual_seed(0)
     x = torch.rand(shape, generator=rand, dtype=torch.float64)
     s = 0.01 + 0.1 * torch.rand(channels, generator=rand, dtype=torch.float64)
-    z = -0.3 * torch.rand(channels, generator=rand, dtype=torch.float64) if with_offset else None
+    steps = torch.rand(channels, generator=rand, dtype=torch.float64)
+    z = grid_offset((lo - hi) * steps * s, s, lo, hi) if with_offset else None
     width = hi - lo
     x = along(s, x) * (lo - width / 3 + x * width * 5 / 3) + (along(z, x) if with_offset else 0)
-    return x.to(dtype), s.to(dtype), z if z is None else z.to(dtype)
+    s = s.to(dtype)
+    return x.to(dtype), s, z if z is None else grid_offset(z.to(dtype), s, lo, hi)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
@@ -68,8 +72,8 @@ def test_values_at_rounding_thresholds_equal_the_formula(with_offset):
     up, reciprocal_differs = torch.tensor(torch.inf), 0
     for s in scales.split(1):
         z = -5 * s if with_offset else None
-        x = from_codes(torch.arange(-8, 7) + 0.5, s, z)
-        for x in (x, x.nextafter(up), x.nextafter(-up), x.nextafter(up).nextafter(up)):
+        start = from_codes(torch.arange(-8, 7) + 0.5, s, z)
+        for x in (start, start.nextafter(up), start.nextafter(-up), start.nextafter(up).nextafter(up)):
             expected = formula(x, s, z, -8, 7)
             assert torch.equal(fake_quantize(x, s, z, -8, 7), expected)
             product = ((x - z if with_offset else x) * (1 / s)).round().clamp(-8, 7)
@@ -220,7 +224,7 @@ def test_worked_numbers_of_the_docstring():
 def test_the_ends_of_the_range_count_as_outside(lo, hi):
     """LSQ equation 3 has -Q_N < v < Q_P for the inside; at the ends the gradient by s is Q_P or -Q_N, not 0."""
     v = torch.tensor([lo - 1, lo, lo + 1e-9, hi - 1e-9, hi, hi + 1], dtype=torch.float64)
-    s, z = torch.tensor([0.5], dtype=torch.float64), torch.tensor([2.0], dtype=torch.float64)
+    s, z = torch.tensor([0.5], dtype=torch.float64), torch.tensor([-0.5], dtype=torch.float64)
     inside = torch.tensor([0, 0, 1, 1, 0, 0], dtype=torch.float64)
     by_scale = torch.tensor([lo, lo, -1e-9, 1e-9, hi, hi], dtype=torch.float64)
     for i in range(len(v)):
@@ -243,3 +247,18 @@ def test_only_what_needs_a_gradient_gets_one():
     y = fake_quantize(x.clone().requires_grad_(), s.detach(), z, -8, 7)
     y.sum().backward()
     assert s.grad is None and z.grad is None
+
+
+@pytest.mark.parametrize("lo,hi", [(0, 15), (-8, 7)])
+@pytest.mark.parametrize("steps", [0.3, -2.5, -3.5, 40.0, -40.0])
+def test_an_offset_between_grid_points_counts_as_the_nearest(steps, lo, hi):
+    """In values and in all gradients, and within what leaves 0 a code; halves go to the even number of steps."""
+    s, x = torch.tensor([0.25], dtype=torch.float64), torch.linspace(-5, 5, 101, dtype=torch.float64)
+    found = []
+    for z in (steps, min(max(round(steps), -hi), -lo)):
+        a, b, c = (t.clone().requires_grad_() for t in (x, s, s * z))
+        y = fake_quantize(a, b, c, lo, hi)
+        y.square().sum().backward()
+        found.append((y.detach(), a.grad, b.grad, c.grad))
+    assert all(map(torch.equal, *found)) and found[0][3].any()
+    assert fake_quantize(torch.zeros(3, dtype=s.dtype), s, s * steps, lo, hi).tolist() == [0] * 3

@@ -15,7 +15,7 @@ from ultralytics import YOLO
 from yolo_qc_plugin import add_qc_callbacks
 from yolo_qc_plugin.quant import kernels, native
 from yolo_qc_plugin.quant.activations import QuantActivation
-from yolo_qc_plugin.quant.functional import fake_quantize
+from yolo_qc_plugin.quant.functional import fake_quantize, to_codes
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +162,21 @@ def test_c_over_chunks_rows_and_threads(scales, columns, threads):
     by_scale = grad.double() * torch.where(inside, code.double() - (wide - o) / s, code.double())
     for sums, wanted in ((found[0][2], by_scale), (found[0][3], grad.double() * ~inside)):
         torch.testing.assert_close(sums.double(), wanted.sum(1) * 0.5, rtol=1e-5, atol=1e-5 * columns**0.5)
+
+
+@pytest.mark.parametrize("low,high", [(-8, 7), (0, 255)])
+def test_codes_of_halves_and_beyond_the_range(low, high, way):
+    """There are several ways to round a half; `to_codes` has the one that counts."""
+    v = torch.arange(-600, 600).float() / 2
+    found = compute(v, torch.ones_like(v), torch.ones(1), None, low, high, True)
+    codes = to_codes(v, torch.ones(1), None, low, high)
+    assert torch.equal(found[0], codes) and codes.unique().tolist() == list(range(low, high + 1))
+    assert torch.equal(found[1], ((v > low) & (v < high)).float())
+    act = QuantActivation(nn.SiLU(), 8).requires_grad_(False)
+    act.quant.fix(1.0)
+    act.quant.set_signed(low < 0)
+    x = v.clone().requires_grad_()
+    assert torch.equal(act(x), act.function(act.quant(v))) and "QuantizedSiLU" in type(act(x).grad_fn).__name__
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

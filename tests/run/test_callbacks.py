@@ -62,7 +62,7 @@ def test_what_a_run_was_refused_for_can_be_mended(digits, tmp_path):
     assert quantized_layers(yolo.model) == 75
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
+@pytest.mark.parametrize("arguments, message", [
     ({"quantize": 8}, "quantize=8"), ({"compile": True}, "compile=True"), ({"model": "best.pt"}, "already quantized"),
 ])  # fmt: skip
 def test_callbacks_added_to_a_trainer_are_refused_as_early(train, digits, tmp_path, arguments, message):

@@ -18,7 +18,8 @@ def test_scales_move_without_jumps(train, optimizer, lr0):
     largest = []
 
     def follow(trainer):
-        scales = [q.scale.detach() for _, conv in quant_convs(trainer.model) for q in (conv.weight_quant, conv.act_quant)]
+        convs = [conv for _, conv in quant_convs(trainer.model)]
+        scales = [q.scale.detach() for conv in convs for q in (conv.weight_quant, conv.act_quant)]
         before = []
         trainer.optimizer.register_step_pre_hook(lambda *_: before.append(torch.cat([s.clone() for s in scales])))
         trainer.optimizer.register_step_post_hook(

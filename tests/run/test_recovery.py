@@ -6,8 +6,7 @@ from __future__ import annotations
 import torch
 
 from yolo_qc_plugin.qat.ema import ConstantEMA
-from yolo_qc_plugin.quant.layers import scale_parameters
-from yolo_qc_plugin.quant.quantizer import ActQuantizer
+from yolo_qc_plugin.quant.layers import quant_convs, scale_parameters
 
 OPTIONS = {"bits": 4, "correction": "off", "output_bits": None}
 
@@ -71,7 +70,7 @@ def test_out_of_memory(train):
     seen = {"batches": 0, "held": []}
 
     def held(trainer):
-        return sum(m._kept is not None for m in trainer.model.modules() if isinstance(m, ActQuantizer))
+        return sum(conv.given_weight is not None for _, conv in quant_convs(trainer.model))
 
     def on_pretrain_routine_end(trainer):
         def fail(module, args):
@@ -83,7 +82,6 @@ def test_out_of_memory(train):
                     trainer.optimizer = None
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
-        # between two convolutions that read one tensor, of which the first has quantized it for both
         trainer.model.model[-1].cv2[0][1].conv.register_forward_pre_hook(fail)
 
     def on_train_epoch_start(trainer):

@@ -155,7 +155,7 @@ def test_a_run_of_other_scales_is_refused(go_on):
         next(g for g in groups if g["param_group"] == "scale")["params"].append(10**6)
         torch.save(checkpoint, weights / "last.pt")
 
-    with pytest.raises(QCError, match="last.pt was begun with another version of yolo-qc-plugin"):
+    with pytest.raises(QCError, match=r"last\.pt was begun with another version of yolo-qc-plugin"):
         go_on(change)
 
 

@@ -21,6 +21,7 @@ from yolo_qc_plugin import QCConfig, add_qc_callbacks
 from yolo_qc_plugin.cli import main
 from yolo_qc_plugin.files import AtomicPath
 from yolo_qc_plugin.qat.oscillation import Oscillation
+from yolo_qc_plugin.qat.prepare import TrainedWeights
 from yolo_qc_plugin.quant.inject import inject
 from yolo_qc_plugin.quant.layers import quant_convs
 from yolo_qc_plugin.run import steps, telemetry
@@ -139,7 +140,7 @@ def recorder(tmp_path, monkeypatch):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
         inject(model, QCConfig(bits=2, per_channel=per_channel))
-        record = Telemetry(model, Oscillation(model), tmp_path / "qc")
+        record = Telemetry(model, Oscillation(TrainedWeights(model)), tmp_path / "qc")
         record.follow(model, deepcopy(model))
 
         def go(steps):
@@ -149,6 +150,7 @@ def recorder(tmp_path, monkeypatch):
                     for _, conv in quant_convs(model):
                         conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator))
                         conv.weight_quant.scale.uniform_(0.5, 1, generator=generator)
+                record.oscillation.weights.read()
                 record.oscillation.step()
                 record.record(step)
             return model

@@ -229,7 +229,8 @@ def test_one_number(train, digits, tmp_path):
     assert last_epoch(run)["metrics/mAP50-95(B)"] == round(metrics["float_outputs"]["map50_95"], 5)
     out = python(
         "from ultralytics import YOLO\n"
-        f"for file in ('best.pt', 'qat.pt'):\n    r = YOLO({str(run / 'weights')!r} + '/' + file).val(data={str(digits)!r}, "
+        "for file in ('best.pt', 'qat.pt'):\n"
+        f"    r = YOLO({str(run / 'weights')!r} + '/' + file).val(data={str(digits)!r}, "
         "imgsz=64, batch=16, plots=False, device='cpu', verbose=False, project='v')\n    print('\\nmap', r.box.map)",
         tmp_path,
     )
@@ -275,7 +276,7 @@ def test_float_runs_are_not_changed(digits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments, message",
     [
         ({"quantize": 8}, "quantize=8"),
         ({"compile": True}, "compile=True"),

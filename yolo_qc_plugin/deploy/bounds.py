@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from .trace import QUANTIZE
 
 SILU_MIN = -0.28097  # the least x * round(256 * sigmoid(x)) / 256, at x = -1.2844; a little below SiLU's own
@@ -16,14 +14,12 @@ class LowerBounds:
     """Lower bounds of the tensors of a graph.
 
     Args:
-        graph: As traced, with markers for quantizers. Its nodes' inputs may be renamed later, as long as the tensors
-            have the same values.
-        sources: Tensor -> the node that writes it.
+        sources: Tensor -> the node that writes it, as traced, with markers for quantizers. The nodes' inputs may be
+            renamed later, as long as the tensors have the same values.
     """
 
-    def __init__(self, graph, sources: dict):
+    def __init__(self, sources: dict):
         self.sources = sources
-        self.constants = _constants(graph)
         self._found: dict[str, float] = {}
 
     def of(self, name: str) -> float:
@@ -32,13 +28,6 @@ class LowerBounds:
             self._found[name] = -math.inf  # should the graph have a cycle
             self._found[name] = self._find(self.sources.get(name))
         return self._found[name]
-
-    def factors(self, node) -> tuple[str, np.ndarray] | None:
-        """Of a product with positive constants: the other tensor and these; else None."""
-        for name, other in zip(node.input, reversed(node.input)):
-            if name in self.constants and (self.constants[name] > 0).all():
-                return other, self.constants[name]
-        return None
 
     def _find(self, node) -> float:
         from onnx import helper
@@ -53,8 +42,6 @@ class LowerBounds:
             return a["alpha"] * min(self.of(inputs[0]), 0.0)
         if op == "Mul" and any(s in self.sources and self._is_sigmoid_of(s, inputs) for s in inputs):
             return SILU_MIN
-        if op == "Mul" and (found := self.factors(node)):
-            return float(found[1].max()) * min(self.of(found[0]), 0.0)
         if op in {"Sigmoid", "Relu", "Softmax"}:
             return 0.0
         if op in {"MaxPool", "Split", "Slice", "Reshape", "Transpose", "Identity"}:
@@ -72,12 +59,3 @@ class LowerBounds:
         if node.op_type == QUANTIZE:  # of QuantSiLU
             node = self.sources.get(node.input[0], node)
         return node.op_type == "Sigmoid" and node.input[0] in operands
-
-
-def _constants(graph) -> dict[str, np.ndarray]:
-    """Constant tensors of floats by name."""
-    from onnx import TensorProto, numpy_helper
-
-    tensors = {i.name: i for i in graph.initializer}
-    tensors |= {n.output[0]: n.attribute[0].t for n in graph.node if n.op_type == "Constant"}
-    return {name: numpy_helper.to_array(t) for name, t in tensors.items() if t.data_type == TensorProto.FLOAT}

@@ -41,45 +41,27 @@ class FixedQuantizer(nn.Module):
         zero_point: The code of 0.
         quant_min: Smallest code.
         quant_max: Largest code.
-        equalizer: What the channels of the input are multiplied by first, shape (1, channels, 1, 1), or None.
     """
-
-    equalizer: Tensor | None
 
     def __init__(self, quantizer: ActQuantizer):
         super().__init__()
-        equalizer = quantizer.equalizer
-        self.register_buffer("equalizer", None if equalizer is None else along_channels(equalizer).clone())
         self.bits, self.scale, self.zero_point = quantizer.bits, quantizer.scale.item(), quantizer.zero_point
         self.quant_min, self.quant_max = quantizer.quant_min, quantizer.quant_max
 
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._buffers.setdefault("equalizer", None)  # models pickled before it was there
-
     def steps(self, x: Tensor) -> Tensor:
         """Codes minus the zero point, i.e. whole steps from 0, as floats of FP32 at least."""
-        return to_codes(self.equalized(widen(x)), self.scale, None, *self.range)
+        return to_codes(widen(x), self.scale, None, *self.range)
 
     @property
     def range(self) -> tuple[int, int]:
         """The smallest and the largest of all `steps`."""
         return self.quant_min - self.zero_point, self.quant_max - self.zero_point
 
-    def before(self, steps: Tensor) -> Tensor:
-        """An input that has these `steps`."""
-        values = steps * self.scale
-        return values if self.equalizer is None else values / self.equalizer
-
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize x of any shape."""
         if torch.jit.is_tracing():
-            return traced_quantize(self.equalized(x), self.scale, self.zero_point, self.quant_min, self.quant_max)
+            return traced_quantize(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
         return self.steps(x).mul_(self.scale).to(x.dtype)
-
-    def equalized(self, x: Tensor) -> Tensor:
-        """x of shape (batch, channels, height, width) times the equalizer."""
-        return x if self.equalizer is None else x * self.equalizer.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"range=[{self.quant_min}, {self.quant_max}], scale={self.scale:.4g}, zero_point={self.zero_point}"

@@ -91,8 +91,7 @@ class _Graph:
         self.graph, self.layers, self.kind = graph, layers, kind
         self.writer = Writer(graph)
         self.sources, self.readers = links(graph)
-        self.bounds = LowerBounds(graph, self.sources)
-        self.equalized: dict[tuple, str] = {}  # (tensor, factors) -> their product
+        self.bounds = LowerBounds(self.sources)
         self.act_scale: dict[str, float] = {}  # fake-quantized tensor -> scale
         self.quantized: dict[tuple, str] = {}  # (tensor, grid) -> fake-quantized tensor, shared by all who read it
         self.renamed: dict[str, str] = {}
@@ -105,8 +104,7 @@ class _Graph:
             for i, name in enumerate(node.input):
                 node.input[i] = self.renamed.get(name, name)
             if node.domain != DOMAIN:
-                if not self._written_before(node):
-                    self.writer.nodes.append(node)
+                self.writer.nodes.append(node)
             elif node.op_type == QUANTIZE:
                 self.renamed[node.output[0]] = self._quantize(node)
             else:
@@ -117,16 +115,6 @@ class _Graph:
         written = {out for n in self.writer.nodes for out in n.output}
         del self.graph.value_info[:]
         self.graph.value_info.extend(v for name, v in stale.items() if name in written)
-
-    def _written_before(self, node) -> bool:
-        """Whether the node equalizes a tensor for one of its readers as another node has done for another of them."""
-        equalizes = node.op_type == "Mul" and self._output_quantized(node.output[0])
-        if not (equalizes and (found := self.bounds.factors(node))):
-            return False
-        name, factors = found
-        first = self.equalized.setdefault((name, factors.shape, factors.tobytes()), node.output[0])
-        self.renamed[node.output[0]] = first
-        return first != node.output[0]
 
     def _quantize(self, node) -> str:
         """Q -> DQ in a container, and a Max where the container is wider below; the output's name."""

@@ -20,7 +20,6 @@ from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..quant.layers import quant_convs
 from ..quant.quantizer import Quantizer
 
 
@@ -39,9 +38,6 @@ def broadcast_quantizers(model: nn.Module) -> None:
         for tensor in state.values():
             dist.broadcast(tensor, src=0)
         quantizer.load_state_dict(state)  # reads the range, which it also keeps as plain numbers
-    for _, conv in quant_convs(model):
-        if conv.act_quant.equalizer is not None:  # the weight has been divided by it
-            dist.broadcast(conv.weight.detach(), src=0)
 
 
 @contextmanager

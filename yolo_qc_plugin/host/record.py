@@ -28,8 +28,7 @@ from ..quant.layers import ChannelAffine, QuantConv2d
 from ..quant.precision import WIDE
 from ..quant.quantizer import ActQuantizer, WeightQuantizer
 
-# 2: equalizers. Raise it when older plugins would misread a checkpoint; one that they read right keeps its number.
-FORMAT = 2
+FORMAT = 1  # raise it when older plugins would misread a checkpoint
 
 
 @dataclass
@@ -52,8 +51,8 @@ class QuantRecord:
     plugin: str = __version__
     run: str = field(default_factory=lambda: uuid4().hex)
 
-    def __post_init__(self):
-        self.format = FORMAT if self.config.get("act_equalize") else 1
+    def __post_init__(self) -> None:
+        self.format = FORMAT
 
     def __setstate__(self, state: dict) -> None:
         if state["format"] > FORMAT:

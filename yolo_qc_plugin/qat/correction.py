@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -91,24 +90,6 @@ def corrected_in_norms(blocks: Iterable[Any]) -> Iterator[None]:
     finally:
         for block in blocks:
             block.conv.correction, block.bn = block.bn.correction, block.bn.bn
-
-
-@contextmanager
-def weights_quantized_once(model: nn.Module) -> Iterator[None]:
-    """Within the context, quantized weights stay what they are at its start, and are not computed again."""
-    convs = [conv for _, conv in quant_convs(model)]
-    with torch.no_grad():
-        for conv in convs:
-            conv.weight_quant.forward = partial(_given, conv.weight_quant(conv.weight))
-    try:
-        yield
-    finally:
-        for conv in convs:
-            del conv.weight_quant.forward
-
-
-def _given(value: Tensor, weight: Tensor) -> Tensor:
-    return value
 
 
 def train_correction(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .weights import WeightsTogether
+from .prepare import TrainedWeights
 
 
 def dampening_loss(
@@ -56,18 +56,18 @@ class Dampening:
 
     Args:
         model: Injected model; called with a batch, it returns (loss, what is shown of it).
-        weights: What quantizes its weights before each forward pass.
+        weights: Its trained weights.
         summed: False where the host's loss is the mean over a batch's images.
     """
 
-    def __init__(self, model: nn.Module, weights: WeightsTogether, summed: bool = True):
+    def __init__(self, model: nn.Module, weights: TrainedWeights, summed: bool = True):
         self.model, self.weights, self.summed = model, weights, summed
         self.weight = 0.0
         self.quantized: list[Tensor] = []
         self._hook: RemovableHandle | None = None
 
     def prepare(self, weight: float, quantized: Sequence[Tensor]) -> None:
-        """Add the loss times `weight` in the next forward pass, of `quantized`, which WeightsTogether made for it."""
+        """Add the loss times `weight` in the next forward pass, which computes with the weights `quantized`."""
         self._remove_hook()  # of a pass that ended in an error
         self.weight, self.quantized = weight, [q.detach() for q in quantized]
         # for one pass: a hook that stayed would be carried along by copies of the model
@@ -77,7 +77,8 @@ class Dampening:
         """The loss, before its weight, of the weights as they were quantized for the pass."""
         w = self.weights
         scales = [q.per_weight(c.weight) for q, c in zip(w.quants, w.convs)]
-        return dampening_loss([c.weight for c in w.convs], self.quantized, scales, w.ranges)
+        ranges = [(q.quant_min, q.quant_max) for q in w.quants]
+        return dampening_loss([c.weight for c in w.convs], self.quantized, scales, ranges)
 
     def _remove_hook(self) -> None:
         if self._hook:

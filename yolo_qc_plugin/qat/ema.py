@@ -49,27 +49,16 @@ class ConstantEMA:
             copy.copy_(source)
 
     def _match(self, model: nn.Module) -> tuple[list, list, list, list]:
-        state = _tensors(model)
+        state = model.state_dict()
         pairs: tuple[list, list, list, list] = [], [], [], []
         averages, values, copies, sources = pairs
         # a tensor shared by two modules has two names and is to be moved once
-        own = {tensor.data_ptr(): (name, tensor) for name, tensor in _tensors(self.ema).items() if tensor.numel()}
+        own = {tensor.data_ptr(): (name, tensor) for name, tensor in self.ema.state_dict().items() if tensor.numel()}
         for name, tensor in own.values():
             floating = tensor.is_floating_point()
             (averages if floating else copies).append(tensor)
             (values if floating else sources).append(state[name])
         return pairs
-
-    @torch.no_grad()
-    def mend(self, model: nn.Module) -> None:
-        """Replace averages that are not finite by the model's values, made finite, as the host does when it saves.
-
-        It reaches tensors through `state_dict`; here are those of which that holds copies.
-        """
-        values, reached = _tensors(model), self.ema.state_dict()
-        for name, average in _tensors(self.ema).items():
-            if reached[name].data_ptr() != average.data_ptr() and not average.isfinite().all():
-                average.copy_(values[name].nan_to_num())
 
     def update(self, model: nn.Module) -> None:
         """The host's call inside its optimizer step; the average is moved by `step` at on_train_batch_end instead."""
@@ -79,10 +68,3 @@ class ConstantEMA:
         for name in include:
             if hasattr(model, name) and name not in exclude:
                 setattr(self.ema, name, getattr(model, name))
-
-
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A model's own tensors, by the names of its state, which may hold copies (`layers.QuantConv2d`)."""
-    tensors = *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
-    saved = model.state_dict().keys()
-    return {name: tensor.detach() for name, tensor in tensors if name in saved}

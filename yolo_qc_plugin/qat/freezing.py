@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .oscillation import MOMENTUM, WARM_START, Oscillation, annealed
+from .prepare import TrainedWeights
 
 FIRST_THRESHOLD = 0.1  # of the authors' 3- and 4-bit runs
 
@@ -27,11 +28,11 @@ def freeze_threshold(final: float, progress: float) -> float | None:
 class Freezing(Oscillation):
     """An Oscillation that freezes weights.
 
-    A frozen weight has no gradient, and gives its scale that of a weight clipped to its code (`fake_quantize_all`);
+    A frozen weight has no gradient, and gives its scale that of a weight clipped to its code (`TrainedWeights.fixed`);
     `put_back` undoes what else moves it: momentum, weight decay, averaging.
 
     Args:
-        model: Injected and calibrated model, whose frozen layers are frozen already.
+        weights: The weights, whose codes it fixes.
         bits: Widest weights that are frozen; the first and last layers' 8 bits are left alone, as by the authors.
 
     Attributes:
@@ -41,19 +42,20 @@ class Freezing(Oscillation):
         mean: EMA of the codes, FP32, flat.
     """
 
-    def __init__(self, model: nn.Module, bits: int):
-        super().__init__(model)
+    def __init__(self, weights: TrainedWeights, bits: int):
+        super().__init__(weights)
         self.threshold: float | None = None
         self.free = torch.ones_like(self.codes)
         self.held = torch.zeros_like(self.codes)
         self.mean = self.codes.float()
         self._may = torch.ones_like(self.codes)
-        for part, quant in zip(self.by_layer(self._may), self._quants):
+        weights.fixed = self.free, self.held
+        for part, quant in zip(self.by_layer(self._may), weights.quants):
             part.fill_(quant.bits <= bits)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take in the codes of now and freeze; call it once per optimizer step, and `put_back` after it."""
+        """Take in the codes that were read and freeze; call it once per optimizer step, and `put_back` after it."""
         super().step()
         if self.threshold is not None:
             new = (self.frequency > self.threshold).view(torch.int8) * self.free * self._may
@@ -71,8 +73,3 @@ class Freezing(Oscillation):
     def state_dict(self) -> dict[str, Tensor]:
         """What the next steps depend on."""
         return {**super().state_dict(), "free": self.free, "held": self.held, "mean": self.mean}
-
-    def _read(self, codes: Tensor) -> None:
-        super()._read(codes)
-        if hasattr(self, "free"):
-            codes.mul_(self.free).add_(self.held)

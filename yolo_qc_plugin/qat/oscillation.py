@@ -11,11 +11,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..quant import kernels
-from ..quant.foreach import to_codes_all
-from .weights import trained_convs
+from .prepare import TrainedWeights
 
 MOMENTUM = 0.01  # of the frequency, as the authors' TrackOscillation has it; their command line's default is 0.001
 OSCILLATING = 0.005  # frequency above which Nagel et al. count a weight as oscillating
@@ -35,12 +34,12 @@ def annealed(start: float, end: float, progress: float) -> float:
 
 
 class Oscillation:
-    """Follows the codes of all trained quantized weights of a model.
+    """Counts changes of the codes of all trained quantized weights of a model.
 
-    All weights are followed in flat buffers, in model order: one pass over each, and nothing waits for the device.
+    All are counted in flat buffers, in model order: one pass over each, and nothing waits for the device.
 
     Args:
-        model: Injected and calibrated model, whose frozen layers are frozen already.
+        weights: The weights.
         momentum: Of the frequency, in (0, 1].
         threshold: Frequency above which a weight counts as oscillating.
 
@@ -54,37 +53,24 @@ class Oscillation:
         oscillating: Share of each layer's weights that oscillate: (layers,), FP32, on the model's device.
     """
 
-    def __init__(self, model: nn.Module, momentum: float = MOMENTUM, threshold: float = OSCILLATING):
-        convs = trained_convs(model)
-        self.names, self.momentum, self._threshold = list(convs), momentum, threshold
-        self._weights = [conv.weight for conv in convs.values()]
-        self._quants = [conv.weight_quant for conv in convs.values()]
-        self._ranges = [(q.quant_min, q.quant_max) for q in self._quants]
-        self._sizes = [w.numel() for w in self._weights]
-        total, device = sum(self._sizes), next(model.parameters()).device
-        self._numbers = torch.tensor(self._sizes, device=device)
-        self.codes = torch.empty(total, dtype=torch.int8, device=device)
-        self._read(self.codes)
-        self._spare = torch.empty_like(self.codes)  # the next step's
+    def __init__(self, weights: TrainedWeights, momentum: float = MOMENTUM, threshold: float = OSCILLATING):
+        self.weights, self.names, self.by_layer = weights, weights.names, weights.by_layer
+        self.momentum, self._threshold = momentum, threshold
+        self.codes = weights.codes.clone()
+        self._numbers = torch.tensor(weights.sizes, device=self.codes.device)
         self.direction = torch.zeros_like(self.codes)
-        self.frequency = torch.zeros(total, device=device)
+        self.frequency = torch.zeros_like(self.codes, dtype=torch.float32)
         self.change = torch.zeros_like(self.codes)
-        self.flipped = self.oscillating = torch.zeros(len(convs), device=device)
+        self.flipped = self.oscillating = torch.zeros(len(self.names), device=self.codes.device)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take in the codes of now; call it once per optimizer step."""
-        before, now = self.codes, self._spare
-        self._read(now)
-        flat = before, now, self.change, self.direction, self.frequency
+        """Take in the codes that `weights` has read; call it once per optimizer step."""
+        flat = self.codes, self.weights.codes, self.change, self.direction, self.frequency
         rates = self.momentum, 1 - self.momentum, self._threshold
-        counts = kernels.follow_codes(*flat, self._numbers, *rates) or self._follow(before, now)
+        counts = kernels.count_flips(*flat, self._numbers, *rates) or self._count_flips()
         self.flipped, self.oscillating = (found / self._numbers for found in counts)
-        self.codes, self._spare = now, before
-
-    def by_layer(self, flat: Tensor) -> list[Tensor]:
-        """Views of a flat buffer, one per layer, in the shapes of the weights."""
-        return [part.view(w.shape) for part, w in zip(flat.split(self._sizes), self._weights)]
+        self.codes.copy_(self.weights.codes)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the next steps depend on."""
@@ -95,18 +81,13 @@ class Oscillation:
         for name, value in self.state_dict().items():
             value.copy_(state[name])
 
-    @torch.no_grad()
-    def _read(self, codes: Tensor) -> None:
-        scales, parts = [q.scale for q in self._quants], self.by_layer(codes)
-        if not kernels.write_codes_all(self._weights, scales, self._ranges, parts):
-            torch._foreach_copy_(parts, to_codes_all(self._weights, scales, self._ranges))
-
-    def _follow(self, before: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
+    def _count_flips(self) -> tuple[Tensor, Tensor]:
         """Move change, direction and frequency on by tensor operations; counts of `flipped` and `oscillating`."""
+        before, now = self.codes, self.weights.codes
         # not the sign of a difference: 8-bit codes may be 255 apart
         torch.sub((now > before).view(torch.int8), (now < before).view(torch.int8), out=self.change)
         opposite = (self.change * self.direction).clamp_max_(0)  # -1 where it is an oscillation, else 0
         self.frequency.mul_(1 - self.momentum).sub_(opposite, alpha=self.momentum)
         self.direction.mul_(1 - self.change.abs()).add_(self.change)  # faster than a masked copy
         marked = self.change, self.frequency > self._threshold
-        return tuple(torch.stack([part.count_nonzero() for part in m.split(self._sizes)]) for m in marked)
+        return tuple(torch.stack([part.count_nonzero() for part in m.split(self.weights.sizes)]) for m in marked)

@@ -12,7 +12,7 @@ from torch import nn
 from .activations import quant_activations
 from .layers import quant_convs
 from .modules import evaluating
-from .observers import Observer, SampleObserver
+from .observers import SampleObserver
 from .quantizer import ActQuantizer, Quantizer
 
 
@@ -89,22 +89,20 @@ def observe(
     watched: dict[str, ActQuantizer],
     batches: Iterable[object],
     forward: Callable[[object], object],
-    kind: Callable[[], Observer] = SampleObserver,
-) -> dict[str, Observer]:
-    """What reaches the watched quantizers, equalized; see `calibrate` for the modes the model runs in.
+) -> dict[str, SampleObserver]:
+    """What reaches the watched quantizers; see `calibrate` for the modes the model runs in.
 
     Args:
         model: Injected model.
         watched: Name -> quantizer.
         batches: What `forward` takes, one at a time.
         forward: Runs the model on one batch.
-        kind: Makes an observer for each.
     """
-    observers = {name: kind() for name in watched}
+    observers = {name: SampleObserver() for name in watched}
     batch_norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     norms = {m: (m.training, m.track_running_stats) for m in batch_norms}
     hooks = [
-        m.register_forward_pre_hook(lambda m, args, seen=observers[name]: seen.update(m.equalized(args[0])))
+        m.register_forward_pre_hook(lambda m, args, seen=observers[name]: seen.update(args[0]))
         for name, m in watched.items()
     ]
     try:

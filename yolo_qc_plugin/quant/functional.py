@@ -1,9 +1,13 @@
 # yolo_qc_plugin, AGPL-3.0
 """Fake quantization with learned scale and offset, as pure tensor functions.
 
-    v    = (x - offset) / scale
-    code = clip(round(v), quant_min, quant_max)
-    xhat = scale * code + offset
+    offset <- scale * clip(round(offset / scale), -quant_max, -quant_min)
+    v      = (x - offset) / scale
+    code   = clip(round(v), quant_min, quant_max)
+    xhat   = scale * code + offset
+
+The first line, straight-through in training, brings the offset to a whole number of steps, so that 0 is a grid point:
+zero padding is exact, and the deployed form has an integer zero point. Our reading; LSQ+ leaves the offset free.
 
 Sources: LSQ (Esser et al., ICLR 2020, equations 1 to 3), LSQ+ (Bhalgat et al., CVPR Workshops 2020, equations 4 to 7).
 """
@@ -31,7 +35,12 @@ def to_codes(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, qu
         quant_min: Smallest code.
         quant_max: Largest code.
     """
-    return _grid_position(x, scale, offset).round_().clamp_(quant_min, quant_max)
+    return nearest_codes_(grid_position(x, scale, offset), quant_min, quant_max)
+
+
+def grid_offset(offset: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """The offset that is used: the nearest whole number of steps for which the code of 0 is in the range."""
+    return to_codes(offset, scale, None, -quant_max, -quant_min).mul_(scale)
 
 
 def from_codes(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
@@ -52,7 +61,7 @@ def fake_quantize(
     Gradients (LSQ equation 3, LSQ+ equation 5), with "inside" meaning quant_min < v < quant_max:
         by x: 1 inside, 0 outside (straight-through);
         by scale: code - v inside, quant_min or quant_max outside, times `grad_scale`;
-        by offset: 0 inside, 1 outside, times `grad_scale`.
+        by offset: 0 inside, 1 outside, times `grad_scale`; straight through its rounding.
 
     Worked numbers: x = 0.26, scale = 0.1, offset = 0, range [-8, 7] gives v = 2.6, code = 3, xhat = 0.3, and a gradient
     by scale of 3 - 2.6 = 0.4.
@@ -60,7 +69,7 @@ def fake_quantize(
     Args:
         x: Any shape, any floating dtype; computed in FP32 at least.
         scale: Positive. Shape (1,) for the tensor, or (C,) for one per slice of x's first axis.
-        offset: Shape of `scale`, or None.
+        offset: Shape of `scale`, or None; `grid_offset` of it is used.
         quant_min: Smallest code.
         quant_max: Largest code.
         grad_scale: LSQ's gradient scale, 1 / sqrt(numel * quant_max).
@@ -71,11 +80,59 @@ def fake_quantize(
     return _FakeQuantize.apply(x, scale, offset, quant_min, quant_max, grad_scale)
 
 
+def gradients(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    grad_scale: float,
+    free: Tensor | None = None,
+    compiled: bool = False,
+    needed: tuple[bool, bool] = (True, True),
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of `fake_quantize` by x, scale and offset.
+
+    Args:
+        grad: By the result, in its shape.
+        x: As of `fake_quantize`.
+        scale: As of `fake_quantize`.
+        offset: None, or as it is used: a whole number of steps.
+        quant_min: Smallest code.
+        quant_max: Largest code.
+        grad_scale: As of `fake_quantize`.
+        free: 1 or, where the code of x is fixed, 0, in the shape of x; None if all are free. A fixed x has the gradient
+            of one that is clipped to its code: 0 by itself, code by the scale.
+        compiled: Whether `kernels` is asked first, which knows nothing of fixed codes.
+        needed: Whether the gradient by scale and the one by offset are needed.
+    """
+    if compiled and (found := kernels.backward(grad, x, scale, offset, quant_min, quant_max, grad_scale)) is not None:
+        return found
+    wide = widen(x)
+    g = grad.to(wide.dtype)
+    v = grid_position(wide, per_slice(scale, x), per_slice(offset, x))
+    # one fused pass: g where quant_min < v < quant_max, else 0
+    inside = torch.ops.aten.hardtanh_backward(g, v, quant_min, quant_max)
+    if free is not None:
+        inside.mul_(free)
+    by_scale = by_offset = None
+    slices = scale.numel()
+    if needed[1]:
+        outside = g.sum() - inside.sum() if slices == 1 else (g - inside).flatten(1).sum(1)
+        by_offset = outside.view(slices) * grad_scale
+    if needed[0]:
+        v_part = dot(inside, v, slices)
+        codes = nearest_codes_(v, quant_min, quant_max)  # v is not needed any more
+        by_scale = (dot(g, codes, slices) - v_part) * grad_scale
+    return inside.to(x.dtype), by_scale, by_offset
+
+
 def recomputed_in_backward(xhat: Tensor, values: bool = True) -> AbstractContextManager:
     """Context in which an operation that keeps `xhat` for its backward keeps nothing: it is computed again there.
 
     `fake_quantize` keeps x, so that of x and xhat one is kept, as in float. The values are the same, bit for bit; the
-    price is one more forward pass of `fake_quantize`, whatever the number of such operations.
+    price is one more forward pass of `fake_quantize` for each such operation.
 
     Args:
         xhat: Result of `fake_quantize`; for any other tensor, and for one below RECOMPUTED_SIZE, nothing changes.
@@ -87,10 +144,7 @@ def recomputed_in_backward(xhat: Tensor, values: bool = True) -> AbstractContext
     memory = xhat.data_ptr(), xhat.shape  # not xhat itself, lest the hooks keep it
 
     def pack(kept: Tensor) -> Tensor | None:
-        if (kept.data_ptr(), kept.shape) != memory:
-            return kept
-        made_by.readers += values
-        return None
+        return kept if (kept.data_ptr(), kept.shape) != memory else None
 
     def unpack(kept: Tensor | None) -> Tensor:
         if kept is not None:
@@ -108,7 +162,7 @@ def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, qua
     Args:
         u: Any shape, FP32.
         scale: Positive, shape (1,).
-        offset: Shape (1,).
+        offset: Shape (1,), a whole number of steps.
         quant_min: Smallest code.
         quant_max: Largest code.
     """
@@ -120,9 +174,14 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _grid_position(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+def grid_position(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     """v of the formula, in fresh memory: division, not multiplication by 1/scale, as QuantizeLinear has it."""
     return x / scale if offset is None else (x - offset).div_(scale)
+
+
+def nearest_codes_(v: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """clip(round(v)) in the memory of v; the passes of `kernels` are tested against it."""
+    return v.round_().clamp_(quant_min, quant_max)
 
 
 def per_slice(p: Tensor | None, x: Tensor) -> Tensor | None:
@@ -147,31 +206,25 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, offset, quant_min, quant_max, grad_scale):
+        if offset is not None:
+            offset = grid_offset(offset, scale, quant_min, quant_max)
         ctx.save_for_backward(x, scale, offset)
         ctx.quant_min, ctx.quant_max, ctx.grad_scale = quant_min, quant_max, grad_scale
-        ctx.readers, ctx.xhat = 0, None  # see again
-        ctx.compiled = any(ctx.needs_input_grad) and kernels.usable(
-            x, scale, offset
-        )  # measuring alone is not worth compiling
+        # measuring alone is not worth compiling
+        ctx.compiled = any(ctx.needs_input_grad) and kernels.usable(x, scale, offset)
         return _values(x, scale, offset, quant_min, quant_max, ctx.compiled)
 
     @staticmethod
     @torch.no_grad()
     def again(ctx) -> Tensor:
-        """The result of forward, for the next of its readers; before the backward below, which comes after theirs."""
-        out = ctx.xhat
-        if out is None:
-            out = _values(*ctx.saved_tensors, ctx.quant_min, ctx.quant_max, ctx.compiled)
-        ctx.readers -= 1
-        ctx.xhat = out if ctx.readers > 0 else None
-        return out
+        """The result of forward, computed once more."""
+        return _values(*ctx.saved_tensors, ctx.quant_min, ctx.quant_max, ctx.compiled)
 
     @staticmethod
     def backward(ctx, grad):
-        arguments = grad, *ctx.saved_tensors, ctx.quant_min, ctx.quant_max, ctx.grad_scale
         needed = ctx.needs_input_grad[:3]
-        found = kernels.backward(*arguments) if ctx.compiled else None
-        found = found or _gradients(*arguments, *needed[1:])
+        grid = ctx.quant_min, ctx.quant_max, ctx.grad_scale
+        found = gradients(grad, *ctx.saved_tensors, *grid, compiled=ctx.compiled, needed=needed[1:])
         return *(g if need else None for g, need in zip(found, needed)), None, None, None
 
 
@@ -181,25 +234,6 @@ def _values(x, scale, offset, quant_min, quant_max, compiled):
     s, z = per_slice(scale, x), per_slice(offset, x)
     out = to_codes(widen(x), s, z, quant_min, quant_max).mul_(s)
     return (out if z is None else out.add_(z)).to(x.dtype)
-
-
-def _gradients(grad, x, scale, offset, quant_min, quant_max, grad_scale, need_scale, need_offset):
-    """Gradients by x, scale and offset, in few passes of separate tensor operations."""
-    wide = widen(x)
-    g = grad.to(wide.dtype)
-    v = _grid_position(wide, per_slice(scale, x), per_slice(offset, x))
-    # one fused pass: g where quant_min < v < quant_max, else 0
-    inside = torch.ops.aten.hardtanh_backward(g, v, quant_min, quant_max)
-    by_scale = by_offset = None
-    slices = scale.numel()
-    if need_offset:
-        outside = g.sum() - inside.sum() if slices == 1 else (g - inside).flatten(1).sum(1)
-        by_offset = outside.view(slices) * grad_scale
-    if need_scale:
-        v_part = dot(inside, v, slices)
-        codes = v.round_().clamp_(quant_min, quant_max)  # v is not needed any more
-        by_scale = (dot(g, codes, slices) - v_part) * grad_scale
-    return inside.to(x.dtype), by_scale, by_offset
 
 
 class _QuantizedSiLU(torch.autograd.Function):

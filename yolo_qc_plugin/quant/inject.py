@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from ..config import MAX_BITS, QCConfig, QCError
+from ..config import QCConfig, QCError
 from .activations import QuantActivation, quant_activations
 from .layers import Deployed, QuantConv2d, is_quantized, quant_convs
 from .modules import evaluating, replace_modules
@@ -82,9 +82,7 @@ def inject(
         raise QCError(f"QC: skip={list(config.skip)} leaves no convolution to quantize.")
 
     twins = {
-        convs[name]: QuantConv2d.from_float(
-            convs[name], w, a, config.per_channel, config.act_offset, config.act_equalize and a < MAX_BITS
-        )
+        convs[name]: QuantConv2d.from_float(convs[name], w, a, config.per_channel, config.act_offset)
         for name, (w, a) in plan.items()
     }
     replace_modules(model, twins)
@@ -96,8 +94,9 @@ def inject(
 def share_quantizers(model: nn.Module, image: torch.Tensor) -> int:
     """Give convolutions that read one tensor one quantizer of it, in place; to be done before calibration.
 
-    The tensor is then quantized once, in training and in an exported graph, where its producer becomes an integer
-    operation if one quantizer is all that reads it. Quantizers of different widths stay apart.
+    In an exported graph the tensor is then quantized once, and its producer becomes an integer operation if one
+    quantizer is all that reads it. In training each convolution quantizes it, on the same grid. Quantizers of different
+    widths stay apart.
 
     Those that read the image are not learned but fixed to the range [0, 1]: 8-bit codes are then the bytes it was made
     of, and backward ends there (at the image, the gradient that a scale would need takes a sixteenth of the step).
@@ -128,7 +127,6 @@ def share_quantizers(model: nn.Module, image: torch.Tensor) -> int:
         if tensor == id(image):
             first.act_quant.set_signed(False)
             first.act_quant.fix(1 / first.act_quant.quant_max)
-        first.act_quant.readers = 1 + len(others)
         for conv in others:
             gone += conv.act_quant is not first.act_quant
             conv.act_quant = first.act_quant

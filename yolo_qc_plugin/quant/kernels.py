@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -31,8 +31,12 @@ _log = logging.getLogger("ultralytics")  # the host's; this file works without i
 
 def _forward(x: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    code = torch.minimum(torch.maximum(((wide - offset) / scale).round(), grid[0]), grid[1])
+    code = _nearest_codes((wide - offset) / scale, grid)
     return (code * scale + offset).to(x.dtype)
+
+
+def _nearest_codes(v: Tensor, grid: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(v.round(), grid[0]), grid[1])
 
 
 def _backward(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +44,7 @@ def _backward(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, grid: Tens
     g = grad.to(wide.dtype)
     v = (wide - offset) / scale
     inside = (v > grid[0]) & (v < grid[1])
-    code = torch.minimum(torch.maximum(v.round(), grid[0]), grid[1])
+    code = _nearest_codes(v, grid)
     by_scale = (g * torch.where(inside, code - v, code)).sum(-1, keepdim=True) * grid[2]
     by_offset = torch.where(inside, 0.0, g).sum(-1, keepdim=True) * grid[2]
     return torch.where(inside, g, 0.0).to(x.dtype), by_scale.view(-1), by_offset.view(-1)
@@ -53,7 +57,7 @@ def _silu_forward(u: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> Ten
 
 def _silu_backward(grad: Tensor, u: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> Tensor:
     v = (u - offset) / scale
-    x = torch.minimum(torch.maximum(v.round(), grid[0]), grid[1]) * scale + offset
+    x = _nearest_codes(v, grid) * scale + offset
     sigmoid = x.sigmoid()
     slope = torch.where((sigmoid > 0) & (256 * sigmoid < 255), x * sigmoid * (1 - sigmoid), 0.0)
     by_x = grad * (_sigmoid_code(sigmoid) / 256 + slope)
@@ -114,51 +118,9 @@ def backward(
     return by_x.as_strided_(x.shape, x.stride()), by_scale, by_offset
 
 
-def forward_all(
-    weights: Sequence[Tensor], scales: Sequence[Tensor], ranges: Sequence[tuple[int, int]]
-) -> list[Tensor] | None:
-    """`forward` of many small tensors without offset where calls cost next to nothing, in C; else None."""
-    if not _in_c(weights, scales):
-        return None
-    return [native.forward(_dense(w, s), s, None, *bounds) for w, s, bounds in zip(weights, scales, ranges)]
-
-
-def backward_all(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    ranges: Sequence[tuple[int, int]],
-    grad_scales: Sequence[float],
-) -> list[tuple[Tensor, Tensor]] | None:
-    """Gradients by each weight and scale where `forward_all` is possible, else None."""
-    if not _in_c(weights, scales):
-        return None
-    found = []
-    for grad, weight, scale, bounds, grad_scale in zip(grads, weights, scales, ranges, grad_scales):
-        weight = _dense(weight, scale)
-        grad = _like(grad.to(weight.dtype), weight)
-        found.append(native.backward(grad, weight, scale, None, *bounds, grad_scale)[:2])
-    return found
-
-
-def write_codes_all(
-    weights: Sequence[Tensor], scales: Sequence[Tensor], ranges: Sequence[tuple[int, int]], out: Sequence[Tensor]
-) -> bool:
-    """Write the codes of many small tensors without offset into int8 ones, in C; whether that was possible."""
-    if not _in_c(weights, scales):
-        return False
-    for weight, codes, scale, bounds in zip(weights, out, scales, ranges):
-        native.write_codes(weight.contiguous(), codes, scale, *bounds)
-    return True
-
-
-def follow_codes(before: Tensor, *others) -> tuple[Tensor, Tensor] | None:
-    """`native.follow_codes` where that is possible, else None."""
-    return native.follow_codes(before, *others) if enabled and before.is_cpu and native.library() else None
-
-
-def _in_c(weights: Sequence[Tensor], scales: Sequence[Tensor]) -> bool:
-    return enabled and all(native.takes(w, s, None) for w, s in zip(weights, scales))
+def count_flips(before: Tensor, *others) -> tuple[Tensor, Tensor] | None:
+    """`native.count_flips` where that is possible, else None."""
+    return native.count_flips(before, *others) if enabled and before.is_cpu and native.library() else None
 
 
 def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int) -> Tensor:

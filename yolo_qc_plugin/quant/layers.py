@@ -47,7 +47,9 @@ class QuantConv2d(KeepWide, nn.Conv2d):
     Made by `from_float`, undone by `to_float`; both share the very Parameter objects.
 
     Attributes:
-        weight: Latent weight; `weight_quant(weight)` is what convolves.
+        weight: Latent weight; `weight_quant(weight)` is what convolves, or `given_weight` where there is one.
+        given_weight: `weight_quant(weight)` for the passes to come, from whoever computes it for all layers
+            (`qat.prepare`) and takes it back before the weight changes. Copies of the layer and files lack it.
         weight_quant: WeightQuantizer.
         act_quant: ActQuantizer of the input.
         correction: ChannelAffine of the output, or None.
@@ -58,6 +60,10 @@ class QuantConv2d(KeepWide, nn.Conv2d):
     weight_quant: WeightQuantizer
     act_quant: ActQuantizer
     correction: ChannelAffine | None
+    given_weight: Tensor | None = None
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in vars(self).items() if k != "given_weight"}
 
     @classmethod
     def from_float(
@@ -67,25 +73,19 @@ class QuantConv2d(KeepWide, nn.Conv2d):
         act_bits: int,
         per_channel: bool,
         act_offset: bool,
-        act_equalize: bool = False,
     ) -> QuantConv2d:
         """The quantized twin of `conv`: same parameters, same attributes, plus quantizers (not calibrated)."""
         self = cls.__new__(cls)
         self.__dict__ = _shared_state(conv)
         self.weight_quant = WeightQuantizer(weight_bits, conv.out_channels if per_channel else 1)
-        self.act_quant = ActQuantizer(act_bits, act_offset, conv.in_channels if act_equalize else 0)
+        self.act_quant = ActQuantizer(act_bits, act_offset)
         self.register_module("correction", None)
         nn.Module.to(self.weight_quant, conv.weight.device)
         nn.Module.to(self.act_quant, conv.weight.device)
         return self
 
     def to_float(self) -> nn.Conv2d:
-        """The float convolution this was made from: the same parameters, without quantizers.
-
-        The weight, in place, takes back what an equalizer of the input has divided it by: this module is spent then.
-        """
-        if self.act_quant.equalizer is not None:
-            self.multiply_inputs(self.act_quant.equalizer)
+        """The float convolution this was made from: the same parameters, without quantizers."""
         conv = nn.Conv2d.__new__(nn.Conv2d)
         conv.__dict__ = _shared_state(self)
         for name in ("weight_quant", "act_quant", "correction"):
@@ -94,37 +94,13 @@ class QuantConv2d(KeepWide, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x of shape (batch, in, height, width)."""
-        weight = self.weight_quant(self.weight).to(x.dtype)
+        weight = self.weight_quant(self.weight) if self.given_weight is None else self.given_weight
+        weight = weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         x = self.act_quant(x)
         with recomputed_in_backward(x, values=weight.requires_grad):  # what the weight's gradient is made of
             y = self._conv_forward(x, weight, bias)
         return y if self.correction is None else self.correction(y)
-
-    @torch.no_grad()
-    def multiply_inputs(self, factors: Tensor) -> None:
-        """Multiply the weight by one factor per input channel, shape (in_channels,), in place."""
-        self.weight.mul_(self._per_input(factors))
-
-    def _per_input(self, factors: Tensor) -> Tensor:
-        """Factors of input channels as they broadcast to the weight, (out, in / groups, height, width)."""
-        by_group = factors.view(self.groups, 1, -1).expand(-1, self.out_channels // self.groups, -1)
-        return by_group.reshape(self.out_channels, -1, 1, 1)
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        # the weight of a float convolution, which any model can take up: powers of two come and go without a trace.
-        # It is a copy; what is done to it in place does not reach this module (`ConstantEMA.mend`)
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.act_quant.equalizer is not None:
-            destination[f"{prefix}weight"] = destination[f"{prefix}weight"] * self._per_input(self.act_quant.equalizer)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        key = f"{prefix}weight"
-        if self.act_quant.equalizer is not None and key in state_dict:
-            equalizer = state_dict.get(f"{prefix}act_quant.equalizer", self.act_quant.equalizer)
-            weight = state_dict[key]
-            state_dict = {**state_dict, key: weight / self._per_input(equalizer.to(weight))}
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def weight_codes(self) -> Tensor:
         """Integer codes of the weight, int8, shape of the weight."""

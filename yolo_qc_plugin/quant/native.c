@@ -16,6 +16,13 @@
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+static float nearest_code(float v, float low, float high)
+{
+    float code = nearbyintf(v);
+    code = code < low ? low : code; /* so written, NaN stays NaN */
+    return code > high ? high : code;
+}
+
 /* out = code * scale + offset */
 void fake_quantize(const float *x, float *out, int64_t rows, int64_t columns, const float *scale, const float *offset,
                    float low, float high, int threads)
@@ -27,10 +34,7 @@ void fake_quantize(const float *x, float *out, int64_t rows, int64_t columns, co
         int64_t end = smaller(start + CHUNK, (row + 1) * columns);
         float s = scale[row], o = offset ? offset[row] : 0.0f;
         for (int64_t i = start; i < end; i++) {
-            float code = nearbyintf((x[i] - o) / s);
-            code = code < low ? low : code; /* so written, NaN stays NaN */
-            code = code > high ? high : code;
-            out[i] = code * s + o;
+            out[i] = nearest_code((x[i] - o) / s, low, high) * s + o;
         }
     }
 }
@@ -52,9 +56,7 @@ int fake_quantize_backward(const float *grad, const float *x, float *by_x, float
         float s = scale[row], o = offset ? offset[row] : 0.0f, sum = 0.0f, outside = 0.0f;
 #pragma omp simd reduction(+ : sum, outside)
         for (int64_t i = start; i < end; i++) {
-            float g = grad[i], v = (x[i] - o) / s, code = nearbyintf(v);
-            code = code < low ? low : code;
-            code = code > high ? high : code;
+            float g = grad[i], v = (x[i] - o) / s, code = nearest_code(v, low, high);
             int inside = (v > low) & (v < high);
             sum += g * (inside ? code - v : code);
             outside += inside ? 0.0f : g;
@@ -76,22 +78,10 @@ int fake_quantize_backward(const float *grad, const float *x, float *by_x, float
     return 0;
 }
 
-/* codes = round(x / scale), clipped to low..high */
-void to_codes(const float *x, int8_t *codes, int64_t rows, int64_t columns, const float *scale, float low, float high)
-{
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t i = row * columns; i < (row + 1) * columns; i++) {
-            float code = nearbyintf(x[i] / scale[row]);
-            code = code < low ? low : code;
-            code = code > high ? high : code;
-            codes[i] = (int8_t)(int32_t)code;
-        }
-}
-
 /* What a step did to the codes of `layers` layers of `sizes` weights each: the sign of each code's change, of its last
  * change that was not 0, the frequency of oscillations; and of each layer, how many codes changed and how many weights
  * have a frequency above `threshold`. */
-void follow_codes(const int8_t *before, const int8_t *now, int8_t *change, int8_t *direction, float *frequency,
+void count_flips(const int8_t *before, const int8_t *now, int8_t *change, int8_t *direction, float *frequency,
                   const int64_t *sizes, int64_t layers, float momentum, float keep, float threshold, float *changed,
                   float *oscillating)
 {

@@ -45,10 +45,8 @@ def library() -> ctypes.CDLL | None:
             found.fake_quantize.argtypes = [*[c_void_p] * 2, *sizes, *grid, c_int]
             found.fake_quantize.restype = None
             found.fake_quantize_backward.argtypes = [*[c_void_p] * 5, *sizes, *grid, c_float, c_int]
-            found.to_codes.argtypes = [*[c_void_p] * 2, *sizes[:3], *grid]
-            found.to_codes.restype = None
-            found.follow_codes.argtypes = [*[c_void_p] * 6, c_int64, *[c_float] * 3, *[c_void_p] * 2]
-            found.follow_codes.restype = None
+            found.count_flips.argtypes = [*[c_void_p] * 6, c_int64, *[c_float] * 3, *[c_void_p] * 2]
+            found.count_flips.restype = None
             return found
     return None
 
@@ -87,12 +85,7 @@ def backward(
     return by_x, by_scale, by_offset
 
 
-def write_codes(x: Tensor, codes: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> None:
-    """Write the codes of x, without offset, into `codes`, int8; both contiguous."""
-    library().to_codes(x.data_ptr(), codes.data_ptr(), *_layout(x, scale, None)[:3], quant_min, quant_max)
-
-
-def follow_codes(
+def count_flips(
     before: Tensor, now: Tensor, change: Tensor, direction: Tensor, frequency: Tensor, sizes: Tensor, *rates: float
 ) -> tuple[Tensor, Tensor]:
     """Move change, direction and frequency on; see `oscillation.Oscillation`, all flat and on a CPU.
@@ -111,7 +104,7 @@ def follow_codes(
     """
     changed, oscillating = torch.empty(len(sizes)), torch.empty(len(sizes))
     flat = (t.data_ptr() for t in (before, now, change, direction, frequency, sizes))
-    library().follow_codes(*flat, len(sizes), *rates, changed.data_ptr(), oscillating.data_ptr())
+    library().count_flips(*flat, len(sizes), *rates, changed.data_ptr(), oscillating.data_ptr())
     return changed, oscillating
 
 

@@ -9,44 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .functional import fake_quantize
+from .functional import fake_quantize, nearest_codes_
 
 TINY = torch.finfo(torch.float32).eps  # the smallest scale: keeps the scale of an all-zero tensor positive
 SEARCH_STEPS = 100  # candidates of one search, i.e. steps of 1% of the largest magnitude
-
-
-class Observer(Protocol):
-    """Takes in the tensors that pass a place."""
-
-    def update(self, x: Tensor) -> None:
-        """Take in one of them."""
-
-
-class ChannelObserver:
-    """Measures the size of each channel.
-
-    Attributes:
-        count: Tensors seen.
-        squares: Sum of their channels' mean squares, shape (channels,).
-    """
-
-    def __init__(self):
-        self.count, self.squares = 0, 0.0
-
-    def update(self, x: Tensor) -> None:
-        """Take in x of shape (batch, channels, height, width)."""
-        self.count += 1
-        self.squares = self.squares + x.detach().float().square().mean((0, 2, 3))
-
-    @property
-    def root_mean_square(self) -> Tensor:
-        """Of each channel, shape (channels,)."""
-        return (self.squares / self.count).sqrt()
 
 
 class SampleObserver:
@@ -141,7 +111,7 @@ def mse_scale_offset(x: Tensor, quant_max: int) -> tuple[Tensor, Tensor]:
         reach = max(high / max(quant_max - zero, 1), -low / max(zero, 1) if zero else 0.0, TINY)
         for step in range(2, SEARCH_STEPS + 1, 2):
             scale = max(reach * step / SEARCH_STEPS, TINY)
-            grid = (x / scale).round_().clamp_(-zero, quant_max - zero).mul_(scale)
+            grid = nearest_codes_(x / scale, -zero, quant_max - zero).mul_(scale)
             error = float((grid - x).square_().mean())
             if error < best[0]:
                 best = (error, scale, -zero * scale)

@@ -8,8 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .foreach import snap_all
-from .functional import along_channels, fake_quantize, to_codes, widen
+from .functional import fake_quantize, grid_offset, grid_position, to_codes, widen
 from .observers import lsq_scale, mse_scale, mse_scale_offset
 
 
@@ -27,9 +26,6 @@ class Quantizer(nn.Module):
         enabled: False lets values pass unquantized (calibration, float comparison).
     """
 
-    _kept: tuple | None = None  # see keep
-    _grid_offset: tuple | None = None  # see keep_grid_offset
-
     def __init__(self, bits: int, channels: int = 1, signed: bool = True):
         super().__init__()
         self.bits = bits
@@ -37,9 +33,6 @@ class Quantizer(nn.Module):
         self.scale = nn.Parameter(torch.ones(channels))
         self.register_buffer("quant_range", torch.zeros(2, dtype=torch.int32))
         self.set_signed(signed)
-
-    def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_kept": None, "_grid_offset": None}
 
     def set_signed(self, signed: bool) -> None:
         """Choose the signed or the unsigned range of this width."""
@@ -66,29 +59,6 @@ class Quantizer(nn.Module):
             if self._parameters.get(name) is not None:
                 tensor = self._parameters.pop(name).detach().fill_(value)
                 self.register_buffer(name, tensor)
-        if self._buffers.get("equalizer") is not None:
-            self.equalizer = None
-
-    def keep(self, x: Tensor, result: Tensor, readers: int = 1) -> None:
-        """Keep the result of x for so many calls to come."""
-        if readers and not torch.is_inference(x):  # which has no version
-            self._kept = x, self._versions(x), result, readers
-
-    def forget(self) -> None:
-        """Let go of a kept result whose readers will not come, and of the graph behind it."""
-        self._kept = self._grid_offset = None
-
-    def _take_kept(self, x: Tensor) -> Tensor | None:
-        """The result kept of this very tensor, if nothing has changed since."""
-        if self._kept is None:
-            return None
-        of, versions, result, readers = self._kept
-        self._kept = (of, versions, result, readers - 1) if readers > 1 else None
-        return result if of is x and versions == self._versions(x) else None
-
-    def _versions(self, *inputs: Tensor) -> tuple:
-        tensors = *inputs, self.scale, getattr(self, "offset", None)
-        return torch.is_grad_enabled(), *(t._version for t in tensors if t is not None)
 
     def _start_scale(self, rows: Tensor, method: str) -> None:
         """Start the scale from rows (scales, n) by `method`, without offset."""
@@ -115,10 +85,7 @@ class WeightQuantizer(Quantizer):
         """Fake-quantize a weight of shape (out, ...)."""
         if not self.enabled:
             return weight
-        if (result := self._take_kept(weight)) is None:
-            grad_scale = self.grad_scale(weight)
-            result = fake_quantize(weight, self.scale, None, self.quant_min, self.quant_max, grad_scale)
-        return result
+        return fake_quantize(weight, self.scale, None, self.quant_min, self.quant_max, self.grad_scale(weight))
 
     def grad_scale(self, weight: Tensor) -> float:
         """LSQ's gradient scale, 1 / sqrt(weights of a scale * quant_max)."""
@@ -148,74 +115,49 @@ class ActQuantizer(Quantizer):
     """Per tensor; symmetric without offset (LSQ), or with a learned one (LSQ+).
 
     Without offset the range is unsigned where the calibration data are non-negative, else signed. With offset it is
-    unsigned, and the offset is used as the nearest whole number of steps (straight-through), so that 0 is a grid point:
-    zero padding is exact, and the deployed form has an integer zero point. Our reading; LSQ+ leaves the offset free.
+    unsigned, and `functional.grid_offset` of the offset is used.
 
     LSQ's gradient scale counts one sample's features.
 
     Args:
         bits: Width, 2 to 8.
         offset: Learn an offset.
-        channels: Channels of the input, which are to be equalized (`equalization`); 0 leaves them as they are.
 
     Attributes:
         offset: Parameter of shape (1,), FP32, or None.
-        equalizer: Buffer of shape (channels,), FP32, positive powers of two: what each channel is multiplied by before
-            it is quantized. The weights that read it are divided by it. Or None.
-        readers: Number of convolutions that this quantizer's tensor is quantized for.
     """
 
     __module__ = "yolo_qc_plugin"  # by which checkpoints name it
 
-    readers = 1
-
-    def __init__(self, bits: int, offset: bool, channels: int = 0):
+    def __init__(self, bits: int, offset: bool):
         super().__init__(bits, signed=not offset)
         self.offset = nn.Parameter(torch.zeros(1)) if offset else None
-        self.register_buffer("equalizer", torch.ones(channels) if channels else None)
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._buffers.setdefault("equalizer", None)  # checkpoints of before it was there
 
     @property
     def zero_point(self) -> int:
         """The code of 0, in [quant_min, quant_max]."""
         return 0 if self.offset is None else -round((self.grid_offset() / self.scale).item())
 
+    @torch.no_grad()
     def grid_offset(self) -> Tensor | None:
-        """The offset that forward uses: a whole number of steps in [-quant_max, 0]; gradient straight through."""
+        """The offset that forward uses: a whole number of steps in [-quant_max, 0]."""
         if self.offset is None:
             return None
-        if self._grid_offset and self._grid_offset[0] == self._versions():
-            return self._grid_offset[1]
-        return snap_all([self.offset], [self.scale], [self.quant_max])[0]
-
-    def keep_grid_offset(self, value: Tensor) -> None:
-        """Keep what `grid_offset` would give, until scale or offset changes."""
-        self._grid_offset = self._versions(), value
-
-    def equalized(self, x: Tensor) -> Tensor:
-        """x of shape (batch, channels, height, width) times any equalizer, in x's dtype: what is quantized."""
-        return x if self.equalizer is None else x * along_channels(self.equalizer).to(x.dtype)
+        return grid_offset(self.offset, self.scale, self.quant_min, self.quant_max)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize activations of shape (batch, ...); for several readers of one tensor in turn, once."""
+        """Fake-quantize activations of shape (batch, ...)."""
         if not self.enabled:
-            return self.equalized(x)
-        if (result := self._take_kept(x)) is None:
-            grad_scale = (max(math.prod(x.shape[1:]), 1) * self.quant_max) ** -0.5
-            grid = self.scale, self.grid_offset(), self.quant_min, self.quant_max
-            result = fake_quantize(self.equalized(x), *grid, grad_scale)
-            self.keep(x, result, self.readers - 1)
-        return result
+            return x
+        grad_scale = (max(math.prod(x.shape[1:]), 1) * self.quant_max) ** -0.5
+        return fake_quantize(x, self.scale, self.offset, self.quant_min, self.quant_max, grad_scale)
 
     @torch.no_grad()
     def calibrate(self, values: Tensor, low: float, method: str) -> None:
         """Start scale, offset and range from a sample.
 
         Args:
-            values: Sample of the activations, shape (n,), equalized.
+            values: Sample of the activations, shape (n,).
             low: Smallest of these seen, in the sample or not.
             method: "mse" or "lsq".
         """
@@ -233,12 +175,9 @@ class ActQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of `x`, int16, in its shape."""
-        x = self.equalized(widen(x))
-        return to_codes(x, self.scale, self.grid_offset(), self.quant_min, self.quant_max).to(torch.int16)
+        return to_codes(widen(x), self.scale, self.grid_offset(), self.quant_min, self.quant_max).to(torch.int16)
 
     @torch.no_grad()
     def clipped(self, x: Tensor) -> Tensor:
         """Share of `x` outside the range, rounding included: a 0-dim tensor in [0, 1]."""
-        x = self.equalized(widen(x))
-        v = x / self.scale if self.offset is None else (x - self.grid_offset()) / self.scale
-        return self._share_outside(v)
+        return self._share_outside(grid_position(widen(x), self.scale, self.grid_offset()))

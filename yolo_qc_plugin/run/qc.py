@@ -23,8 +23,8 @@ from ..qat.correction import (
     freeze_statistics,
     insert_correction,
     train_correction,
-    weights_quantized_once,
 )
+from ..qat.prepare import weights_quantized_once
 
 
 def take_all_images(trainer: BaseTrainer) -> None:

@@ -102,7 +102,6 @@ def describe(name: str, conv: QuantConv2d) -> dict:
         "weight_scale": weight.scale.tolist(),
         "act_scale": act.scale.item(),
         "act_offset": None if offset is None else offset.item(),
-        "act_equalizer": None if act.equalizer is None else act.equalizer.tolist(),
         "act_range": [act.quant_min, act.quant_max],
         "weight_codes": codes.unique().numel(),
         "weight_clipped": weight.clipped(conv.weight).item(),
@@ -136,20 +135,17 @@ def model_size(model: nn.Module) -> dict[str, float]:
     """Size of the deployed parameters in MB (1e6 bytes): all in FP32, and with quantized weights at their bits.
 
     Both count weights, one scale and one bias per output channel of a quantized convolution (BN and QC folded in), and
-    everything else in FP32, equalizers in the second. What training alone needs, a second head say, is not counted.
+    everything else in FP32. What training alone needs, a second head say, is not counted.
     """
     deployed = deepcopy(model)
     deploy_model(deployed)
-    found, quantized = deployed_convs(deployed), dict(quant_convs(model))
-    convs = found.values()
-    inputs = {quantized[name].act_quant for name in found}  # one for all that read the same tensor
-    equalizers = 4 * sum(q.equalizer.numel() for q in inputs if q.equalizer is not None)
+    convs = deployed_convs(deployed).values()
     inside = {id(p) for conv in convs for p in conv.parameters()}
     rest = 4 * sum(p.numel() for p in deployed.parameters() if id(p) not in inside)
     channels = sum(conv.out_channels for conv in convs)
     return {
         "float32": (rest + 4 * sum(c.weight_codes.numel() for c in convs) + 4 * channels) / 1e6,
-        "quantized": (rest + equalizers + sum(c.weight_codes.numel() * c.bits for c in convs) / 8 + 8 * channels) / 1e6,
+        "quantized": (rest + sum(c.weight_codes.numel() * c.bits for c in convs) / 8 + 8 * channels) / 1e6,
     }
 
 

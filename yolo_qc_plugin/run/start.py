@@ -17,7 +17,6 @@ from ..host import architecture, compat, log
 from ..host.distributed import broadcast_quantizers
 from ..host.record import own_record
 from ..quant.calibrate import calibrate
-from ..quant.equalization import equalize
 from ..quant.inject import remove
 from ..quant.layers import is_quantized
 from .telemetry import FILE
@@ -79,7 +78,6 @@ def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> None:
     record.float_metrics = validate(trainer, float_model)
     if RANK in {-1, 0}:
         trainer._model_train()  # batch norms of frozen layers keep their statistics, as they will in training
-        equalize(model, training_images(trainer, config.calibration_batches), model)
         calibrate(model, training_images(trainer, config.calibration_batches), model, config.scale_init)
         trainer.train_loader.reset()  # the first epoch sees every image once, calibration or not
     broadcast_quantizers(model)

@@ -16,17 +16,15 @@ from ..host.distillation import Distillation
 from ..qat.dampening import Dampening
 from ..qat.ema import ConstantEMA
 from ..qat.freezing import Freezing, freeze_threshold
-from ..qat.offsets import OffsetsTogether
 from ..qat.oscillation import Oscillation, annealed
+from ..qat.prepare import TrainedWeights
 from ..qat.scale_steps import ScaleSteps
-from ..qat.weights import WeightsTogether
-from ..quant.quantizer import Quantizer
 from .accumulation import Accumulation
 from .telemetry import EVERY, Telemetry
 
 
 class Steps:
-    """Prepares the quantizers for each micro-batch; after a real step freezes, averages and records.
+    """Quantizes the weights for each micro-batch; after a real step freezes, averages and records.
 
     Args:
         trainer: Set up, its scales calibrated; its EMA is taken over.
@@ -34,7 +32,7 @@ class Steps:
 
     Attributes:
         accumulation: Which micro-batches wait for a step.
-        oscillation: Follows the codes of the weights, where something needs it.
+        oscillation: Counts changes of the weights' codes, where something needs it.
         telemetry: Of rank 0, where it is on.
     """
 
@@ -42,15 +40,14 @@ class Steps:
         self.config = config
         self.accumulation = Accumulation()
         self._steps: ScaleSteps | None = None  # of the optimizer; counts its real steps
-        self._averaged = 0  # steps that were followed
+        self._averaged = 0  # steps that the average has seen
         self._batches = 0  # begun in this epoch
         self._progress = 0.0  # share of the run that was done when the present step's first micro-batch began
         model = architecture.student(trainer.model)
         recorded = config.telemetry and RANK in {-1, 0}
-        self._freezing = Freezing(model, config.body_bits[0]) if config.freeze_threshold else None
-        self.oscillation = self._freezing or (Oscillation(model) if recorded else None)
-        self._weights = WeightsTogether(model, self._freezing and self._freezing.by_layer(self._freezing.free))
-        self._offsets = OffsetsTogether(model)
+        self._weights = TrainedWeights(model)
+        self._freezing = Freezing(self._weights, config.body_bits[0]) if config.freeze_threshold else None
+        self.oscillation = self._freezing or (Oscillation(self._weights) if recorded else None)
         self._dampening = None
         if config.dampening_weight:
             summed = architecture.loss_is_summed(trainer.args.task)
@@ -60,9 +57,9 @@ class Steps:
             args = trainer.args
             self._distillation = Distillation(unwrap_model(trainer.model), config.distill_outputs, args.cls, args.dfl)
         self.telemetry = Telemetry(model, self.oscillation, Path(trainer.save_dir) / "qc") if recorded else None
-        self._follow(trainer)
+        self._take_over(trainer)
 
-    def _follow(self, trainer: BaseTrainer) -> None:
+    def _take_over(self, trainer: BaseTrainer) -> None:
         """Take over what Ultralytics replaced in recovering: the EMA (NaN loss), the optimizer (lack of memory)."""
         if not isinstance(trainer.ema, ConstantEMA):
             trainer.ema = ConstantEMA(trainer.ema.ema, self.config.ema_decay, trainer.ema.updates)
@@ -71,45 +68,44 @@ class Steps:
 
     def begin_epoch(self, trainer: BaseTrainer) -> None:
         """Start from what Ultralytics has now, which may be older weights."""
-        self._follow(trainer)
+        self._take_over(trainer)
         self._batches = 0
-        self._weights.forget()
-        for quantizer in (m for m in architecture.student(trainer.model).modules() if isinstance(m, Quantizer)):
-            quantizer.forget()  # what a forward pass that ended in an error has left
+        self._weights.take_back()  # after an error in an epoch that is begun again
         self.accumulation.settle(trainer)
         self._put_back_frozen(trainer)
+        self._weights.read()
         if self.telemetry:
             self.telemetry.follow(*_models(trainer))
 
     def begin_batch(self, trainer: BaseTrainer) -> None:
-        """Quantize all weights at once, bring all offsets to their grids, and add what is to join the loss."""
+        """Hand out the quantized weights, and add what is to join the loss."""
         if not self.accumulation.pending:
             self._progress = (trainer.epoch + self._batches / len(trainer.train_loader)) / trainer.epochs
         self._batches += 1
-        quantized = self._weights.prepare()
-        self._offsets.prepare()
+        quantized = self._weights.hand_out()
         if self._dampening:
             self._dampening.prepare(annealed(0.0, self.config.dampening_weight, self._progress), quantized)
         if self._distillation:
             self._distillation.prepare()
 
     def end_batch(self, trainer: BaseTrainer) -> None:
-        """Count the micro-batch, and follow the step that it may have ended in."""
+        """Count the micro-batch, and do what is due after the step that it may have ended in."""
+        self._weights.take_back()
         self.accumulation.count(trainer)
-        self._follow_step(trainer)
+        self._after_step(trainer)
 
     def end_epoch(self, trainer: BaseTrainer) -> None:
-        """Follow the step of a last batch whose end Ultralytics did not tell; pass on what was recorded."""
-        self._follow_step(trainer)
-        trainer.ema.mend(unwrap_model(trainer.model))
+        """Do what is due after a last batch whose end Ultralytics did not tell; pass on what was recorded."""
+        self._weights.take_back()
+        self._after_step(trainer)
         if self.telemetry:
             self.telemetry.to_tensorboard(trainer.epoch + 1)
             self.telemetry.write(EVERY)
 
-    def _follow_step(self, trainer: BaseTrainer) -> None:
+    def _after_step(self, trainer: BaseTrainer) -> None:
         """Once per real step: micro-batches that only accumulate gradients, and steps that overflowed, take none."""
         if self._steps.taken > self._averaged:
-            self._weights.forget()
+            self._weights.read()
             if self._freezing:
                 self._freezing.threshold = freeze_threshold(self.config.freeze_threshold, self._progress)
             if self.oscillation:

@@ -30,7 +30,7 @@ from ..config import QCError
 from ..files import AtomicPath
 from ..host import log
 from ..qat.oscillation import Oscillation
-from ..qat.weights import trained_convs
+from ..qat.prepare import trained_convs
 from ..quant.layers import quant_convs
 from ..quant.quantizer import Quantizer
 

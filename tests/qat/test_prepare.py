@@ -1,0 +1,145 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Weights handed out ahead of a forward pass: what each layer computes by itself, and never an old one."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from yolo_qc_plugin.qat.prepare import TrainedWeights, weights_quantized_once
+from yolo_qc_plugin.quant import kernels
+from yolo_qc_plugin.quant.layers import QuantConv2d
+from yolo_qc_plugin.quant.quantizer import WeightQuantizer
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["tensor operations", "C"])
+def way(request, monkeypatch):
+    """Each is compared with itself: sums are rounded in another order."""
+    monkeypatch.setattr(kernels, "enabled", request.param)
+
+
+def quantized_model():
+    torch.manual_seed(0)
+    convs = [QuantConv2d.from_float(nn.Conv2d(*c), 4, 4, per_channel, True) for c, per_channel in CONVS]
+    model = nn.Sequential(*convs)
+    for conv in convs:
+        conv.weight_quant.calibrate(conv.weight, "mse")
+        conv.act_quant.scale.data.fill_(0.2)
+    return model
+
+
+CONVS = [((3, 8, 3), False), ((8, 8, 1), True), ((8, 4, 3), False)]
+
+
+def gradients(model, *batches, weights=None):
+    """Losses and gradients of all batches together, weights handed out before each or not."""
+    model.zero_grad()
+    losses = []
+    for x in batches:
+        if weights:
+            weights.hand_out()
+        loss = model(x).square().sum()
+        loss.backward()
+        losses.append(loss.detach())
+        if weights:
+            weights.take_back()
+    return [*losses, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@torch.no_grad()
+def step(model):
+    for p in model.parameters():
+        p -= 1e-3 * p.grad.sign() * p.abs()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_model_trains_as_by_itself(micro_batches):
+    """Bit for bit over steps that change weights and scales, clipped weights included, per tensor and per channel."""
+    plain = quantized_model()
+    together = copy.deepcopy(plain)
+    for model in (plain, together):
+        with torch.no_grad():
+            model[1].weight.mul_(3)
+    weights, rand = TrainedWeights(together), torch.Generator().manual_seed(0)
+    assert 0.05 < plain[1].weight_quant.clipped(plain[1].weight) < 0.9
+    for _ in range(3):
+        batches = [torch.rand(2, 3, 12, 12, generator=rand) for _ in range(micro_batches)]
+        found, wanted = gradients(together, *batches, weights=weights), gradients(plain, *batches)
+        assert len(found) == len(wanted) > 10 and all(map(torch.equal, found, wanted))
+        step(plain)
+        step(together)
+        weights.read()
+
+
+def test_codes_are_those_of_the_layers():
+    """In one flat buffer, and of the weights of now once they are read."""
+    model = quantized_model()
+    weights = TrainedWeights(model)
+    for _ in range(2):
+        parts = weights.by_layer(weights.codes)
+        assert weights.codes.dtype == torch.int8 and weights.names == ["0", "1", "2"]
+        assert all(codes.equal(conv.weight_codes()) for codes, conv in zip(parts, model))
+        with torch.no_grad():
+            model[1].weight.neg_()
+        assert not parts[1].equal(model[1].weight_codes())
+        weights.read()
+
+
+def test_weights_are_quantized_once_a_step(monkeypatch):
+    """To codes, whatever the number of micro-batches; no layer quantizes one by itself."""
+    calls, codes = [], WeightQuantizer.codes
+    monkeypatch.setattr(WeightQuantizer, "codes", lambda *args: calls.append("codes") or codes(*args))
+    monkeypatch.setattr(WeightQuantizer, "forward", lambda *args: calls.append("forward"))
+    model = quantized_model()
+    weights = TrainedWeights(model)
+    gradients(model, *[torch.rand(1, 3, 12, 12)] * 3, weights=weights)
+    assert calls == ["codes"] * 3  # of three layers
+
+
+def test_a_weight_that_nothing_uses_has_no_gradient():
+    model = quantized_model()
+    weights, x = TrainedWeights(model), torch.rand(1, 3, 12, 12)
+    weights.hand_out()
+    model[1](model[0](x)).sum().backward()
+    assert model[2].weight.grad is model[2].weight_quant.scale.grad is None and model[0].weight.grad.any()
+
+
+def test_what_is_handed_out_is_taken_back_and_left_out_of_copies():
+    model = quantized_model()
+    weights, first, x = TrainedWeights(model), model[0], torch.rand(1, 3, 12, 12)
+    handed = weights.hand_out()
+    assert first.given_weight is handed[0]
+    with torch.no_grad():
+        first.weight.neg_()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied[0].given_weight is None and not torch.equal(copied[0](x), first(x))
+        weights.take_back()
+        assert torch.equal(copied[0](x), first(x)) and "given_weight" not in vars(copied[0])
+        weights.hand_out()
+    weights.take_back()
+    assert all(conv.given_weight is None for conv in model)
+
+
+def test_frozen_layers_stay_out_of_backward():
+    model = quantized_model()
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    weights, x = TrainedWeights(model), torch.rand(1, 3, 12, 12)
+    weights.hand_out()
+    assert not model[0](x).requires_grad and model(x).requires_grad
+
+
+def test_frozen_weights_are_quantized_once():
+    """Within the context neither a changed weight nor a changed scale shows; after it they do again."""
+    model, x = quantized_model(), torch.rand(1, 3, 12, 12)
+    before = model(x)
+    with pytest.raises(ZeroDivisionError), weights_quantized_once(model):
+        with torch.no_grad():
+            model[1].weight.neg_()
+            model[2].weight_quant.scale.mul_(2)
+        assert torch.equal(model(x), before)
+        model(x).sum().backward()
+        raise ZeroDivisionError
+    assert all(conv.weight.grad is None for conv in model) and not torch.equal(model(x), before)
