@@ -16,7 +16,7 @@ from yolo_qc_plugin.quant import functional, inject
 from yolo_qc_plugin.quant.activations import QuantActivation
 from yolo_qc_plugin.quant.inject import share_quantizers
 from yolo_qc_plugin.quant.layers import ChannelAffine, QuantConv2d, is_quantized, quant_convs, scale_parameters
-from yolo_qc_plugin.quant.precision import narrow, widen
+from yolo_qc_plugin.quant.precision import keep_wide, undo_keep_wide
 
 CONVS = {
     "plain": lambda: nn.Conv2d(4, 6, 3),
@@ -146,14 +146,14 @@ def test_layers_left_in_float_keep_fp32_and_compute_in_it(layer, x, dtype):
     model, x = nn.Sequential(copy.deepcopy(layer)), x.to(dtype)
     expected = model(x.float())
     plain = type(model[0])
-    widen(model)
+    keep_wide(model)
     assert isinstance(model[0], plain) and torch.equal(model(x.float()), expected)
     model.to(dtype)
     assert {t.dtype for t in model.state_dict().values()} <= {torch.float32, torch.int64}
     assert torch.equal(model.float()(x.float()), expected)
     y = model.to(dtype)(x)
     assert y.dtype == dtype and torch.equal(y, expected.to(dtype))
-    narrow(model)
+    undo_keep_wide(model)
     assert type(model[0]) is plain and model.to(dtype)[0].weight.dtype == dtype
 
 

@@ -13,7 +13,6 @@ import math
 import torch
 from torch import Tensor
 
-from ..quant import kernels
 from .prepare import TrainedWeights
 
 MOMENTUM = 0.01  # of the frequency, as the authors' TrackOscillation has it; their command line's default is 0.001
@@ -66,11 +65,14 @@ class Oscillation:
     @torch.no_grad()
     def step(self) -> None:
         """Take in the codes that `weights` has read; call it once per optimizer step."""
-        flat = self.codes, self.weights.codes, self.change, self.direction, self.frequency
-        rates = self.momentum, 1 - self.momentum, self._threshold
-        counts = kernels.count_flips(*flat, self._numbers, *rates) or self._count_flips()
-        self.flipped, self.oscillating = (found / self._numbers for found in counts)
-        self.codes.copy_(self.weights.codes)
+        before, now = self.codes, self.weights.codes
+        # not the sign of a difference: 8-bit codes may be 255 apart
+        torch.sub((now > before).view(torch.int8), (now < before).view(torch.int8), out=self.change)
+        opposite = (self.change * self.direction).clamp_max_(0)  # -1 where it is an oscillation, else 0
+        self.frequency.mul_(1 - self.momentum).sub_(opposite, alpha=self.momentum)
+        self.direction.mul_(1 - self.change.abs()).add_(self.change)  # faster than a masked copy
+        self.flipped, self.oscillating = map(self._shares, (self.change, self.frequency > self._threshold))
+        self.codes.copy_(now)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the next steps depend on."""
@@ -81,13 +83,6 @@ class Oscillation:
         for name, value in self.state_dict().items():
             value.copy_(state[name])
 
-    def _count_flips(self) -> tuple[Tensor, Tensor]:
-        """Move change, direction and frequency on by tensor operations; counts of `flipped` and `oscillating`."""
-        before, now = self.codes, self.weights.codes
-        # not the sign of a difference: 8-bit codes may be 255 apart
-        torch.sub((now > before).view(torch.int8), (now < before).view(torch.int8), out=self.change)
-        opposite = (self.change * self.direction).clamp_max_(0)  # -1 where it is an oscillation, else 0
-        self.frequency.mul_(1 - self.momentum).sub_(opposite, alpha=self.momentum)
-        self.direction.mul_(1 - self.change.abs()).add_(self.change)  # faster than a masked copy
-        marked = self.change, self.frequency > self._threshold
-        return tuple(torch.stack([part.count_nonzero() for part in m.split(self.weights.sizes)]) for m in marked)
+    def _shares(self, marked: Tensor) -> Tensor:
+        """Share of each layer's weights that are marked by anything but 0."""
+        return torch.stack([part.count_nonzero() for part in marked.split(self.weights.sizes)]) / self._numbers

@@ -14,7 +14,7 @@ from ..config import QCConfig, QCError
 from .activations import QuantActivation, quant_activations
 from .layers import Deployed, QuantConv2d, is_quantized, quant_convs
 from .modules import evaluating, replace_modules
-from .precision import narrow, widen
+from .precision import keep_wide, undo_keep_wide
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def inject(
 ) -> Injection:
     """Replace every nn.Conv2d of `model` by a QuantConv2d, in place; scales are not calibrated yet.
 
-    What is not quantized stays FP32 when the model is cast (see layers.WIDE).
+    What is not quantized stays FP32 when the model is cast (see precision.WIDE).
 
     Exact type nn.Conv2d: subclasses may compute something else. All checks come before the first change.
 
@@ -86,7 +86,7 @@ def inject(
         for name, (w, a) in plan.items()
     }
     replace_modules(model, twins)
-    widen(model)
+    keep_wide(model)
     return Injection(plan, tuple(name for name in convs if name not in plan))
 
 
@@ -147,7 +147,7 @@ def remove(model: nn.Module) -> int:
     twins = {m: m.to_float() for _, m in quant_convs(model)}
     replace_modules(model, twins)
     replace_modules(model, {m: m.act for _, m in quant_activations(model)})
-    narrow(model)
+    undo_keep_wide(model)
     return len(twins)
 
 

@@ -118,11 +118,6 @@ def backward(
     return by_x.as_strided_(x.shape, x.stride()), by_scale, by_offset
 
 
-def count_flips(before: Tensor, *others) -> tuple[Tensor, Tensor] | None:
-    """`native.count_flips` where that is possible, else None."""
-    return native.count_flips(before, *others) if enabled and before.is_cpu and native.library() else None
-
-
 def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """SiLU, its sigmoid in whole 256ths, of the fake-quantized u (`layers.QuantActivation`); u in FP32, one scale."""
     return _each(_silu_forward, (_dense(u, scale).detach(),), scale, offset, quant_min, quant_max)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import recomputed_in_backward
+from .modules import twin
 from .precision import KeepWide
 from .quantizer import ActQuantizer, Quantizer, WeightQuantizer
 
@@ -75,8 +76,7 @@ class QuantConv2d(KeepWide, nn.Conv2d):
         act_offset: bool,
     ) -> QuantConv2d:
         """The quantized twin of `conv`: same parameters, same attributes, plus quantizers (not calibrated)."""
-        self = cls.__new__(cls)
-        self.__dict__ = _shared_state(conv)
+        self = twin(conv, cls)
         self.weight_quant = WeightQuantizer(weight_bits, conv.out_channels if per_channel else 1)
         self.act_quant = ActQuantizer(act_bits, act_offset)
         self.register_module("correction", None)
@@ -86,8 +86,7 @@ class QuantConv2d(KeepWide, nn.Conv2d):
 
     def to_float(self) -> nn.Conv2d:
         """The float convolution this was made from: the same parameters, without quantizers."""
-        conv = nn.Conv2d.__new__(nn.Conv2d)
-        conv.__dict__ = _shared_state(self)
+        conv = twin(self, nn.Conv2d)
         for name in ("weight_quant", "act_quant", "correction"):
             conv._modules.pop(name)
         return conv
@@ -105,11 +104,6 @@ class QuantConv2d(KeepWide, nn.Conv2d):
     def weight_codes(self) -> Tensor:
         """Integer codes of the weight, int8, shape of the weight."""
         return self.weight_quant.codes(self.weight)
-
-
-def _shared_state(module: nn.Module) -> dict:
-    """A module's __dict__ with containers of its own and the same contents."""
-    return {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items()}
 
 
 class Deployed:

@@ -1,13 +1,22 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Swapping modules, and eval mode that comes back."""
+"""Twins of modules, swapping modules, and eval mode that comes back."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def twin(module: nn.Module, kind: type[Module]) -> Module:
+    """A module of another class with the state of `module`: the very parameters, in containers of its own."""
+    made = kind.__new__(kind)
+    made.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items()}
+    return made
 
 
 def replace_modules(model: nn.Module, twins: Mapping[Any, nn.Module]) -> None:

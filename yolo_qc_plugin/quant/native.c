@@ -1,7 +1,6 @@
 /* yolo_qc_plugin, AGPL-3.0
  *
- * The two passes of fake quantization over memory, and the one that follows codes from step to step (oscillation.py), for
- * FP32 on a CPU: native.py compiles this file and calls it.
+ * The two passes of fake quantization over memory, for FP32 on a CPU: native.py compiles this file and calls it.
  *
  * x has `rows` rows of `columns` values, each row with its own scale (and offset, where there are any). A code is
  * round((x - offset) / scale), half to even, clipped to low..high. No operation may be contracted or reordered but the
@@ -76,29 +75,4 @@ int fake_quantize_backward(const float *grad, const float *x, float *by_x, float
     }
     free(sums);
     return 0;
-}
-
-/* What a step did to the codes of `layers` layers of `sizes` weights each: the sign of each code's change, of its last
- * change that was not 0, the frequency of oscillations; and of each layer, how many codes changed and how many weights
- * have a frequency above `threshold`. */
-void count_flips(const int8_t *before, const int8_t *now, int8_t *change, int8_t *direction, float *frequency,
-                  const int64_t *sizes, int64_t layers, float momentum, float keep, float threshold, float *changed,
-                  float *oscillating)
-{
-    int64_t end = 0;
-    for (int64_t layer = 0; layer < layers; layer++) {
-        int64_t start = end, flips = 0, often = 0;
-        end += sizes[layer];
-        for (int64_t i = start; i < end; i++) {
-            int8_t sign = (int8_t)((now[i] > before[i]) - (now[i] < before[i])), last = direction[i];
-            float f = frequency[i] * keep + (sign * last < 0 ? momentum : 0.0f);
-            change[i] = sign;
-            direction[i] = sign ? sign : last;
-            frequency[i] = f;
-            flips += sign != 0;
-            often += f > threshold;
-        }
-        changed[layer] = (float)flips;
-        oscillating[layer] = (float)often;
-    }
 }

@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""native.c: fake quantization and oscillation in few passes, for FP32 on a CPU, by the machine's C compiler.
+"""native.c: fake quantization in few passes, for FP32 on a CPU, by the machine's C compiler.
 
 Compiled in each process that trains, in under a second, into a folder of its own that goes at once: there is nothing
 to keep, to share or to trust. A call costs microseconds where one of a function of torch.compile costs hundreds between
@@ -45,8 +45,6 @@ def library() -> ctypes.CDLL | None:
             found.fake_quantize.argtypes = [*[c_void_p] * 2, *sizes, *grid, c_int]
             found.fake_quantize.restype = None
             found.fake_quantize_backward.argtypes = [*[c_void_p] * 5, *sizes, *grid, c_float, c_int]
-            found.count_flips.argtypes = [*[c_void_p] * 6, c_int64, *[c_float] * 3, *[c_void_p] * 2]
-            found.count_flips.restype = None
             return found
     return None
 
@@ -83,29 +81,6 @@ def backward(
     if library().fake_quantize_backward(grad.data_ptr(), x.data_ptr(), *outputs, *_layout(x, scale, offset), *grid):
         raise MemoryError("no memory for the sums of a quantizer's gradients")
     return by_x, by_scale, by_offset
-
-
-def count_flips(
-    before: Tensor, now: Tensor, change: Tensor, direction: Tensor, frequency: Tensor, sizes: Tensor, *rates: float
-) -> tuple[Tensor, Tensor]:
-    """Move change, direction and frequency on; see `oscillation.Oscillation`, all flat and on a CPU.
-
-    Args:
-        before: Codes one step ago.
-        now: Codes.
-        change: Overwritten.
-        direction: Moved on.
-        frequency: Moved on.
-        sizes: Weights of each layer, int64, shape (layers,).
-        rates: Momentum, 1 - momentum, and the frequency above which a weight oscillates.
-
-    Returns:
-        How many codes changed in each layer, and how many of its weights oscillate, FP32, shape (layers,) each.
-    """
-    changed, oscillating = torch.empty(len(sizes)), torch.empty(len(sizes))
-    flat = (t.data_ptr() for t in (before, now, change, direction, frequency, sizes))
-    library().count_flips(*flat, len(sizes), *rates, changed.data_ptr(), oscillating.data_ptr())
-    return changed, oscillating
 
 
 def _layout(x: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[int, int, int, int | None]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .modules import replace_modules, twin
+
 
 class KeepWide(nn.Module):
     """Keeps a module's parameters and buffers in FP32 (or wider), whatever the model is cast to.
@@ -64,17 +66,15 @@ WIDE = {
 }
 
 
-def widen(model: nn.Module) -> None:
-    """Let layers that are not quantized keep FP32 when a model is cast, in place: the same objects, other classes."""
-    for m in model.modules():
-        m.__class__ = WIDE.get(type(m), type(m))
+def keep_wide(model: nn.Module) -> None:
+    """Put twins of WIDE, in place, for layers that are not quantized, so that they keep FP32 when a model is cast."""
+    replace_modules(model, {m: twin(m, WIDE[type(m)]) for m in model.modules() if type(m) in WIDE})
 
 
-def narrow(model: nn.Module) -> None:
-    """Undo `widen`."""
+def undo_keep_wide(model: nn.Module) -> None:
+    """Put the plain layers back, with the very parameters."""
     plain = {wide: kind for kind, wide in WIDE.items()}
-    for m in model.modules():
-        m.__class__ = plain.get(type(m), type(m))
+    replace_modules(model, {m: twin(m, plain[type(m)]) for m in model.modules() if type(m) in plain})
 
 
 def _keep_wide(before: Tensor, after: Tensor) -> Tensor:
