@@ -6,6 +6,8 @@ freeze where frequency > threshold, which falls during the run; code <- round(EM
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -67,7 +69,7 @@ class Freezing(Oscillation):
     def put_back(self, model: nn.Module) -> None:
         """Set frozen latent weights to scale * code, with the scales of `model`: the one in training or its average."""
         for name, free, held in zip(self.names, self.by_layer(self.free), self.by_layer(self.held)):
-            conv = model.get_submodule(name)
+            conv: Any = model.get_submodule(name)
             conv.weight.mul_(free).add_(held * conv.weight_quant.per_weight(held))  # faster than a masked copy
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,8 @@ class QuantActivation(KeepWide, nn.Module):
         """Quantize and activate x of any shape."""
         if self._in_one_pass(x):
             quant = self.quant
-            return quantized_silu(x, quant.scale, quant.grid_offset(), quant.quant_min, quant.quant_max)
+            offset = cast(Tensor, quant.grid_offset())
+            return quantized_silu(x, quant.scale, offset, quant.quant_min, quant.quant_max)
         return self.function(self.quant(x))
 
     def _in_one_pass(self, x: Tensor) -> bool:
@@ -77,7 +79,7 @@ class QuantActivation(KeepWide, nn.Module):
         """Set the grid from a sample of the input, shape (n,), and its extremes."""
         scale, offset = binary_range(values, low, high, self.quant.quant_max, self.function)
         self.quant.scale.fill_(scale)
-        self.quant.offset.fill_(offset)
+        cast(Tensor, self.quant.offset).fill_(offset)
 
 
 def in_256ths(act: nn.Module) -> nn.Module:

@@ -25,7 +25,7 @@ from . import kernels
 RECOMPUTED_SIZE = 2**19  # elements below which the call that computes again costs more than the memory is worth
 
 
-def to_codes(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
+def to_codes(x: Tensor, scale: Tensor | float, offset: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
     """Integer codes of `x`, as floats in [quant_min, quant_max]; rounds half to even.
 
     Args:
@@ -111,7 +111,7 @@ def gradients(
         return found
     wide = widen(x)
     g = grad.to(wide.dtype)
-    v = grid_position(wide, per_slice(scale, x), per_slice(offset, x))
+    v = grid_position(wide, *_on_slices(scale, offset, x))
     # one fused pass: g where quant_min < v < quant_max, else 0
     inside = torch.ops.aten.hardtanh_backward(g, v, quant_min, quant_max)
     if free is not None:
@@ -174,7 +174,7 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def grid_position(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+def grid_position(x: Tensor, scale: Tensor | float, offset: Tensor | None) -> Tensor:
     """v of the formula, in fresh memory: division, not multiplication by 1/scale, as QuantizeLinear has it."""
     return x / scale if offset is None else (x - offset).div_(scale)
 
@@ -184,9 +184,9 @@ def nearest_codes_(v: Tensor, quant_min: int, quant_max: int) -> Tensor:
     return v.round_().clamp_(quant_min, quant_max)
 
 
-def per_slice(p: Tensor | None, x: Tensor) -> Tensor | None:
+def per_slice(p: Tensor, x: Tensor) -> Tensor:
     """View a (C,) parameter along x's first axis; a (1,) parameter broadcasts as it is."""
-    return p if p is None or p.numel() == 1 else p.view(-1, *[1] * (x.dim() - 1))
+    return p if p.numel() == 1 else p.view(-1, *[1] * (x.dim() - 1))
 
 
 def along_channels(v: Tensor) -> Tensor:
@@ -199,6 +199,10 @@ def dot(a: Tensor, b: Tensor, slices: int) -> Tensor:
     if slices == 1:
         return torch.dot(a.reshape(-1), b.reshape(-1)).view(1)
     return (a * b).reshape(slices, -1).sum(1)
+
+
+def _on_slices(scale: Tensor, offset: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    return per_slice(scale, x), None if offset is None else per_slice(offset, x)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -218,7 +222,8 @@ class _FakeQuantize(torch.autograd.Function):
     @torch.no_grad()
     def again(ctx) -> Tensor:
         """The result of forward, computed once more."""
-        return _values(*ctx.saved_tensors, ctx.quant_min, ctx.quant_max, ctx.compiled)
+        x, scale, offset = ctx.saved_tensors
+        return _values(x, scale, offset, ctx.quant_min, ctx.quant_max, ctx.compiled)
 
     @staticmethod
     def backward(ctx, grad):
@@ -231,7 +236,7 @@ class _FakeQuantize(torch.autograd.Function):
 def _values(x, scale, offset, quant_min, quant_max, compiled):
     if compiled and (out := kernels.forward(x, scale, offset, quant_min, quant_max)) is not None:
         return out
-    s, z = per_slice(scale, x), per_slice(offset, x)
+    s, z = _on_slices(scale, offset, x)
     out = to_codes(widen(x), s, z, quant_min, quant_max).mul_(s)
     return (out if z is None else out.add_(z)).to(x.dtype)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -151,7 +152,7 @@ def remove(model: nn.Module) -> int:
     return len(twins)
 
 
-def quantize_outputs(blocks: Iterable[nn.Module], bits: int) -> list[QuantActivation]:
+def quantize_outputs(blocks: Iterable[Any], bits: int) -> list[QuantActivation]:
     """Quantize what blocks give to their activation function, in place; to be calibrated.
 
     Args:

@@ -188,6 +188,7 @@ def _like(grad: Tensor, x: Tensor) -> Tensor:
 
 def _flat(x: Tensor, scale: Tensor) -> Tensor:
     """One line, or one row per scale."""
-    shape = (x.numel(),) if scale.numel() == 1 else (scale.numel(), x.numel() // scale.numel())
+    columns = x.numel() // scale.numel()
+    shape, stride = ([columns], [1]) if scale.numel() == 1 else ([scale.numel(), columns], [columns, 1])
     # the same memory, but no view: of a view, dynamo compiles for the shape of its base
-    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape)
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape, stride)

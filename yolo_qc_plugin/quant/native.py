@@ -16,6 +16,7 @@ from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ FASTER = [["-march=native", "-fopenmp"], ["-march=native", "-fopenmp-simd"], []]
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled functions, or None where there is no C compiler."""
+def library() -> Any:
+    """The compiled functions, a ctypes.CDLL, or None where there is no C compiler."""
     source = Path(__file__).with_suffix(".c")
     compilers = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else [[name] for name in COMPILERS]
     for compiler in compilers:
@@ -41,7 +42,8 @@ def library() -> ctypes.CDLL | None:
                     found = ctypes.CDLL(str(target))
             except (OSError, subprocess.CalledProcessError):
                 continue
-            sizes, grid = [c_int64, c_int64, c_void_p, c_void_p], [c_float, c_float]
+            sizes: list[Any] = [c_int64, c_int64, c_void_p, c_void_p]
+            grid: list[Any] = [c_float, c_float]
             found.fake_quantize.argtypes = [*[c_void_p] * 2, *sizes, *grid, c_int]
             found.fake_quantize.restype = None
             found.fake_quantize_backward.argtypes = [*[c_void_p] * 5, *sizes, *grid, c_float, c_int]

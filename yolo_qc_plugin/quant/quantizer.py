@@ -26,6 +26,9 @@ class Quantizer(nn.Module):
         enabled: False lets values pass unquantized (calibration, float comparison).
     """
 
+    scale: Tensor
+    quant_range: Tensor
+
     def __init__(self, bits: int, channels: int = 1, signed: bool = True):
         super().__init__()
         self.bits = bits
@@ -56,9 +59,9 @@ class Quantizer(nn.Module):
     def fix(self, scale: float) -> None:
         """Make the scale a constant, and an offset 0: buffers of the same names, neither calibrated nor trained."""
         for name, value in {"scale": scale, "offset": 0.0}.items():
-            if self._parameters.get(name) is not None:
-                tensor = self._parameters.pop(name).detach().fill_(value)
-                self.register_buffer(name, tensor)
+            if (parameter := self._parameters.get(name)) is not None:
+                del self._parameters[name]
+                self.register_buffer(name, parameter.detach().fill_(value))
 
     def _start_scale(self, rows: Tensor, method: str) -> None:
         """Start the scale from rows (scales, n) by `method`, without offset."""
@@ -136,7 +139,8 @@ class ActQuantizer(Quantizer):
     @property
     def zero_point(self) -> int:
         """The code of 0, in [quant_min, quant_max]."""
-        return 0 if self.offset is None else -round((self.grid_offset() / self.scale).item())
+        offset = self.grid_offset()
+        return 0 if offset is None else -round((offset / self.scale).item())
 
     @torch.no_grad()
     def grid_offset(self) -> Tensor | None:

@@ -39,11 +39,11 @@ class Steps:
     def __init__(self, trainer: BaseTrainer, config: QCConfig):
         self.config = config
         self.accumulation = Accumulation()
-        self._steps: ScaleSteps | None = None  # of the optimizer; counts its real steps
         self._averaged = 0  # steps that the average has seen
         self._batches = 0  # begun in this epoch
         self._progress = 0.0  # share of the run that was done when the present step's first micro-batch began
         model = architecture.student(trainer.model)
+        self._steps = ScaleSteps(trainer.optimizer, model)  # counts the optimizer's real steps
         recorded = config.telemetry and RANK in {-1, 0}
         self._weights = TrainedWeights(model)
         self._freezing = Freezing(self._weights, config.body_bits[0]) if config.freeze_threshold else None
@@ -56,14 +56,16 @@ class Steps:
         if config.distill_outputs and trainer.args.distill_model:
             args = trainer.args
             self._distillation = Distillation(unwrap_model(trainer.model), config.distill_outputs, args.cls, args.dfl)
-        self.telemetry = Telemetry(model, self.oscillation, Path(trainer.save_dir) / "qc") if recorded else None
+        self.telemetry = None
+        if self.oscillation and recorded:
+            self.telemetry = Telemetry(model, self.oscillation, Path(trainer.save_dir) / "qc")
         self._take_over(trainer)
 
     def _take_over(self, trainer: BaseTrainer) -> None:
         """Take over what Ultralytics replaced in recovering: the EMA (NaN loss), the optimizer (lack of memory)."""
         if not isinstance(trainer.ema, ConstantEMA):
             trainer.ema = ConstantEMA(trainer.ema.ema, self.config.ema_decay, trainer.ema.updates)
-        if self._steps is None or self._steps.optimizer is not trainer.optimizer:
+        if self._steps.optimizer is not trainer.optimizer:
             self._steps, self._averaged = ScaleSteps(trainer.optimizer, architecture.student(trainer.model)), 0
 
     def begin_epoch(self, trainer: BaseTrainer) -> None:
@@ -106,7 +108,7 @@ class Steps:
         """Once per real step: micro-batches that only accumulate gradients, and steps that overflowed, take none."""
         if self._steps.taken > self._averaged:
             self._weights.read()
-            if self._freezing:
+            if self._freezing and self.config.freeze_threshold:
                 self._freezing.threshold = freeze_threshold(self.config.freeze_threshold, self._progress)
             if self.oscillation:
                 self.oscillation.step()

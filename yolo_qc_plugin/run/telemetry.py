@@ -111,7 +111,8 @@ class Telemetry:
         if not self._pending:
             return
         rows = np.full((len(self._pending), *self.values.shape[1:]), np.nan, np.float32)
-        rows[(slice(None), *self._places)] = self._buffer[: len(rows)].cpu().numpy() / self._counts
+        layer, column = self._places
+        rows[:, layer, column] = self._buffer[: len(rows)].cpu().numpy() / self._counts
         earlier = self.steps < self._pending[0]
         steps = np.concatenate([self.steps[earlier], self._pending])
         values = np.concatenate([self.values[earlier], rows])
