@@ -120,6 +120,7 @@ def test_what_is_handed_out_is_taken_back_and_left_out_of_copies():
         weights.hand_out()
     weights.take_back()
     assert all(conv.given_weight is None for conv in model)
+    assert "given_weight" not in vars(first.to_float())
 
 
 def test_frozen_layers_stay_out_of_backward():

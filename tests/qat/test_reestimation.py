@@ -27,7 +27,7 @@ def test_statistics_are_the_average_over_batches():
     model[0].train()
     batches = [torch.randn(n, 3, 4, 4) * 3 + 1 for n in (4, 2)]
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    reestimate(model, batches, lambda x: model[3](model[2](model[1](model[0](x)))), keep=["kept"])
+    reestimate(model, batches, lambda x: model[3](model[2](model[1](model[0](x)))), spared=["kept"])
     torch.testing.assert_close(model[0].running_mean, torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0))
     torch.testing.assert_close(model[0].running_var, torch.stack([x.var((0, 2, 3)) for x in batches]).mean(0))
     assert model[2].running_mean.abs().max() < 1e-5  # of what the first one normalized, nothing dropped

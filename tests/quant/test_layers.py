@@ -145,9 +145,11 @@ def test_double_widens_and_half_does_not_narrow_again():
 def test_layers_left_in_float_keep_fp32_and_compute_in_it(layer, x, dtype):
     model, x = nn.Sequential(copy.deepcopy(layer)), x.to(dtype)
     expected = model(x.float())
-    plain = type(model[0])
+    plain, tensors, model[0].i = type(model[0]), [*map(id, model.state_dict(keep_vars=True).values())], 3
     keep_wide(model)
-    assert isinstance(model[0], plain) and torch.equal(model(x.float()), expected)
+    assert type(model[0]) is not plain and isinstance(model[0], plain) and model[0].i == 3
+    assert [*map(id, model.state_dict(keep_vars=True).values())] == tensors
+    assert torch.equal(model(x.float()), expected)
     model.to(dtype)
     assert {t.dtype for t in model.state_dict().values()} <= {torch.float32, torch.int64}
     assert torch.equal(model.float()(x.float()), expected)

@@ -141,7 +141,7 @@ def recorder(tmp_path, monkeypatch):
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
         inject(model, QCConfig(bits=2, per_channel=per_channel))
         record = Telemetry(model, Oscillation(TrainedWeights(model)), tmp_path / "qc")
-        record.follow(model, deepcopy(model))
+        record.watch(model, deepcopy(model))
 
         def go(steps):
             for step in steps:

@@ -21,7 +21,7 @@ BATCHES = 50  # as in the authors' code
 
 @torch.no_grad()
 def reestimate(
-    model: nn.Module, batches: Iterable[object], forward: Callable[[object], object], keep: Sequence[str] = ()
+    model: nn.Module, batches: Iterable[object], forward: Callable[[object], object], spared: Sequence[str] = ()
 ) -> None:
     """Measure the statistics of batch norms again, in place; while it does, each normalizes with its batch's own.
 
@@ -29,9 +29,9 @@ def reestimate(
         model: Finished model; every module's mode comes back. Heads run as in training, so that all are measured.
         batches: What `forward` takes, one at a time.
         forward: Runs the model on one batch.
-        keep: Parts of names; batch norms whose name has one keep their statistics.
+        spared: Parts of names; batch norms whose name has one are left as they are.
     """
-    norms = [m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and not any(part in n for part in keep)]
+    norms = [m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and not any(part in n for part in spared)]
     momenta = [m.momentum for m in norms]
     with evaluating(model):
         freeze_statistics(model)

@@ -157,7 +157,7 @@ def recomputed_in_backward(xhat: Tensor, values: bool = True) -> AbstractContext
 def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """SiLU of the fake-quantized `u` with its sigmoid rounded to whole 256ths, differentiable in `u` alone.
 
-    In one pass over memory forward and one backward; in FP32 the values of `layers.QuantActivation` written out.
+    In one pass over memory forward and one backward; in FP32 the values of `activations.QuantActivation` written out.
 
     Args:
         u: Any shape, FP32.

@@ -119,7 +119,7 @@ def backward(
 
 
 def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """SiLU, its sigmoid in whole 256ths, of the fake-quantized u (`layers.QuantActivation`); u in FP32, one scale."""
+    """SiLU, sigmoid in whole 256ths, of the fake-quantized u (`activations.QuantActivation`): FP32, one scale."""
     return _each(_silu_forward, (_dense(u, scale).detach(),), scale, offset, quant_min, quant_max)
 
 

@@ -89,6 +89,7 @@ class QuantConv2d(KeepWide, nn.Conv2d):
         conv = twin(self, nn.Conv2d)
         for name in ("weight_quant", "act_quant", "correction"):
             conv._modules.pop(name)
+        vars(conv).pop("given_weight", None)
         return conv
 
     def forward(self, x: Tensor) -> Tensor:

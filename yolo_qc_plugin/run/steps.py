@@ -77,7 +77,7 @@ class Steps:
         self._put_back_frozen(trainer)
         self._weights.read()
         if self.telemetry:
-            self.telemetry.follow(*_models(trainer))
+            self.telemetry.watch(*_models(trainer))
 
     def begin_batch(self, trainer: BaseTrainer) -> None:
         """Hand out the quantized weights, and add what is to join the loss."""

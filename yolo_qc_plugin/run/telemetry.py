@@ -68,7 +68,7 @@ class Telemetry:
         self._shown = 0  # last step in TensorBoard
         self._warned = False
 
-    def follow(self, model: nn.Module, averaged: nn.Module) -> None:
+    def watch(self, model: nn.Module, averaged: nn.Module) -> None:
         """Take the scales from these two models from now on; to be called where Ultralytics may have replaced one.
 
         Args:
