@@ -54,7 +54,7 @@ class QCConfig:
             least 0; 0 is off.
         freeze_threshold: Final frequency of oscillation above which a weight's code is fixed (iterative weight
             freezing), in (0, 1), or None for off.
-        distill_outputs: Weight of a loss that draws class scores and box sides to those of the host's teacher, where
+        distill_outputs: Weight of a loss that draws class scores and box sides to those of Ultralytics' teacher, where
             `distill_model` names one, at least 0; 0 is off.
         bn_reestimate: Measure batch norm statistics again after training, before the outputs are quantized.
         correction: QC factors per "channel", per "tensor", or "off".

@@ -26,7 +26,7 @@ class Kind:
     accepted: str  # in words, to follow "give"
     read: Callable[[str], Any]  # raises ValueError on text that is no such value
     fits: Callable[[Any], bool]
-    keep: Callable[[str, Any], Any] = lambda name, value: value  # the option's name and a value that fits -> the field
+    store: Callable[[str, Any], Any] = lambda name, value: value  # the option's name and a value that fits -> the field
 
     def parse(self, text: str) -> Any:
         """The value that text stands for; text that is no such value comes back, and `check` refuses it."""
@@ -36,8 +36,8 @@ class Kind:
             return text
 
     def check(self, name: str, value: Any) -> Any:
-        """The value as the field keeps it; raises QCError on one that is not accepted."""
-        return self.keep(name, value) if self.fits(value) else refuse(name, value, self.accepted)
+        """The value as the field holds it; raises QCError on one that is not accepted."""
+        return self.store(name, value) if self.fits(value) else refuse(name, value, self.accepted)
 
 
 def option(default: Any, kind: Kind) -> Any:
@@ -73,7 +73,7 @@ def or_none(kind: Kind, note: str = "") -> Kind:
         f"{kind.accepted}, or None{note}",
         lambda text: None if text.strip().lower() in {"none", ""} else kind.read(text),
         lambda v: v is None or kind.fits(v),
-        lambda name, v: None if v is None else kind.keep(name, v),
+        lambda name, v: None if v is None else kind.store(name, v),
     )
 
 

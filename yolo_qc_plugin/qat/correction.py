@@ -125,7 +125,7 @@ def train_correction(
 
     def step() -> None:
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(parameters, 10.0)  # the host's own bound
+        nn.utils.clip_grad_norm_(parameters, 10.0)  # Ultralytics' own bound
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

@@ -51,13 +51,13 @@ class _DampeningLoss(torch.autograd.Function):
 class Dampening:
     """Adds the loss to what a model returns in training.
 
-    It counts once per image, as the host's loss is summed over the images of a batch: gradients then add up over
-    accumulated batches and devices as those of the host, and mixed precision and clipping see one loss. Our reading.
+    It counts once per image, as Ultralytics' loss is summed over the images of a batch: gradients then add up over
+    accumulated batches and devices as those of Ultralytics, and mixed precision and clipping see one loss. Our reading.
 
     Args:
         model: Injected model; called with a batch, it returns (loss, what is shown of it).
         weights: Its trained weights.
-        summed: False where the host's loss is the mean over a batch's images.
+        summed: False where Ultralytics' loss is the mean over a batch's images.
     """
 
     def __init__(self, model: nn.Module, weights: TrainedWeights, summed: bool = True):

@@ -18,7 +18,7 @@ class ConstantEMA:
     updates, 0.99 after 890 and 0.999 after 8,990.
 
     Floating parameters and buffers (BN statistics) are averaged, others copied. Tensors are matched by name. Attributes
-    and `update_attr` are those the host's trainer and validator look for.
+    and `update_attr` are those Ultralytics' trainer and validator look for.
 
     Args:
         averaged: The copy to move, in eval mode and without gradients.

@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""How the host's optimizer treats scales and offsets: a parameter group of their own, and steps in proportion."""
+"""How Ultralytics' optimizer treats scales and offsets: a parameter group of their own, and steps in proportion."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def separate_scales(optimizer: Optimizer, scales: list[nn.Parameter], lr_factor:
         The new group, or None where there is nothing to move.
 
     Raises:
-        QCError: If no group is called "bn", as the host's is.
+        QCError: If no group is called "bn", as Ultralytics' is.
     """
     if not scales:
         return None
@@ -84,7 +84,7 @@ class ScaleSteps:
         """Number of steps that moved something.
 
         A fused optimizer is called for a step that GradScaler leaves out as well, with the overflow as a tensor on the
-        device. It is read here, where the host's progress bar has waited for the device already.
+        device. It is read here, where Ultralytics' progress bar has waited for the device already.
         """
         while self._overflows:
             self._taken += not self._overflows.pop().item()

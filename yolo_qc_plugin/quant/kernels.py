@@ -26,7 +26,7 @@ MIN_SIZE = 2**16  # elements below which a call of what torch.compile made costs
 
 enabled = os.environ.get("YOLO_QC_COMPILE", "1") != "0"
 
-_log = logging.getLogger("ultralytics")  # the host's; this file works without it
+_log = logging.getLogger("ultralytics")  # Ultralytics'; this file works without it
 
 
 def _forward(x: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> Tensor:

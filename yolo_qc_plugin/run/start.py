@@ -40,8 +40,7 @@ def check_arguments(trainer: BaseTrainer) -> None:
     if args.compile:
         raise QCError(
             f"QC: compile={args.compile!r} does not work with quantizers: torch.compile cannot trace what layers "
-            "keep for backward and for others that read their input. Quantizers are compiled by themselves; "
-            "accepted: compile=False."
+            "do for backward. Quantizers are compiled by themselves; accepted: compile=False."
         )
     if not args.resume and str(args.model).endswith(".pt") and is_quantized(load_checkpoint(args.model)[0]):
         raise QCError(
