@@ -34,6 +34,7 @@ class QCCallbacks:
         self.state = RunState(config)
         self.validation = EpochValidation()
         self._registered_with: Any = None
+        self._trainer: BaseTrainer | None = None  # of the run, once it has begun
 
     def __getstate__(self) -> dict:
         """A process of a multi-GPU run gets the options."""
@@ -68,7 +69,10 @@ class QCCallbacks:
 
     def on_pretrain_routine_start(self, trainer: BaseTrainer) -> None:
         """Refuse what cannot work, before any training time is spent."""
-        start.check_arguments(trainer)
+        if self._trainer and getattr(self._registered_with, "trainer", None) is self._trainer:
+            self._withdraw(trainer, self._registered_with)  # older versions tell no end of a run that failed
+        else:
+            start.check_arguments(trainer)
 
     def on_model_setup(self, trainer: BaseTrainer, checkpoint: dict | None) -> dict | None:
         """Inject the quantizers; on resume, with the options and the state that the checkpoint holds.
@@ -76,6 +80,7 @@ class QCCallbacks:
         Returns:
             What Ultralytics is to resume from: the checkpoint, or None where `RunState` restores all of it.
         """
+        self._trainer = trainer
         model = architecture.student(trainer.model)
         start.check_model(model)
         if trainer.resume and checkpoint:
@@ -141,6 +146,11 @@ class QCCallbacks:
         model = self._registered_with
         # a YOLO object that trains on several data sets in turn holds no trainer but what runs one after the other
         if model is trainer or getattr(model, "trainer", None) is trainer:
+            self._withdraw(model)
+
+    def _withdraw(self, *models) -> None:
+        """Take the callbacks out of YOLO objects and trainers."""
+        for model in models:
             for event in self.events():
                 model.callbacks[event] = _others(model.callbacks[event])
 
