@@ -83,8 +83,8 @@ class QCCallbacks:
         self._trainer = trainer
         model = architecture.student(trainer.model)
         start.check_model(model)
-        if trainer.resume and checkpoint:
-            self.state.open(trainer, checkpoint)
+        if trainer.resume:
+            self.state.open(trainer, checkpoint or {})
         config = self.state.config
         if trainer.args.distill_model:
             check_teacher(trainer.args.distill_model, model, config.distill_outputs > 0)

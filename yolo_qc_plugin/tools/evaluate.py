@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ultralytics import YOLO
+from ultralytics import YOLO, __version__
+from ultralytics.data.base import BaseDataset
 from ultralytics.engine.validator import BaseValidator
 from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils import ops
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
+from ..config import QCError
 from .coco import coco_metrics, to_coco, to_results
 
 
@@ -95,6 +98,11 @@ def evaluate(
     }
 
 
+def takes_oblong() -> bool:
+    """Whether data sets of the installed Ultralytics can be padded to a height and a width."""
+    return "tuple" in str(signature(BaseDataset).parameters["imgsz"].annotation)
+
+
 def validate(
     yolo: YOLO,
     data: str | Path,
@@ -113,9 +121,14 @@ def validate(
 
     Returns:
         The validator, with the metrics and the data set of this run.
+
+    Raises:
+        QCError: On a size that is not square, where this Ultralytics pads to squares alone.
     """
     kind = kind or yolo.task_map[yolo.task]["validator"]
     oblong = list(imgsz) if isinstance(imgsz, Sequence) else None
+    if oblong and not takes_oblong():
+        raise QCError(f"QC: imgsz={oblong} is not square, which ultralytics {__version__} cannot validate; update it.")
     size = {} if imgsz is None else {"imgsz": max(imgsz) if isinstance(imgsz, Sequence) else imgsz}
     made: list[BaseValidator] = []
 
