@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QCError
+from ..quant.functional import to_codes
 from .exported import Exported, batched, session
 from .fold import DeployedConv2d, deployed_convs
 
@@ -98,7 +99,7 @@ class _Codes:
     def _output(self, layer: DeployedConv2d, args, y):
         tensor, scale, zero_point = self.graph.outputs[layer.name]
         theirs = torch.from_numpy(self.theirs[tensor].astype(np.int16)) - zero_point
-        self._count((y / scale).round().clamp(-zero_point, 255 - zero_point), theirs)
+        self._count(to_codes(y, scale, None, -zero_point, 255 - zero_point), theirs)
         return theirs * scale if self.force else None
 
     def _count(self, mine: Tensor, theirs: Tensor) -> None:
