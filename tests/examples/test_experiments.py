@@ -108,7 +108,7 @@ SCRIPTS = {
     "benchmarks": ("step", "quantizer", "correction", "deploy"),
     "experiments": (
         "paper table1", "paper cost", "presets", "defaults", "sensitivity", "families", "parity", "kill_and_resume",
-        "reliability",
+        "reliability", "equalization",
     ),
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .functional import fake_quantize, grid_offset, grid_position, to_codes, widen
+from .functional import fake_quantize, grid_offset, grid_position, per_slice, to_codes, widen
 from .observers import lsq_scale, mse_scale, mse_scale_offset
 
 
@@ -111,7 +111,7 @@ class WeightQuantizer(Quantizer):
 
     def per_weight(self, weight: Tensor) -> Tensor:
         """The scale as it broadcasts to a weight of shape (out, ...)."""
-        return self.scale.view(-1, *[1] * (weight.dim() - 1))
+        return per_slice(self.scale, weight)
 
 
 class ActQuantizer(Quantizer):

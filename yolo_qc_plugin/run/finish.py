@@ -92,9 +92,8 @@ def correct_and_choose(trainer: BaseTrainer, config: QCConfig, metrics: dict, qa
     trainer.metrics = {**trainer.metrics, **trainer.validator.metrics.results_dict}
     trainer.metrics.pop("fitness", None)
 
-    with replacing(
-        best
-    ) as temporary:  # after all else: as long as best.pt is Ultralytics' own, all this can be done again
+    # after all else: while best.pt is what training wrote, all this can be done again
+    with replacing(best) as temporary:
         if kept == "qc":
             write_like(qat, corrected, trainer.validator.metrics.results_dict, temporary)
             model = corrected.float().to(trainer.device)  # as one loads it
