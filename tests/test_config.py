@@ -37,7 +37,10 @@ REFUSED = {
     "calibration_batches": COUNT,
     "ema_decay": ("at least 0 and below 1;", [-0.1, 1, 1.0, 1.5, NAN, INF, -INF, True, "0.9", None]),
     "dampening_weight": WEIGHT,
+    "teacher": ("'start' or 'off'", ["", "Start", "auto", None, 1, True]),
     "distill_outputs": WEIGHT,
+    "distill_features": WEIGHT,
+    "label_weight": WEIGHT,
     "freeze_threshold": ("above 0 and below 1, or None for off", [0, -0.1, 1, 1.0, NAN, INF, True, "0.01"]),
     "bn_reestimate": FLAG,
     "telemetry": FLAG,
@@ -71,7 +74,7 @@ def test_layer_bits_refusal_names_the_pattern(value):
         *((n, b) for n in ("bits", "edge_bits", "weight_bits", "act_bits") for b in range(2, 9)),
         ("weight_bits", None), ("act_bits", None), ("output_bits", None),
         ("ema_decay", 0), ("ema_decay", 0.0), ("ema_decay", 0.9999),
-        ("dampening_weight", 0), ("dampening_weight", 100.0), ("distill_outputs", 0), ("distill_outputs", 100.0),
+        ("dampening_weight", 0), ("dampening_weight", 100.0), ("distill_outputs", 0), ("distill_outputs", 100.0), ("teacher", "off"), ("label_weight", 0), ("distill_features", 2.5),
         ("freeze_threshold", 1e-9), ("freeze_threshold", 0.999),
         ("scale_lr", 1e-9), ("scale_lr", 3), ("correction_lr", 1e9),
         ("correction_epochs", 1), ("calibration_batches", 1000),
@@ -178,7 +181,10 @@ configs = st.builds(
     scale_lr=st.floats(1e-6, 100),
     ema_decay=st.floats(0, 1, exclude_max=True),
     dampening_weight=st.floats(0, 100),
+    teacher=st.sampled_from(["start", "off"]),
     distill_outputs=st.floats(0, 100),
+    distill_features=st.floats(0, 100),
+    label_weight=st.floats(0, 100),
     freeze_threshold=st.none() | st.floats(0, 1, exclude_min=True, exclude_max=True),
     bn_reestimate=st.booleans(),
     telemetry=st.booleans(),
@@ -254,9 +260,13 @@ def test_a_preset_fills_what_is_not_given(preset):
     values = PRESETS[preset]
     assert QCConfig.from_options({"preset": preset, "bits": "3"}) == QCConfig(bits=3, **values)
     for name, value in values.items():
-        other = {"correction": "tensor", "scale_init": "mse", "correction_shift": False, "act_bits": 4}.get(
-            name, QCConfig().edge_bits
-        )
+        other = {
+            "correction": "tensor",
+            "scale_init": "mse",
+            "teacher": "start",
+            "correction_shift": False,
+            "act_bits": 4,
+        }.get(name, QCConfig().edge_bits)
         other = not value if isinstance(value, bool) else 0.5 if isinstance(value, float) else other
         given = QCConfig.from_options({"preset": preset, name: str(other)})
         assert getattr(given, name) == other and replace(given, **{name: value}) == QCConfig(**values)

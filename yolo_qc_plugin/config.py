@@ -18,6 +18,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "per_channel": False,
         "act_offset": False,
         "scale_init": "lsq",
+        "teacher": "off",
         "edge_bits": 8,
         "output_bits": None,
         "ema_decay": 0.99,  # the smallest of the three that are equal in its Table 3
@@ -54,8 +55,13 @@ class QCConfig:
             least 0; 0 is off.
         freeze_threshold: Final frequency of oscillation above which a weight's code is fixed (iterative weight
             freezing), in (0, 1), or None for off.
-        distill_outputs: Weight of a loss that draws class scores and box sides to those of Ultralytics' teacher, where
-            `distill_model` names one, at least 0; 0 is off.
+        teacher: "start" draws the model to the float model that training starts from, where that one finds what the
+            data set names; "off" trains on labels alone. Ultralytics' `distill_model` names another one in its place.
+        distill_outputs: Weight of the loss that draws class scores and box sides to the teacher's, at least 0; 0 is
+            off.
+        distill_features: Weight of the loss that draws the outputs of the top-level layers to those of the start, at
+            least 0; 0 is off. (Ultralytics compares features with a `distill_model` itself; `dis` is its weight.)
+        label_weight: Weight of Ultralytics' loss of the labels where there is a teacher, at least 0.
         bn_reestimate: Measure batch norm statistics again after training, before the outputs are quantized.
         correction: QC factors per "channel", per "tensor", or "off".
         correction_scale: Learn QC's scale gamma.
@@ -83,7 +89,10 @@ class QCConfig:
     ema_decay: float = option(0.99, number(at_least=0, below=1, note="; 0 is plain LSQ without EMA"))
     dampening_weight: float = option(0.0, number(at_least=0, note="; 0 is off"))
     freeze_threshold: float | None = option(None, or_none(number(above=0, below=1), " for off"))
+    teacher: str = option("start", choice("start", "off"))
     distill_outputs: float = option(1.0, number(at_least=0, note="; 0 is off"))
+    distill_features: float = option(1.0, number(at_least=0, note="; 0 is off"))
+    label_weight: float = option(1.0, number(at_least=0))
     bn_reestimate: bool = option(False, FLAG)
     correction: str = option("channel", choice("channel", "tensor", "off"))
     correction_scale: bool = option(True, FLAG)

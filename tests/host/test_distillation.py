@@ -15,7 +15,8 @@ from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 
 from yolo_qc_plugin.config import QCConfig, QCError
-from yolo_qc_plugin.host.distillation import Distillation, outputs_loss
+from yolo_qc_plugin.host.distillation import Distillation, Gains, features_loss, outputs_loss
+from yolo_qc_plugin.host.teacher import Teacher, feature_layers
 from yolo_qc_plugin.quant.inject import inject
 from yolo_qc_plugin.quant.layers import is_quantized
 from yolo_qc_plugin.run.callbacks import QCCallbacks
@@ -100,7 +101,8 @@ def test_the_loss_is_added_for_one_pass(name):
         if isinstance(m, torch.nn.BatchNorm2d):
             m.momentum = 0.0  # three passes alike
     alone, shown = model(data)
-    distillation = Distillation(model, weight=2.0, cls=0.5, dfl=1.5)
+    gains = Gains(outputs=2.0, features=1.0, labels=1.0, cls=0.5, dfl=1.5)
+    distillation = Distillation(model, gains)
     distillation.prepare()
     total, more = model(data)
     added = more["dis_loss"] - shown["dis_loss"]
@@ -110,7 +112,94 @@ def test_the_loss_is_added_for_one_pass(name):
     assert all(p.grad is None for p in model.teacher_model.parameters())
     again, _ = model(data)
     assert torch.equal(again, alone)
-    assert not distillation._hooks and not distillation._outputs
+    assert not distillation._hooks and not distillation._seen
+
+
+def test_features_are_compared_in_units_of_their_spread():
+    """Against the formula in double precision, with its gradient by autograd."""
+    torch.manual_seed(0)
+    ours, theirs, spreads = [], [], []
+    for shape in (2, 3, 4, 5), (2, 6, 2, 3):
+        ours.append(torch.randn(shape, requires_grad=True))
+        theirs.append(torch.randn(shape))
+        spreads.append(torch.rand(shape[1]) + 0.1)
+    loss = features_loss(ours, theirs, spreads)
+    doubles = [x.detach().double().requires_grad_() for x in ours]
+    parts = [((x - t) ** 2 / s[:, None, None]).mean() for x, t, s in zip(doubles, theirs, spreads)]
+    expected = torch.stack(parts).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for x, reference in zip(torch.autograd.grad(loss, ours), torch.autograd.grad(expected, doubles)):
+        assert torch.allclose(x.double(), reference, rtol=1e-4, atol=1e-7)
+
+
+def start(name: str) -> DetectionModel:
+    torch.manual_seed(0)
+    model = YOLO(f"{name}.yaml").model
+    model.args = get_cfg(overrides={"imgsz": 64})
+    return model
+
+
+@pytest.mark.parametrize("name", ["yolov5n", "yolo26n", "yolo11n-seg", "yolo11n-pose", "yolo11n-obb", "yolo11n-cls"])
+def test_the_start_teaches(name):
+    """Of a copy that has moved the loss is what it says, beside the labels' own times its weight; none of one that
+    has not."""
+    model = start(name).train()
+    teacher = Teacher(model)
+    teacher.measure([torch.rand(2, 3, 64, 64)])
+    data = batch()
+    if name.endswith("-cls"):
+        data["cls"] = torch.zeros(2, dtype=torch.long)
+    elif name.endswith("-seg"):
+        data["masks"] = torch.zeros(2, 16, 16)
+    elif name.endswith("-pose"):
+        data["keypoints"] = torch.rand(2, 17, 3)
+    elif name.endswith("-obb"):
+        data["bboxes"] = torch.cat([data["bboxes"], torch.zeros(2, 1)], 1)
+    for m in model.modules():
+        if isinstance(m, (torch.nn.BatchNorm2d, torch.nn.Dropout)):
+            m.eval()
+    model.load_state_dict(teacher.model.state_dict())  # both in half precision
+    times = 1 if name.endswith("-cls") else 2
+    gains = Gains(outputs=2.0, features=3.0, labels=0.25, cls=0.5, dfl=1.5)
+    distillation = Distillation(model, gains, teacher, summed=times == 2)
+    distillation.prepare()
+    _, shown = model(data)
+    assert shown["teacher_loss"].item() == pytest.approx(0, abs=1e-4)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.01 * torch.randn_like(p)
+    alone, _ = model(data)
+    distillation.prepare()
+    total, shown = model(data)
+    assert shown["teacher_loss"] > 0.01
+    expected = 0.25 * alone.sum() + times * shown["teacher_loss"]
+    assert total.sum().item() == pytest.approx(expected.item(), rel=1e-4)
+    total.sum().backward()
+    assert all(p.grad is None for p in teacher.model.parameters())
+    assert torch.equal(model(data)[0], alone)
+    assert not distillation._hooks and not distillation._seen
+
+
+def test_a_teacher_is_the_same_from_its_file(tmp_path):
+    teacher = Teacher(start("yolov5n"))
+    teacher.measure(torch.rand(2, 1, 3, 64, 64))
+    teacher.write(tmp_path)
+    again = Teacher.read(tmp_path)
+    assert all(torch.equal(v, again.model.state_dict()[k]) for k, v in teacher.model.state_dict().items())
+    assert all(map(torch.equal, teacher.spreads, again.spreads))
+    assert YOLO(tmp_path / "teacher.pt").predict(torch.rand(1, 3, 64, 64), verbose=False)
+    with pytest.raises(QCError, match=r"teacher\.pt is missing"):
+        Teacher.read(tmp_path / "elsewhere")
+
+
+def test_spreads_are_the_variances_of_channels():
+    teacher = Teacher(start("yolov5n"))
+    images = torch.rand(4, 3, 64, 64)
+    teacher.measure([images[:2], images[2:]])
+    first = teacher.model.model[0](images)
+    variance = first.var((0, 2, 3), unbiased=False)
+    assert torch.allclose(teacher.spreads[0], variance + 0.01 * variance.mean(), rtol=1e-4)
+    assert len(teacher.spreads) == len(feature_layers(teacher.model))
 
 
 @pytest.fixture(scope="module")

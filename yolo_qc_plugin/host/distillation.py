@@ -1,30 +1,39 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Distillation of outputs: a loss that draws a detector's raw outputs to those of a float teacher.
+"""Distillation: losses that draw a model's raw outputs, and its features, to those of a float teacher.
 
-The teacher is Ultralytics' (distill_model), which itself compares the features before the head. Here the teacher's
-outputs stand in for labels. For each place of the feature maps, q and p are class probabilities of teacher and student,
-Q and P their distributions of the distance to each side of the box, and c = max q:
+The teacher is the float model that training starts from (`teacher`), or Ultralytics' own (distill_model), which itself
+compares the features before the head. The teacher's outputs stand in for labels. For each place of the feature maps, q
+and p are class probabilities of teacher and student, Q and P their distributions of the distance to each side of the
+box, and c = max q:
 
-    loss = (cls * sum (BCE(p, q) - H(q))  +  dfl * sum c * mean over sides KL(Q || P)) / sum c
+    outputs  = (cls * sum (BCE(p, q) - H(q))  +  dfl * sum c * mean over sides KL(Q || P)) / sum c
+    features = mean over layers, channels, images and places of (student - teacher)^2 / spread of the channel
 
 Soft labels as in Hinton et al. 2015, distributions of sides as in localization distillation (Zheng et al., CVPR 2022);
-`cls` and `dfl` are Ultralytics' gains of its own losses of the same outputs. The loss is 0 where both agree.
+`cls` and `dfl` are Ultralytics' gains of its own losses of the same outputs. The layers are the top-level ones, and the
+spread is the variance of a channel of the teacher, so that every layer and channel counts alike. Both losses are 0
+where the two agree.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from ultralytics.nn.distill_model import DistillationModel
-from ultralytics.nn.modules import Detect
+from ultralytics.nn.modules import Classify, Detect
 from ultralytics.nn.tasks import BaseModel, load_checkpoint
 
 from ..config import QCError
 from ..quant.layers import is_quantized
+from . import architecture
+from .teacher import Teacher, feature_layers
+
+HEAD = -1  # its place among the layers that are watched
 
 
 def scores_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -88,55 +97,133 @@ def outputs_loss(student: dict, teacher: dict, reg_max: int, cls: float, dfl: fl
     return total / confidence.sum().clamp_min(1)
 
 
-class Distillation:
-    """Adds the loss to what Ultralytics' model with a teacher returns in training, and to the `dis_loss` it shows.
-
-    It counts once per image, as Ultralytics' loss does (`dampening`). With a one-to-many and a one-to-one head it is
-    the mean of both.
+def features_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], spreads: Sequence[Tensor]) -> Tensor:
+    """The loss above; a 0-dim tensor.
 
     Args:
-        model: Student and teacher.
-        weight: Of the loss.
-        cls: Gain of class probabilities.
-        dfl: Gain of box sides.
+        student: Outputs of layers, each of shape (batch, channels, height, width).
+        teacher: The same, without gradients.
+        spreads: Of each, shape (channels,).
+    """
+    return torch.stack([_SpreadError.apply(*of_layer) for of_layer in zip(student, teacher, spreads)]).mean()
+
+
+class _SpreadError(torch.autograd.Function):
+    """mean((x - target)^2 / spread): one pass forward and one backward where autograd would take several."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, target: Tensor, spread: Tensor) -> Tensor:
+        error = x - target.to(x.dtype)
+        ctx.save_for_backward(error, spread)
+        return (error.float().square().sum((0, 2, 3)) / spread).sum() / error.numel()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        error, spread = ctx.saved_tensors
+        return error * (grad * 2 / error.numel() / spread).to(error.dtype).view(-1, 1, 1), None, None
+
+
+@dataclass(frozen=True)
+class Gains:
+    """Weights of the parts of the training loss.
+
+    Args:
+        outputs: Of the loss of outputs.
+        features: Of the loss of features; with Ultralytics' teacher its own `dis` takes this place.
+        labels: Of Ultralytics' loss.
+        cls: Of class probabilities among the outputs.
+        dfl: Of box sides among the outputs.
     """
 
-    def __init__(self, model: DistillationModel, weight: float, cls: float, dfl: float):
-        self.model, self.weight = model, weight
-        self.gains = {"cls": cls, "dfl": dfl}
-        self._outputs: dict[str, Any] = {}
+    outputs: float
+    features: float
+    labels: float
+    cls: float
+    dfl: float
+
+
+class Distillation:
+    """Adds the losses to what a model returns in training, and to what is shown of it.
+
+    They count once per image, as Ultralytics' loss does (`dampening`). With a one-to-many and a one-to-one head the
+    loss of outputs is the mean of both.
+
+    Args:
+        model: What is called with a batch in training: the student, or Ultralytics' student beside its own teacher.
+        gains: Weights of the losses.
+        teacher: The start of the run; None where `model` has a teacher of its own.
+        summed: False where Ultralytics' loss is the mean over a batch's images.
+    """
+
+    SHOWN = "teacher_loss"  # among the losses that training shows
+
+    def __init__(self, model: nn.Module, gains: Gains, teacher: Teacher | None = None, summed: bool = True):
+        self.model, self.gains, self.teacher, self.summed = model, gains, teacher, summed
+        self._seen: dict[str, dict[int, Any]] = {}  # "student" or "teacher" -> place in `_layers` -> output
         self._hooks: list = []
 
     def prepare(self) -> None:
-        """Add the loss in the next forward pass."""
+        """Add the losses in the next forward pass."""
         self._release()  # of a pass that ended in an error
         # for one pass: hooks that stayed would be carried along by copies of the model
-        for name in ("student", "teacher"):
-            head = detector(getattr(self.model, f"{name}_model"))
-            self._hooks.append(head.register_forward_hook(partial(self._keep, name)))
+        self._watch("student", architecture.student(self.model))
+        if self.teacher is None:
+            self._watch("teacher", self.model.teacher_model)
         self._hooks.append(self.model.register_forward_hook(self._add))
 
     def loss(self) -> Tensor:
-        """The loss, before its weight, of what both heads gave in the pass."""
-        student, teacher = (branches(self._outputs[name]) for name in ("student", "teacher"))
-        reg_max = detector(self.model.student_model).reg_max
-        losses = [outputs_loss(student[k], teacher[k], reg_max, **self.gains) for k in student.keys() & teacher.keys()]
-        return torch.stack(losses).mean()
+        """The losses, weighted, of what both gave in the pass."""
+        ours, theirs = ({**self._seen[name]} for name in ("student", "teacher"))
+        outputs = head_loss(detector(architecture.student(self.model)), ours.pop(HEAD), theirs.pop(HEAD), self.gains)
+        if self.teacher is None or not self.gains.features:
+            return outputs
+        features = features_loss([*ours.values()], [theirs[i] for i in ours], [self.teacher.spreads[i] for i in ours])
+        return outputs + self.gains.features * features
 
-    def _keep(self, name: str, head: nn.Module, args: tuple, output) -> None:
-        self._outputs[name] = output
+    def _watch(self, name: str, model: BaseModel) -> None:
+        seen = self._seen.setdefault(name, {})
+        layers = dict(enumerate(feature_layers(model))) if self.teacher and self.gains.features else {}
+        for place, layer in {**layers, HEAD: detector(model)}.items():
+            self._hooks.append(layer.register_forward_hook(partial(self._keep, seen, place)))
+
+    @staticmethod
+    def _keep(seen: dict, place: int, layer: nn.Module, args: tuple, output) -> None:
+        seen[place] = output
 
     def _add(self, model: nn.Module, args: tuple, output: tuple) -> tuple:
-        loss = self.weight * self.loss()
+        images = args[0]["img"]
+        if self.teacher:
+            self._watch("teacher", self.teacher.model)
+            with torch.no_grad():
+                self.teacher.model(images)
+        loss = self.loss()
         self._release()
         total, shown = output
-        shown = {**shown, "dis_loss": shown["dis_loss"] + loss.detach()}
-        return total.sum() + len(args[0]["img"]) * loss, shown
+        of_labels, of_teacher = (total.sum(), 0) if self.teacher else (total[:-1].sum(), total[-1])
+        name = self.SHOWN if self.teacher else "dis_loss"
+        shown = {**shown, name: shown.get(name, 0) + loss.detach()}
+        times = len(images) if self.summed else 1
+        return self.gains.labels * of_labels + of_teacher + times * loss, shown
 
     def _release(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._outputs = [], {}
+        self._hooks, self._seen = [], {}
+
+
+def head_loss(head: nn.Module, student: Any, teacher: Any, gains: Gains) -> Tensor:
+    """The loss of outputs, weighted, of what a head of the student and one of the teacher returned.
+
+    A classifier's is the divergence of the teacher's distribution over the classes, KL(q || p).
+    """
+    if not gains.outputs:
+        return torch.zeros((), device=next(head.parameters()).device)
+    if isinstance(head, Classify):
+        log_p, log_q = ((x[1] if isinstance(x, tuple) else x).float().log_softmax(1) for x in (student, teacher))
+        return gains.outputs * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    ours, theirs = branches(student), branches(teacher)
+    losses = [outputs_loss(ours[k], theirs[k], head.reg_max, gains.cls, gains.dfl) for k in ours if k in theirs]
+    return gains.outputs * torch.stack(losses).mean()
 
 
 def branches(output: dict | tuple) -> dict[str, dict]:
@@ -146,7 +233,7 @@ def branches(output: dict | tuple) -> dict[str, dict]:
 
 
 def detector(model: BaseModel) -> Detect:
-    """The head of a detection model, or of one of a task that builds on it."""
+    """The head of a model."""
     return model.model[-1]
 
 

@@ -101,9 +101,11 @@ class QCCallbacks:
     def on_pretrain_routine_end(self, trainer: BaseTrainer) -> None:
         """Measure the float start and start the scales from data, or restore both; take over the EMA."""
         compat.check_trainer(trainer, compat.WHEN_READY)
-        if not trainer.resume:
-            start.begin_from_float(trainer, self.state.config)
-        self.state.steps = Steps(trainer, self.state.config)
+        if trainer.resume:
+            self.state.find_teacher(trainer)
+        else:
+            self.state.teacher = start.begin_from_float(trainer, self.state.config)
+        self.state.steps = Steps(trainer, self.state.config, self.state.teacher)
         if trainer.resume:
             self.state.restore(trainer)
 
@@ -130,7 +132,7 @@ class QCCallbacks:
 
     def on_val_batch_end(self, validator: BaseValidator) -> None:
         """Take it out again after the last batch."""
-        self.validation.end_batch(validator)
+        self.validation.end_batch(validator, self.state.teacher is not None)
 
     def on_train_end(self, trainer: BaseTrainer) -> None:
         """Correct, choose the better, report; of several processes, rank 0 alone is here."""
@@ -138,7 +140,7 @@ class QCCallbacks:
             self.state.steps.telemetry.write()
         with alone(), saying_what_is_safe(trainer.wdir):
             take_all_images(trainer)
-            finish(trainer, self.state.config)
+            finish(trainer, self.state.config, self.state.teacher)
 
     def teardown(self, trainer: BaseTrainer) -> None:
         """Leave nothing behind, however the run ended: the next `train` of the same object is a float one."""

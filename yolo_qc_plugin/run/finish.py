@@ -20,6 +20,7 @@ from ..deploy.snap import snap
 from ..files import replacing
 from ..host import architecture, log
 from ..host.record import write_checkpoint
+from ..host.teacher import Teacher
 from ..qat.reestimation import BATCHES, reestimate
 from ..quant.calibrate import calibrate_outputs
 from ..quant.inject import quantize_outputs
@@ -29,7 +30,7 @@ from .resume import FILE, conclude
 from .validation import training_images, validate
 
 
-def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
+def finish(trainer: BaseTrainer, config: QCConfig, teacher: Teacher | None) -> dict:
     """Quantize the outputs, correct, compare and report; runs at on_train_end.
 
     Ultralytics' final evaluation has just measured best.pt. With its outputs quantized (and its batch norm statistics
@@ -61,12 +62,14 @@ def finish(trainer: BaseTrainer, config: QCConfig) -> dict:
             log.info(f"measuring the model with {config.output_bits}-bit outputs")
             metrics["qat"] = validate(trainer, deepcopy(model))
         write_like(best, model, trainer.validator.metrics.results_dict, qat)
-    report = correct_and_choose(trainer, config, metrics, qat, best)
+    report = correct_and_choose(trainer, config, metrics, qat, best, teacher)
     conclude(trainer.last)
     return report
 
 
-def correct_and_choose(trainer: BaseTrainer, config: QCConfig, metrics: dict, qat: Path, best: Path) -> dict:
+def correct_and_choose(
+    trainer: BaseTrainer, config: QCConfig, metrics: dict, qat: Path, best: Path, teacher: Teacher | None = None
+) -> dict:
     """Correct the checkpoint `qat`, whose figures have just been measured, write the better to `best`, and report.
 
     Args:
@@ -75,6 +78,7 @@ def correct_and_choose(trainer: BaseTrainer, config: QCConfig, metrics: dict, qa
         metrics: Figures so far, "qat" among them; those of "qc" are added.
         qat: Checkpoint with quantized outputs, not corrected.
         best: Checkpoint to write.
+        teacher: The float model that the run starts from, where it teaches.
 
     Returns:
         The report, as written to qc/report.json.
@@ -82,7 +86,7 @@ def correct_and_choose(trainer: BaseTrainer, config: QCConfig, metrics: dict, qa
     before = deepcopy(trainer.validator.metrics)
     metrics["qc"], kept = None, "qat"
     if config.correction != "off":
-        corrected = train_qc(trainer, config, qat)
+        corrected = train_qc(trainer, config, qat, teacher)
         log.info("measuring the corrected model")
         metrics["qc"] = validate(trainer, deepcopy(corrected))
         if metrics["qc"]["fitness"] > metrics["qat"]["fitness"]:

@@ -18,6 +18,7 @@ from ..config import QCConfig
 from ..deploy.snap import snap
 from ..host import architecture
 from ..host.distributed import whole
+from ..host.teacher import Teacher
 from ..qat.correction import (
     corrected_in_norms,
     freeze_statistics,
@@ -25,6 +26,7 @@ from ..qat.correction import (
     train_correction,
 )
 from ..qat.prepare import weights_quantized_once
+from .steps import distillation
 
 
 def take_all_images(trainer: BaseTrainer) -> None:
@@ -39,8 +41,14 @@ def take_all_images(trainer: BaseTrainer) -> None:
         trainer.validator.dataloader = trainer.test_loader
 
 
-def train_qc(trainer: BaseTrainer, config: QCConfig, source: Path) -> nn.Module:
+def train_qc(trainer: BaseTrainer, config: QCConfig, source: Path, teacher: Teacher | None = None) -> nn.Module:
     """Train QC on the checkpoint `source` over the trainer's own loader, with its own loss and precision.
+
+    Args:
+        trainer: Set up.
+        config: The options.
+        source: Checkpoint to correct.
+        teacher: The float model that the run starts from, where it teaches: its losses join, weighted as in training.
 
     Returns:
         The corrected model, in eval mode.
@@ -62,10 +70,13 @@ def train_qc(trainer: BaseTrainer, config: QCConfig, source: Path) -> nn.Module:
     dtype = torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp
     scaler = torch.amp.GradScaler(trainer.device.type, enabled=trainer.amp and trainer.args.amp != "bf16")
     shown: dict = {}
+    taught = distillation(trainer, config, model, teacher) if teacher else None
 
     def loss(batch: dict) -> torch.Tensor:
         with autocast(dtype, device=trainer.device.type):
             batch = trainer.preprocess_batch(batch)
+            if taught:
+                taught.prepare()
             value, items = model(batch)
         shown.update(items=items, instances=batch["cls"].shape[0], imgsz=batch["img"].shape[-1])
         return value.sum()

@@ -16,11 +16,15 @@ from ..files import AtomicPath
 from ..host import architecture, compat, log
 from ..host.distributed import broadcast_quantizers
 from ..host.record import own_record
+from ..host.teacher import FILE as TEACHER
+from ..host.teacher import Teacher
 from ..quant.calibrate import calibrate
 from ..quant.inject import remove
 from ..quant.layers import is_quantized
-from .telemetry import FILE
+from .telemetry import FILE as TELEMETRY
 from .validation import training_images, validate
+
+MIN_FITNESS = 0.05  # of a float start that can teach; new heads and untrained models have about 0
 
 
 def check_arguments(trainer: BaseTrainer) -> None:
@@ -67,22 +71,37 @@ def write_atomically(trainer: BaseTrainer) -> None:
     trainer.last, trainer.best = trainer.wdir / trainer.last.name, trainer.wdir / trainer.best.name
 
 
-def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> None:
-    """Measure the float model that training starts from, start all scales from data, and clear what a run left here."""
+def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> Teacher | None:
+    """Measure the float model that training starts from, start all scales from data, and clear what a run left here.
+
+    Returns:
+        That float model as the teacher, which is in the run's folder too, or None where it is not to teach.
+    """
     model = unwrap_model(trainer.model)
     log.info("measuring the float model that training starts from")
     float_model = architecture.student(deepcopy(model))
     remove(float_model)
+    teacher = Teacher(float_model) if config.teacher == "start" and not trainer.args.distill_model else None
     record = own_record(model)
     record.float_metrics = validate(trainer, float_model)
+    if teacher and record.float_metrics["fitness"] < MIN_FITNESS:
+        log.info(f"the start is no teacher: its fitness is {record.float_metrics['fitness']:.3f}, under {MIN_FITNESS}")
+        teacher = None
+    folder = trainer.save_dir / "qc"
+    for stale in (trainer.wdir / "qat.pt", trainer.wdir / TEACHER, folder / "report.json", folder / TELEMETRY):
+        stale.unlink(missing_ok=True)  # of an earlier run here
     if RANK in {-1, 0}:
         trainer._model_train()  # batch norms of frozen layers keep their statistics, as they will in training
         calibrate(model, training_images(trainer, config.calibration_batches), model, config.scale_init)
+        if teacher:
+            trainer.train_loader.reset()
+            teacher.measure(training_images(trainer, config.calibration_batches))
+            teacher.write(trainer.wdir)
         trainer.train_loader.reset()  # the first epoch sees every image once, calibration or not
     broadcast_quantizers(model)
-    folder = trainer.save_dir / "qc"
-    for stale in (trainer.wdir / "qat.pt", folder / "report.json", folder / FILE):  # of an earlier run here
-        stale.unlink(missing_ok=True)
+    if teacher:
+        teacher.broadcast()
     averaged = architecture.student(trainer.ema.ema)
     averaged.load_state_dict(architecture.student(model).state_dict())
     averaged.qc = record
+    return teacher

@@ -26,12 +26,14 @@ from ..files import AtomicPath
 from ..host import log
 from ..host.architecture import student
 from ..host.record import QuantRecord, own_record, record_of, write_checkpoint
+from ..host.teacher import FILE as TEACHER
+from ..host.teacher import Teacher
 from ..quant.layers import scale_parameters
 from .randomness import random_state, set_random_state
 from .resume import FILE, FORMAT, conclude, drop_rows, find_state, has_ended
 from .steps import Steps
 
-TEACHER = "teacher_model."  # of distill_model: read again from its own file
+DISTILL_MODEL = "teacher_model."  # read again from its own file
 # what Ultralytics lets a user change on resume, and what the batches depend on
 ARGUMENTS = "batch", "imgsz", "device", "workers", "cache", "close_mosaic", "freeze", "val", "time"
 
@@ -47,6 +49,7 @@ class RunState:
         steps: What is done around each optimizer step, once the trainer is set up.
         resumed: What resume.pt holds, from `open` until the first epoch has begun; None in a new run, and in one that
             goes on from last.pt alone.
+        teacher: The float model that the run starts from, where it teaches.
     """
 
     steps: Steps
@@ -54,6 +57,7 @@ class RunState:
     def __init__(self, config: QCConfig):
         self.config = config
         self.resumed: dict | None = None
+        self.teacher: Teacher | None = None
         self._transforms: tuple | None = None  # a data set, and its transforms before the mosaic was closed
 
     def open(self, trainer: BaseTrainer, checkpoint: dict) -> None:
@@ -87,6 +91,11 @@ class RunState:
                 f"{why}: going on from the average in {last.name}, as Ultralytics does, not exactly as the "
                 "uninterrupted run would."
             )
+
+    def find_teacher(self, trainer: BaseTrainer) -> None:
+        """Take the teacher of the resumed run from its folder; none is there where nobody taught."""
+        if self.config.teacher == "start" and (trainer.wdir / TEACHER).exists():
+            self.teacher = Teacher.read(trainer.wdir, trainer.device)
 
     def take_average(self, checkpoint: dict, model: nn.Module, trainer: BaseTrainer) -> QuantRecord:
         """Load the checkpoint's averaged model into the injected `model`; returns its record.
@@ -179,7 +188,7 @@ class RunState:
             "run": own_record(model).run,
             "epoch": trainer.epoch,
             "arguments": _arguments(trainer),
-            "weights": {k: v for k, v in model.state_dict().items() if not k.startswith(TEACHER)},
+            "weights": {k: v for k, v in model.state_dict().items() if not k.startswith(DISTILL_MODEL)},
             "ema": trainer.ema.ema.state_dict(),
             "updates": trainer.ema.updates,
             "optimizer": trainer.optimizer.state_dict(),

@@ -12,7 +12,8 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from ..config import QCConfig
 from ..host import architecture
-from ..host.distillation import Distillation
+from ..host.distillation import Distillation, Gains
+from ..host.teacher import Teacher
 from ..qat.dampening import Dampening
 from ..qat.ema import ConstantEMA
 from ..qat.freezing import Freezing, freeze_threshold
@@ -29,14 +30,16 @@ class Steps:
     Args:
         trainer: Set up, its scales calibrated; its EMA is taken over.
         config: The options of the run.
+        teacher: The float model that the run starts from, where it teaches.
 
     Attributes:
         accumulation: Which micro-batches wait for a step.
+        distillation: Draws the model to a teacher, where there is one.
         oscillation: Counts changes of the weights' codes, where something needs it.
         telemetry: Of rank 0, where it is on.
     """
 
-    def __init__(self, trainer: BaseTrainer, config: QCConfig):
+    def __init__(self, trainer: BaseTrainer, config: QCConfig, teacher: Teacher | None = None):
         self.config = config
         self.accumulation = Accumulation()
         self._averaged = 0  # steps that the average has seen
@@ -52,10 +55,7 @@ class Steps:
         if config.dampening_weight:
             summed = architecture.loss_is_summed(trainer.args.task)
             self._dampening = Dampening(unwrap_model(trainer.model), self._weights, summed)
-        self._distillation = None
-        if config.distill_outputs and trainer.args.distill_model:
-            args = trainer.args
-            self._distillation = Distillation(unwrap_model(trainer.model), config.distill_outputs, args.cls, args.dfl)
+        self.distillation = distillation(trainer, config, unwrap_model(trainer.model), teacher)
         self.telemetry = None
         if self.oscillation and recorded:
             self.telemetry = Telemetry(model, self.oscillation, Path(trainer.save_dir) / "qc")
@@ -87,8 +87,8 @@ class Steps:
         quantized = self._weights.hand_out()
         if self._dampening:
             self._dampening.prepare(annealed(0.0, self.config.dampening_weight, self._progress), quantized)
-        if self._distillation:
-            self._distillation.prepare()
+        if self.distillation:
+            self.distillation.prepare()
 
     def end_batch(self, trainer: BaseTrainer) -> None:
         """Count the micro-batch, and do what is due after the step that it may have ended in."""
@@ -139,6 +139,24 @@ class Steps:
     def _parts(self) -> list[tuple[str, Oscillation | Telemetry]]:
         parts = {"oscillation": self.oscillation, "telemetry": self.telemetry}
         return [(name, part) for name, part in parts.items() if part]
+
+
+def distillation(
+    trainer: BaseTrainer, config: QCConfig, model: nn.Module, teacher: Teacher | None
+) -> Distillation | None:
+    """What draws `model` to a teacher in this run; None where there is none, or nothing of it is to count.
+
+    Args:
+        trainer: Its arguments name the gains of the losses, and maybe a teacher of Ultralytics'.
+        config: The options of the run.
+        model: What is called with a batch.
+        teacher: The float model that the run starts from, where it teaches.
+    """
+    args = trainer.args
+    if not (teacher or args.distill_model) or not (config.distill_outputs or (teacher and config.distill_features)):
+        return None
+    gains = Gains(config.distill_outputs, config.distill_features, config.label_weight, args.cls, args.dfl)
+    return Distillation(model, gains, teacher, architecture.loss_is_summed(args.task))
 
 
 def _models(trainer: BaseTrainer) -> tuple[nn.Module, nn.Module]:

@@ -20,6 +20,7 @@ from ultralytics.engine.validator import BaseValidator
 from ultralytics.nn.tasks import BaseModel
 
 from ..host.architecture import deploy_model
+from ..host.distillation import Distillation
 from ..quant.layers import scale_parameters
 from .report import figures_of
 
@@ -74,8 +75,15 @@ class EpochValidation:
         self._layers, model.model = model.model, deepcopy(model.model)
         deploy_model(model)
 
-    def end_batch(self, validator: BaseValidator) -> None:
-        """After the last batch, put the layers back: on every process, and before anything is saved."""
+    def end_batch(self, validator: BaseValidator, taught: bool) -> None:
+        """After the last batch, put the layers back: on every process, and before anything is saved.
+
+        Args:
+            validator: Has measured a batch.
+            taught: Whether a teacher's loss is among those of training; validation has none.
+        """
+        if validator.training and taught:
+            validator.loss[Distillation.SHOWN] += torch.zeros((), device=validator.device)  # results.csv has a column
         if validator.training and validator.batch_i + 1 == len(validator.dataloader):
             self.put_back()
 

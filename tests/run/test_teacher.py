@@ -1,0 +1,81 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The float model that a run starts from as its teacher: when it teaches, what a run shows and keeps of it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FLOAT, last_epoch, steps_of
+from ultralytics import YOLO
+from ultralytics.nn.tasks import load_checkpoint
+
+from yolo_qc_plugin.quant.layers import is_quantized
+
+OPTIONS = {"output_bits": None, "correction": "off", "telemetry": False}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder / "weights" / "last.pt")[0].state_dict()
+
+
+def test_the_start_teaches_and_results_have_a_column_of_it(train, tmp_path):
+    yolo = train({**OPTIONS, "correction": "channel"}, model=FLOAT, epochs=2, val=False)
+    assert steps_of(yolo.trainer).distillation.teacher is not None
+    assert last_epoch(tmp_path / "run")["train/teacher_loss"] > 0
+    with (tmp_path / "run" / "results.csv").open() as file:
+        header, *rows = csv.reader(file)
+    assert len(rows) == 2 and all(len(row) == len(header) for row in rows)
+    assert [row[header.index("val/teacher_loss")] for row in rows] == ["0", "0"]
+    assert all(row[header.index("val/box_loss")] != row[header.index("val/teacher_loss")] for row in rows[1:])
+    assert not is_quantized(load_checkpoint(tmp_path / "run" / "weights" / "teacher.pt")[0])
+
+
+def test_labels_can_be_left_out(train, digits, tmp_path):
+    """Without their weight, what the labels are makes no difference to what is learned from a teacher."""
+    moved = tmp_path / "moved"
+    text = digits.read_text().replace(str(digits.parent), str(moved))
+    for source in digits.parent.rglob("*"):
+        target = moved / source.relative_to(digits.parent)
+        if source.suffix == ".txt" and "train" in source.parts:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text("".join(f"3{line[1:]}" for line in source.open()))  # every digit is a 3
+        elif source.is_file() and source.suffix != ".cache":
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
+    (moved / digits.name).write_text(text)
+    found = {}
+    for name, data, weight in (("a", digits, 0.0), ("b", moved / digits.name, 0.0), ("c", moved / digits.name, 1.0)):
+        train({**OPTIONS, "label_weight": weight}, model=FLOAT, name=name, data=str(data), mosaic=0.0, seed=1)
+        found[name] = weights(tmp_path / name)
+    assert all(torch.equal(v, found["b"][k]) for k, v in found["a"].items())
+    assert not all(torch.equal(v, found["c"][k]) for k, v in found["a"].items())
+
+
+@pytest.mark.parametrize("case", ["untrained", "off"])
+def test_nothing_is_left_where_nobody_teaches(train, tmp_path, case):
+    options = {**OPTIONS, "teacher": "off"} if case == "off" else OPTIONS
+    yolo = train(options, model=FLOAT if case == "off" else "yolov5n.yaml")
+    assert steps_of(yolo.trainer).distillation is None
+    assert "train/teacher_loss" not in last_epoch(tmp_path / "run")
+    assert not (tmp_path / "run" / "weights" / "teacher.pt").exists()
+
+
+def test_a_resumed_run_has_the_same_teacher(train, tmp_path):
+    """Killed in its second epoch, it ends as the uninterrupted one does, whatever became of the start's own file."""
+    start = tmp_path / "start.pt"
+    start.write_bytes(FLOAT.read_bytes())
+    train(OPTIONS, model=start, name="whole", epochs=2)
+
+    def kill(trainer):
+        if trainer.epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(OPTIONS, {"on_train_batch_end": kill}, model=start, name="killed", epochs=2)
+    start.unlink()
+    YOLO(tmp_path / "killed" / "weights" / "last.pt").train(resume=True)
+    whole, resumed = (weights(tmp_path / name) for name in ("whole", "killed"))
+    assert all(torch.equal(v, resumed[k]) for k, v in whole.items())
