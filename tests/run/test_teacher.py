@@ -63,6 +63,20 @@ def test_nothing_is_left_where_nobody_teaches(train, tmp_path, case):
     assert not (tmp_path / "run" / "weights" / "teacher.pt").exists()
 
 
+def test_batch_norm_keeps_the_statistics_of_a_start_that_teaches(train, tmp_path):
+    """Its weights learn all the same; without the option, or the teacher, the statistics follow the training."""
+    before = load_checkpoint(FLOAT)[0].state_dict()
+
+    def same(key: str, **options) -> bool:
+        train({**OPTIONS, **options}, model=FLOAT, exist_ok=True)
+        after = weights(tmp_path / "run")
+        return all(torch.equal(v, after[k]) for k, v in before.items() if k.endswith(key))
+
+    assert same("running_mean") and same("running_var") and not same("bn.weight")
+    assert not same("running_mean", bn_freeze=False)
+    assert not same("running_mean", teacher="off")
+
+
 def test_a_resumed_run_has_the_same_teacher(train, tmp_path):
     """Killed in its second epoch, it ends as the uninterrupted one does, whatever became of the start's own file."""
     start = tmp_path / "start.pt"

@@ -42,11 +42,19 @@ def insert_correction(
     return trained
 
 
+def freeze_norms(model: nn.Module) -> None:
+    """Have batch norms use their statistics and keep them, whatever mode the rest of the model is in."""
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.eval()
+
+
 def freeze_statistics(model: nn.Module) -> None:
     """Training mode for what needs it to compute a loss (the head), eval for all that would draw or keep statistics."""
     model.train()
+    freeze_norms(model)
     for m in model.modules():
-        if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+        if isinstance(m, nn.modules.dropout._DropoutNd):
             m.eval()
 
 

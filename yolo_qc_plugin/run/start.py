@@ -18,6 +18,7 @@ from ..host.distributed import broadcast_quantizers
 from ..host.record import own_record
 from ..host.teacher import FILE as TEACHER
 from ..host.teacher import Teacher
+from ..qat.correction import freeze_norms
 from ..quant.calibrate import calibrate
 from ..quant.inject import remove
 from ..quant.layers import is_quantized
@@ -92,6 +93,8 @@ def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> Teacher | None:
         stale.unlink(missing_ok=True)  # of an earlier run here
     if RANK in {-1, 0}:
         trainer._model_train()  # batch norms of frozen layers keep their statistics, as they will in training
+        if teacher and config.bn_freeze:
+            freeze_norms(model)
         calibrate(model, training_images(trainer, config.calibration_batches), model, config.scale_init)
         if teacher:
             trainer.train_loader.reset()

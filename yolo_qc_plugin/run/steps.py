@@ -14,6 +14,7 @@ from ..config import QCConfig
 from ..host import architecture
 from ..host.distillation import Distillation, Gains
 from ..host.teacher import Teacher
+from ..qat.correction import freeze_norms
 from ..qat.dampening import Dampening
 from ..qat.ema import ConstantEMA
 from ..qat.freezing import Freezing, freeze_threshold
@@ -56,6 +57,7 @@ class Steps:
             summed = architecture.loss_is_summed(trainer.args.task)
             self._dampening = Dampening(unwrap_model(trainer.model), self._weights, summed)
         self.distillation = distillation(trainer, config, unwrap_model(trainer.model), teacher)
+        self._freezes_norms = config.bn_freeze and teacher is not None
         self.telemetry = None
         if self.oscillation and recorded:
             self.telemetry = Telemetry(model, self.oscillation, Path(trainer.save_dir) / "qc")
@@ -83,6 +85,8 @@ class Steps:
         """Hand out the quantized weights, and add what is to join the loss."""
         if not self.accumulation.pending:
             self._progress = (trainer.epoch + self._batches / len(trainer.train_loader)) / trainer.epochs
+        if self._freezes_norms and not self._batches:  # Ultralytics has just set the mode of every layer
+            freeze_norms(architecture.student(trainer.model))
         self._batches += 1
         quantized = self._weights.hand_out()
         if self._dampening:
