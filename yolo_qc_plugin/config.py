@@ -18,6 +18,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "per_channel": False,
         "act_offset": False,
         "scale_init": "lsq",
+        "relative_steps": False,
         "teacher": "off",
         "edge_bits": 8,
         "output_bits": None,
@@ -50,6 +51,7 @@ class QCConfig:
         scale_init: Start of the scales: "mse" (least squared error on the calibration batches) or "lsq"
             (2 * mean|x| / sqrt(quant_max), Esser et al. 2020).
         scale_lr: Learning rate of scales and offsets as a factor of `lr0`, above 0.
+        relative_steps: Take an adaptive optimizer's steps on weights in proportion to the size of their layer's.
         ema_decay: Constant decay of the EMA of weights, scales and offsets, in [0, 1); 0 is plain LSQ.
         dampening_weight: Final weight of the loss that draws weights to their grid points (oscillation dampening), at
             least 0; 0 is off.
@@ -87,6 +89,7 @@ class QCConfig:
     act_offset: bool = option(True, FLAG)
     scale_init: str = option("mse", choice("mse", "lsq"))
     scale_lr: float = option(1.0, number(above=0))
+    relative_steps: bool = option(True, FLAG)
     ema_decay: float = option(0.99, number(at_least=0, below=1, note="; 0 is plain LSQ without EMA"))
     dampening_weight: float = option(0.0, number(at_least=0, note="; 0 is off"))
     freeze_threshold: float | None = option(None, or_none(number(above=0, below=1), " for off"))

@@ -14,7 +14,7 @@ from ..host.record import own_record, record_of, strip
 from ..quant.layers import quant_convs
 
 FILE = "resume.pt"
-FORMAT = 3  # raise it when older files cannot be read as they are
+FORMAT = 4  # raise it when older files cannot be read as they are
 UNREADABLE = OSError, RuntimeError, EOFError, UnpicklingError
 
 

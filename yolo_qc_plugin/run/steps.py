@@ -21,6 +21,7 @@ from ..qat.freezing import Freezing, freeze_threshold
 from ..qat.oscillation import Oscillation, annealed
 from ..qat.prepare import TrainedWeights
 from ..qat.scale_steps import ScaleSteps
+from ..qat.weight_steps import WeightSteps
 from .accumulation import Accumulation
 from .telemetry import EVERY, Telemetry
 
@@ -50,6 +51,7 @@ class Steps:
         self._steps = ScaleSteps(trainer.optimizer, model)  # counts the optimizer's real steps
         recorded = config.telemetry and RANK in {-1, 0}
         self._weights = TrainedWeights(model)
+        self._weight_steps = WeightSteps(trainer.optimizer, self._weights) if config.relative_steps else None
         self._freezing = Freezing(self._weights, config.body_bits[0]) if config.freeze_threshold else None
         self.oscillation = self._freezing or (Oscillation(self._weights) if recorded else None)
         self._dampening = None
@@ -69,6 +71,8 @@ class Steps:
             trainer.ema = ConstantEMA(trainer.ema.ema, self.config.ema_decay, trainer.ema.updates)
         if self._steps.optimizer is not trainer.optimizer:
             self._steps, self._averaged = ScaleSteps(trainer.optimizer, architecture.student(trainer.model)), 0
+            if self._weight_steps:
+                self._weight_steps.attach(trainer.optimizer)
 
     def begin_epoch(self, trainer: BaseTrainer) -> None:
         """Start from what Ultralytics has now, which may be older weights."""
@@ -140,8 +144,8 @@ class Steps:
         for name, part in self._parts():
             part.load_state_dict(state[name])
 
-    def _parts(self) -> list[tuple[str, Oscillation | Telemetry]]:
-        parts = {"oscillation": self.oscillation, "telemetry": self.telemetry}
+    def _parts(self) -> list[tuple[str, Oscillation | Telemetry | WeightSteps]]:
+        parts = {"oscillation": self.oscillation, "telemetry": self.telemetry, "weight_steps": self._weight_steps}
         return [(name, part) for name, part in parts.items() if part]
 
 
