@@ -5,7 +5,7 @@
     python examples/experiments/paper.py table2 ...
     python examples/experiments/paper.py table3 ...
     python examples/experiments/paper.py figures --data bccd.yaml --weights float.pt --epochs 8 --imgsz 320
-    python examples/experiments/paper.py cost --model yolov5n.yaml --device 0 --imgsz 640 --epochs 300 --train batch=64
+    python examples/experiments/paper.py cost --model yolov5n.yaml --device 0 --imgsz 640 --train batch=64
 
 The float checkpoint is trained on for as many epochs with the same recipe (the float row), so that QAT gets no credit
 for longer training. Each quantized run gives two rows, before and after QC. Tables share the runs they have in common;
