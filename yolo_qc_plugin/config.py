@@ -14,7 +14,7 @@ MIN_BITS, MAX_BITS = 2, 8
 WIDTH = whole(MIN_BITS, MAX_BITS)
 # name -> values of options that are not given
 PRESETS: dict[str, dict[str, Any]] = {
-    # what the paper's main text states; docs/coco.md names the rest, such as Adam at 1e-4, which is an argument of train
+    # what the paper's main text states; docs/coco.md names what is not an option here, such as Adam at 1e-4
     "paper": {
         "per_channel": False,
         "act_offset": False,
