@@ -26,6 +26,7 @@ from conftest import TINY  # noqa: E402
 def request_of(digits, tmp_path, cell: cells.Cell | None = None, **options) -> dict:
     given = {k: v for k, v in TINY.items() if k not in {"imgsz", "epochs", "device"}} | {"epochs": 2}
     args = Namespace(data=str(digits), weights="yolov5n.yaml", device="cpu", epochs=2, imgsz=64, qc=[], runs=tmp_path)
+    args.coco = False
     args.train = [f"{k}={v}" for k, v in given.items()]
     cell = cell or cells.Cell("EMA-4bit", {"bits": 4, "ema_decay": 0.99, **options})
     return cells.request(cell, 0, args)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .coco import coco_metrics, matched, read_json
+from .coco import matched, read_json
 from .evaluate import detect
 
 RESAMPLES = 1000
@@ -102,7 +102,23 @@ def weighted_ap(
         return np.where(there, by_class, 0.0).sum(axis=1) / there.sum(axis=1)
 
 
-def image_weights(images: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+def resampled_ap(
+    annotations: dict[str, Any], detections: list[dict], resamples: int = RESAMPLES, seed: int = 0
+) -> np.ndarray:
+    """COCO's AP of all images, then of each resample: (1 + resamples,), in 0..1; arguments as of `bootstrap`.
+
+    Raises:
+        ValueError: There is no ground truth, or what `coco_metrics` refuses.
+    """
+    images = len(annotations["images"])
+    weights = np.concatenate([np.ones((1, images), int), image_weights(images, resamples, seed)])
+    found = weighted_ap(annotations, detections, weights)
+    if np.isnan(found[0]):
+        raise ValueError("the ground truth has no objects: there is no AP to compare")
+    return found
+
+
+def image_weights(images: int, resamples: int, seed: int) -> np.ndarray:
     """How often each image is drawn in each resample: (resamples, images), rows of sum `images`."""
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
 
@@ -140,15 +156,11 @@ def bootstrap(
     if resamples < 1:
         raise ValueError(f"resamples={resamples} is not accepted: it must be >= 1")
     truth, found = read_json(annotations), [read_json(d) for d in (detections_a, detections_b)]
-    whole = [coco_metrics(truth, d)["AP"] for d in found]
-    if None in whole:
-        raise ValueError("the ground truth has no objects: there is no AP to compare")
-    weights = image_weights(len(truth["images"]), resamples, seed)
-    a, b = (weighted_ap(truth, d, weights) for d in found)
+    a, b = (100 * resampled_ap(truth, d, resamples, seed) for d in found)
     return {
-        "ap": [100 * ap for ap in whole],
-        "difference": 100 * (whole[0] - whole[1]),
-        "interval": interval(100 * (a - b)),
+        "ap": [float(a[0]), float(b[0])],
+        "difference": float(a[0] - b[0]),
+        "interval": interval((a - b)[1:]),
         "images": len(truth["images"]),
         "resamples": resamples,
     }
