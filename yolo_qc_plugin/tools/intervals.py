@@ -72,12 +72,11 @@ def matches(annotations: dict[str, Any] | str | Path, detections: list[dict] | s
         truth = np.zeros(len(index), dtype=int)
         for e in found:
             truth[index[e["image_id"]]] = np.count_nonzero(np.asarray(e["gtIgnore"]) == 0)
-        limit = run.params.maxDets[-1]
-        scores = np.concatenate([e["dtScores"][:limit] for e in found])
+        scores = np.concatenate([e["dtScores"] for e in found])
         order = np.argsort(-scores, kind="mergesort")  # stable, as COCOeval's
-        image = np.concatenate([np.full(len(e["dtScores"][:limit]), index[e["image_id"]]) for e in found])[order]
-        match = np.concatenate([e["dtMatches"][:, :limit] for e in found], axis=1)[:, order]
-        ignored = np.concatenate([e["dtIgnore"][:, :limit] for e in found], axis=1)[:, order].astype(bool)
+        image = np.concatenate([np.full(len(e["dtScores"]), index[e["image_id"]]) for e in found])[order]
+        match = np.concatenate([e["dtMatches"] for e in found], axis=1)[:, order]
+        ignored = np.concatenate([e["dtIgnore"] for e in found], axis=1)[:, order].astype(bool)
         yield ClassMatches(truth, image, (match != 0) & ~ignored, ignored)
 
 
