@@ -209,7 +209,7 @@ def standard_error(values: list[float]) -> float | None:
 
 def output_cost(files: list[dict]) -> list[str]:
     """What quantized outputs of the convolutions, which integer kernels need, cost before the correction."""
-    metrics = [f["metrics"] for f in files if "float_outputs" in f["metrics"]]
+    metrics = [f["metrics"] for f in files if f.get("config", {}).get("output_bits")]
     costs = [100 * (m["qat"]["map50_95"] - m["float_outputs"]["map50_95"]) for m in metrics]
     if len(costs) < 2:
         return []

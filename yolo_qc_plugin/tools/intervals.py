@@ -94,6 +94,8 @@ def weighted_ap(
         (rows,), in 0..1: the mean over the classes that have ground truth in a row; NaN where none has.
     """
     classes, recalls = list(matches(annotations, detections)), np.linspace(0.0, 1.0, 101)
+    if not classes:
+        return np.full(len(weights), np.nan)
     parts = [weights[i : i + ROWS] for i in range(0, len(weights), ROWS)]
     by_class = np.concatenate([np.stack([c.ap(part, recalls) for c in classes], axis=1) for part in parts])
     there = ~np.isnan(by_class)
