@@ -199,8 +199,8 @@ def compare(
         FileNotFoundError: A model or the data is missing.
         ValueError: A model is no YOLO detector, or `resamples` is too small.
     """
-    settings = {"imgsz": imgsz, "batch": batch, "device": device, "split": split}
-    (truth, found_a, _), (_, found_b, _) = (detect(model, data, **settings) for model in (a, b))
+    of_each = [detect(model, data, imgsz, batch=batch, device=device, split=split) for model in (a, b)]
+    (truth, found_a, _), (_, found_b, _) = of_each
     return {"a": str(a), "b": str(b), "data": str(data), **bootstrap(truth, found_a, found_b, resamples, seed)}
 
 
