@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ultralytics.nn.tasks import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "experiments"))
@@ -28,7 +29,7 @@ from conftest import CHECKPOINTS, TINY  # noqa: E402
 
 from yolo_qc_plugin.quant.layers import QuantConv2d, quant_convs  # noqa: E402
 from yolo_qc_plugin.quant.quantizer import ActQuantizer  # noqa: E402
-from yolo_qc_plugin.tools.evaluate import detect  # noqa: E402
+from yolo_qc_plugin.tools.evaluate import detect, evaluate  # noqa: E402
 
 
 def request_of(digits, tmp_path, cell: cells.Cell | None = None, **options) -> dict:
@@ -147,6 +148,27 @@ def test_differences_are_paired_over_images_and_averaged_over_seeds(tmp_path):
     assert columns[-2:] == ["+3.00 to +3.00", "holds"] and paper.difference(content, *absent, "ap") == ""
     one["interval"] = [-0.5, 6.5]
     assert paper.difference(content, *pair, "ap").endswith("-0.50 to +6.50 | noise")
+
+
+def test_a_cell_has_cocos_ap_of_each_state(digits, tmp_path):
+    """Of one that is calibrated alone, and of a trained one before and after QC, whichever of them best.pt holds."""
+    found = {}
+    for cell in cells.Cell("start", {"bits": 4}, "start"), cells.Cell("trained", {"bits": 4}):
+        request = {**request_of(digits, tmp_path, cell), "coco": True, "weights": str(CHECKPOINTS / "float.pt")}
+        cells.work(request)
+        found[cell.name] = json.loads(Path(request["target"]).read_text())
+    assert found["start"]["steps"] == 0 and found["start"]["metrics"].keys() == {"qat"}
+    for name, state in ("start", "qat"), ("trained", "qat"), ("trained", "qc"):
+        run = tmp_path / f"{name}-seed0"
+        measured_again = evaluate(run / "weights" / f"{state}.pt", digits, imgsz=64)
+        figures = found[name]["metrics"][state]
+        assert figures["ap"] == pytest.approx(measured_again["coco"]["AP"], abs=1e-12) and figures["ap"] > 0.01
+        assert figures["map50_95"] == pytest.approx(measured_again["ultralytics"]["map50_95"], abs=1e-12)
+        assert np.load(run / "coco" / state / "resampled.npy").shape == (1001,)
+    states = {file: load_checkpoint(run / "weights" / f"{file}.pt")[0].state_dict() for file in ("best", "qat", "qc")}
+    kept = states[found["trained"]["kept"]]
+    assert kept.keys() == states["best"].keys() and all(torch.equal(v, kept[k]) for k, v in states["best"].items())
+    assert any(not torch.equal(v, states["qat"][k]) for k, v in states["qc"].items())
 
 
 @pytest.mark.parametrize("bits,offset", [(4, True), (3, False)])
