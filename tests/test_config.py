@@ -274,9 +274,18 @@ def test_a_preset_fills_what_is_not_given(preset):
         assert getattr(given, name) == other and replace(given, **{name: value}) == QCConfig(**values)
 
 
-def test_the_papers_preset_is_not_the_defaults():
+def test_the_papers_preset_is_what_it_states():
+    """LSQ per tensor, EMA of 0.9999, QC per channel at 1e-4; its "4-bit*" has no wider edges."""
     config = QCConfig.from_options({"preset": "paper"})
-    assert (config.act_offset, config.output_bits, config.bits) == (False, None, 4) and config != QCConfig()
+    assert (config.per_channel, config.act_offset, config.edge_bits, config.bits) == (False, False, 8, 4)
+    assert (config.ema_decay, config.correction_lr, config.correction_epochs) == (0.9999, 1e-4, 1)
+    assert (config.correction, config.correction_scale, config.correction_shift) == ("channel", True, True)
+    assert config.output_bits is None and config.teacher == "off"
+    starred = QCConfig.from_options({"preset": "paper", "edge_bits": "4"})
+    assert starred == replace(config, edge_bits=4)
+
+
+def test_a_preset_for_deployment():
     best = QCConfig.from_options({"preset": "best"})
     assert best.per_channel and best.output_bits == 8 and best.body_bits == (4, 8)
 

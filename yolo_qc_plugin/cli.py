@@ -75,6 +75,13 @@ COMMANDS = {
             Form("tools.coco", "coco_metrics", "format_metrics", json=True),
         ],
     ),
+    "compare": (
+        "the difference of two models' AP, and its interval over images",
+        [
+            Form("tools.intervals", "compare", "format_comparison", json=True),
+            Form("tools.intervals", "bootstrap", "format_comparison", json=True),
+        ],
+    ),
     "check": (
         "compare a checkpoint with its ONNX file; exit status 1 where they differ",
         [Form("tools.check", "check", "format_check", json=True)],

@@ -14,19 +14,22 @@ MIN_BITS, MAX_BITS = 2, 8
 WIDTH = whole(MIN_BITS, MAX_BITS)
 # name -> values of options that are not given
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {  # our reading: LSQ as published, QC per channel for an epoch; no learning rate is named
+    # what the paper's main text states; docs/coco.md names what is not an option here, such as Adam at 1e-4
+    "paper": {
         "per_channel": False,
         "act_offset": False,
-        "scale_init": "lsq",
+        "scale_lr": 1.0,  # scales are learned at the weights' rate (our reading)
+        "scale_init": "lsq",  # LSQ's own (our reading)
         "relative_steps": False,
         "teacher": "off",
-        "edge_bits": 8,
+        "edge_bits": 8,  # its "4-bit*" is edge_bits=4 beside the preset
         "output_bits": None,
-        "ema_decay": 0.99,  # the smallest of the three that are equal in its Table 3
+        "ema_decay": 0.9999,  # from 0 at the start; the length of the warm-up is ours (qat/ema.py)
         "correction": "channel",
         "correction_scale": True,
         "correction_shift": True,
         "correction_epochs": 1,
+        "correction_lr": 1e-4,  # its fall to 0 by a cosine is ours
     },
     # beside the defaults; docs/results/presets.md has the runs
     "best": {"per_channel": True, "act_bits": 8},  # no runtime on a CPU or GPU computes narrower activations faster

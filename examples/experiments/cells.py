@@ -19,9 +19,11 @@ import time
 from ast import literal_eval
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import measured
 from record import join, made, read, versions
 
 # of every run unless `--train` says otherwise; the float row too
@@ -45,14 +47,17 @@ class Cell:
 
     Args:
         name: Of its files.
-        options: Of the plugin; None trains in float.
-        source: Name of the cell whose run is corrected with these options, instead of training.
+        options: Of the plugin; None is float.
+        work: "train"; "correct" corrects the source's run with these options; "start" trains nothing and measures what
+            training begins from, float or calibrated; "round" measures the source's model with softer rounding.
+        source: Name of the cell whose run this one begins from.
         teacher: Name of the float cell whose best.pt, of the same seed, is the distill_model.
         recipe: Further arguments of `model.train()`.
     """
 
     name: str
     options: dict | None
+    work: str = "train"
     source: str | None = None
     teacher: str | None = None
     recipe: dict = field(default_factory=dict)
@@ -78,6 +83,7 @@ def parser(description: str, kinds: tuple[str, ...] = ()) -> argparse.ArgumentPa
     p.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the page and its record")
     p.add_argument("--runs", type=Path, default=Path("runs/experiments"), help="the runs and a JSON file of each")
     p.add_argument("--assemble", action="store_true", help="join what there is and make the page, without training")
+    p.set_defaults(coco=False)  # whether cells measure COCO's AP too
     return p
 
 
@@ -161,9 +167,14 @@ def request(cell: Cell, seed: int, args: argparse.Namespace) -> dict:
     teacher = cell.teacher and weights_of(cell.teacher, "best.pt")
     taught = {"distill_model": teacher} if teacher else {}
     size = {"device": args.device, "epochs": args.epochs, "imgsz": args.imgsz}
+    recipe = {**RECIPE, **size, **cell.recipe, **taught, **pairs(args.train), "seed": seed}
+    if cell.work == "start" and cell.options is None:  # the same whatever is trained beside it
+        recipe = {k: v for k, v in recipe.items() if k in {"imgsz", "seed", *MACHINE}}
     return {
+        "work": cell.work,
+        "coco": args.coco,
         "options": cell.options and {**cell.options, **({} if cell.source else pairs(args.qc))},
-        "recipe": {**RECIPE, **size, **cell.recipe, **taught, **pairs(args.train), "seed": seed},
+        "recipe": recipe,
         "data": str(Path(args.data).resolve()) if Path(args.data).exists() else args.data,
         "weights": str(Path(args.weights).resolve()) if Path(args.weights).exists() else args.weights,
         "run": str((args.runs / name).resolve()),
@@ -235,12 +246,19 @@ def work(request: dict) -> None:
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     began = time.time()
-    found = correct(request) if request["source"] else train(request)
+    folder, kinds = Path(request["run"]), {"train": train, "correct": correct, **measured.KINDS}
+    with measured.keeping_corrected() if request["coco"] else nullcontext():
+        found = kinds[request["work"]](request)
+    seconds = round(time.time() - began, 1)
+    if request["coco"]:
+        for state, model in measured.models(request, found).items():
+            of_run = found["metrics"].get(state, {})
+            found["metrics"][state] = {**measured.coco(model, request, folder / "coco" / state), **of_run}
     result = {
         **identity(request),
         "recipe": named(request["recipe"]),
         **found,
-        "seconds": round(time.time() - began, 1),
+        "seconds": seconds,
         "versions": versions(),
         **made(request["recipe"]["device"]),
     }

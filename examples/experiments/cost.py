@@ -16,6 +16,7 @@ COCO = {"train": 118287, "val": 5000}  # images
 VARIANTS = {"float": None, "quantized": {}}  # options of the plugin
 TRAINED = {"float": 1, "quantized": 9}  # runs: Table 1's and the three of Table 3 that Table 1 lacks
 CORRECTED = 9 + 6  # epochs of QC: one a quantized run, and Table 2
+EPOCHS = 100  # of the paper's runs
 
 
 def step_seconds(model: str, options: dict | None, arguments: dict, seconds: float) -> float:
@@ -43,41 +44,44 @@ def step_seconds(model: str, options: dict | None, arguments: dict, seconds: flo
 
 
 def measure(model: str, recipe: dict, seconds: float, runs: Path) -> dict:
-    """Measure float and quantized steps on a composed data set and scale them up to the experiment on COCO.
+    """Measure float and quantized steps on a composed data set.
 
     Args:
         model: YAML or checkpoint.
-        recipe: Arguments of `model.train()`, with batch, imgsz, device and epochs.
+        recipe: Arguments of `model.train()`, with batch, imgsz and device.
         seconds: Of each measurement.
         runs: Folder for the runs and the data.
 
     Returns:
-        Plain values: what was measured, and hours on one such device for one seed.
+        Plain values: what was measured.
     """
     import torch
 
     from yolo_qc_plugin import compose
 
-    batch, imgsz, device, epochs = (recipe[k] for k in ("batch", "imgsz", "device", "epochs"))
+    batch, imgsz, device = (recipe[k] for k in ("batch", "imgsz", "device"))
     folder = runs / f"digits-{imgsz}"
     data = folder / "digits.yaml"
     if not data.exists():
         compose(folder, train=16 * batch, val=batch, imgsz=imgsz, seed=0)
     place = {"data": str(data), "project": str(runs.resolve()), "name": "cost", "exist_ok": True, "verbose": False}
     found = {name: step_seconds(model, o, {**recipe, **place}, seconds) for name, o in VARIANTS.items()}
-    steps = COCO["train"] / batch
-    hours = {name: runs * epochs * steps * found[name] / 3600 for name, runs in TRAINED.items()}
-    hours["QC"] = CORRECTED * steps * found["quantized"] / 3600  # as steps of training, which cost more
     cuda = torch.device("cpu" if device == "cpu" else "cuda").type == "cuda"
     return {
         "model": Path(model).stem,
         "device": torch.cuda.get_device_name() if cuda else f"CPU, threads: {torch.get_num_threads()}",
         "recipe": recipe,
         "seconds_per_step": found,
-        "hours_per_seed": {**hours, "all": sum(hours.values())},
         "versions": {**versions(), "python": platform.python_version()},
         **made("cuda" if cuda else "cpu"),
     }
+
+
+def hours(found: dict) -> dict[str, float]:
+    """Hours on one such device for one seed: of the float run, the quantized runs and QC."""
+    steps, seconds = COCO["train"] / found["recipe"]["batch"], found["seconds_per_step"]
+    trained = {name: runs * EPOCHS * steps * seconds[name] / 3600 for name, runs in TRAINED.items()}
+    return {**trained, "QC": CORRECTED * steps * seconds["quantized"] / 3600}  # as training's steps, which cost more
 
 
 def write(found: dict | None, folder: Path) -> str:
@@ -97,16 +101,15 @@ def page(record: dict) -> str:
         "# What the paper's tables would cost on COCO",
         "",
         "Written by `examples/experiments/paper.py cost`: steps of the stock loop, measured on images composed for it, "
-        "scaled up to Tables 1 to 3 (10 runs and 15 epochs of QC a seed), without validation.",
+        f"scaled up to Tables 1 to 3 (10 runs of {EPOCHS} epochs and 15 epochs of QC a seed), without validation.",
         "",
-        "| model and device | px | batch | float step, s | quantized step, s | epochs a run | hours a seed | "
+        "| model and device | px | batch | float step, s | quantized step, s | hours a seed | "
         "of these float / quantized / QC |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, found in record.items():
-        steps, hours, recipe = found["seconds_per_step"], found["hours_per_seed"], found["recipe"]
+        steps, of, recipe = found["seconds_per_step"], hours(found), found["recipe"]
         cells = [name, recipe["imgsz"], recipe["batch"], f"{steps['float']:.3f}", f"{steps['quantized']:.3f}"]
-        cells += [recipe["epochs"], f"{hours['all']:.0f}"]
-        cells.append(" / ".join(f"{hours[k]:.0f}" for k in ("float", "quantized", "QC")))
+        cells += [f"{sum(of.values()):.0f}", " / ".join(f"{value:.0f}" for value in of.values())]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, ""])

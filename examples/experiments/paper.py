@@ -5,7 +5,7 @@
     python examples/experiments/paper.py table2 ...
     python examples/experiments/paper.py table3 ...
     python examples/experiments/paper.py figures --data bccd.yaml --weights float.pt --epochs 8 --imgsz 320
-    python examples/experiments/paper.py cost --model yolov5n.yaml --device 0 --imgsz 640 --epochs 300 --train batch=64
+    python examples/experiments/paper.py cost --model yolov5n.yaml --device 0 --imgsz 640 --train batch=64
 
 The float checkpoint is trained on for as many epochs with the same recipe (the float row), so that QAT gets no credit
 for longer training. Each quantized run gives two rows, before and after QC. Tables share the runs they have in common;
@@ -25,7 +25,9 @@ import sys
 from pathlib import Path
 
 import cost
+import measured
 from cells import RECIPE, Cell, conditions, mean_and_spread, measure, pairs, parser
+from measured import State
 from record import page, read, results, write
 
 HEAD = [
@@ -83,7 +85,7 @@ def decay(value: float) -> Cell:
 def correction(per: str, scale: bool, shift: bool) -> Cell:
     """A cell of Table 2: the finished 4-bit EMA run, corrected again."""
     options = {"correction": per, "correction_scale": scale, "correction_shift": shift}
-    return Cell(f"QC-{per}{'-scale' * scale}{'-shift' * shift}", options, source=method("EMA", 4).name)
+    return Cell(f"QC-{per}{'-scale' * scale}{'-shift' * shift}", options, "correct", source=method("EMA", 4).name)
 
 
 def cells(kind: str, widths: list[int]) -> list[Cell]:
@@ -98,8 +100,14 @@ def cells(kind: str, widths: list[int]) -> list[Cell]:
 
 
 def points(found: dict[int, dict], row: str, figure: str = "map50_95") -> dict[int, float]:
-    """Seed -> figure in points of one row of a cell: "trained", "qat" or "qc"."""
+    """Seed -> figure in points of one state of a cell: "trained", "qat" or "qc"."""
     return {seed: 100 * r["metrics"][row][figure] for seed, r in found.items() if r["metrics"].get(row)}
+
+
+def main_figure(files: list[dict]) -> tuple[str, str]:
+    """Key and title of the figure that cells are compared by: pycocotools' AP where all have it."""
+    states = [state for f in files for name, state in f["metrics"].items() if state and name in measured.FILES]
+    return ("ap", "AP") if all("ap" in state for state in states) else ("map50_95", "mAP50-95")
 
 
 def header(title: str, name: str, files: list[dict]) -> list[str]:
@@ -120,60 +128,78 @@ def table1(name: str, content: dict) -> list[str]:
     files = [r for runs in found.values() for r in runs.values()]
     if not found["float"]:
         return []
+    start = results(content["cells"], "pretrained")
     paper = PAPER.get(files[0]["model"], {})
-    lines = header("Table 1", name, files)
-    lines += [f"| method | QC | bits | seeds | mAP50-95 | of float | mAP50 | paper, {files[0]['model']} |"]
+    (figure, title), lines = main_figure(files), header("Table 1", name, files)
+    lines += [f"| method | QC | bits | seeds | {title} | of float | mAP50 | paper, {files[0]['model']} |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
-    float_mean = statistics.mean(points(found["float"], "trained").values())
-    for cell, runs in found.items():
+    float_mean = statistics.mean(points(start or found["float"], "trained", figure).values())
+    for cell, runs in ({"pretrained": start} | found).items():
         for row, qc in (("trained", "-"), ("qat", "✗"), ("qc", "✓")):
-            values = points(runs, row)
+            values = points(runs, row, figure)
             if not values:
                 continue
-            theirs = paper.get(cell, "")
+            theirs = paper.get("float" if cell == "pretrained" else cell, "")
             theirs = theirs[row == "qc"] if isinstance(theirs, tuple) else theirs
-            title, _, bits = cell.partition("-")
+            row_title, _, bits = cell.partition("-")
             share = f"{100 * statistics.mean(values.values()) / float_mean:.1f}%" if float_mean else ""
             map50 = points(runs, row, "map50")
             cols = mean_and_spread(values.values()), share, mean_and_spread(map50.values())
-            title = "float trained on" if cell == "float" else title
-            lines.append(
-                f"| {title} | {qc} | {bits.removesuffix('bit') or 32} | {len(values)} | {' | '.join(cols)} | {theirs} |"
-            )
-    return [*lines, "", *orderings(found), "", *output_cost(files)]
+            row_title = {"pretrained": "float", "float": "float trained on"}.get(cell, row_title)
+            shown = f"{bits.removesuffix('bit') or 32} | {len(values)} | {' | '.join(cols)} | {theirs}"
+            lines.append(f"| {row_title} | {qc} | {shown} |")
+    return [*lines, "", *orderings(content, figure, title), "", *output_cost(files)]
 
 
-def orderings(found: dict[str, dict[int, dict]]) -> list[str]:
-    """The paper's orderings, seed by seed.
-
-    An ordering holds (or is reversed) where all seeds agree in sign and the mean is at least twice its standard error.
-    """
-    lines = ["The paper's orderings (first above second), differences of mAP50-95 in points, seed by seed:", ""]
-    lines += ["| first | second | by seed | mean | standard error | reading |", "|---|---|---|---|---|---|"]
+def ordered() -> list[tuple[State, State]]:
+    """The paper's orderings: the first is above the second."""
+    pairs = []
     for bits in WIDTHS:
-        compared = [((name, "qc"), (name, "qat")) for name in METHODS]
-        compared += [((a, row), (b, row)) for row in ("qat", "qc") for a, b in (("EMA", "LSQ"), ("EMA", "dampening"))]
-        for first, second in compared:
-            a, b = (points(found[f"{name}-{bits}bit"], row) for name, row in (first, second))
-            by_seed = [a[seed] - b[seed] for seed in a if seed in b]
-            if by_seed:
-                labels = [f"{name}-{bits}bit{' + QC' * (row == 'qc')}" for name, row in (first, second)]
-                lines.append(f"| {' | '.join(labels)} | {difference(by_seed)} |")
+        pairs += [((f"{name}-{bits}bit", "qc"), (f"{name}-{bits}bit", "qat")) for name in METHODS]
+        for state in ("qat", "qc"):
+            pairs += [((f"EMA-{bits}bit", state), (f"{name}-{bits}bit", state)) for name in ("LSQ", "dampening")]
+    return pairs
+
+
+def orderings(content: dict, figure: str, title: str) -> list[str]:
+    """The paper's orderings, seed by seed."""
+    lines = [f"The paper's orderings (first above second), differences of {title} in points, seed by seed:", ""]
+    head = ["first", "second", *difference_head(content)]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for pair in ordered():
+        if columns := difference(content, *pair, figure):
+            labels = [f"{cell}{' + QC' * (state == 'qc')}" for cell, state in pair]
+            lines.append(f"| {' | '.join(labels)} | {columns} |")
     return lines
 
 
-def difference(by_seed: list[float]) -> str:
-    """Columns of a paired difference: by seed, mean, standard error, reading."""
+def difference_head(content: dict) -> list[str]:
+    """Titles of the columns that `difference` makes."""
+    return ["by seed", "mean", "standard error", *["95% over images"] * ("differences" in content), "reading"]
+
+
+def difference(content: dict, first: State, second: State, figure: str = "map50_95") -> str:
+    """Columns of a paired difference: by seed, mean, standard error, interval where recorded, reading.
+
+    It holds (or is reversed) where all seeds agree in sign and the mean is at least twice its standard error or, where
+    there is one, the interval over images leaves out 0. Empty where no seed has both.
+    """
+    a, b = (points(results(content["cells"], cell), state, figure) for cell, state in (first, second))
+    by_seed = [a[seed] - b[seed] for seed in a if seed in b]
+    if not by_seed:
+        return ""
     mean, error = statistics.mean(by_seed), standard_error(by_seed)
+    columns = [", ".join(f"{d:+.1f}" for d in by_seed), f"{mean:+.2f}", "-" if error is None else f"{error:.2f}"]
+    beyond_noise = error is not None and abs(mean) >= 2 * error
+    if "differences" in content:
+        found = content["differences"].get(measured.label(first, second))
+        low, high = found["interval"] if found else (0, 0)
+        columns.append(f"{low:+.2f} to {high:+.2f}" if found else "-")
+        beyond_noise = not low <= 0 <= high
     agree = all(d > 0 for d in by_seed) or all(d < 0 for d in by_seed)
-    if error is None:
-        reading = "one seed"
-    elif agree and abs(mean) >= 2 * error:
-        reading = "holds" if mean > 0 else "reversed"
-    else:
-        reading = "noise"
-    shown = "-" if error is None else f"{error:.2f}"
-    return f"{', '.join(f'{d:+.1f}' for d in by_seed)} | {mean:+.2f} | {shown} | {reading}"
+    known = error is not None or "differences" in content
+    reading = ("holds" if mean > 0 else "reversed") if agree and beyond_noise else "noise" if known else "one seed"
+    return " | ".join([*columns, reading])
 
 
 def standard_error(values: list[float]) -> float | None:
@@ -183,7 +209,7 @@ def standard_error(values: list[float]) -> float | None:
 
 def output_cost(files: list[dict]) -> list[str]:
     """What quantized outputs of the convolutions, which integer kernels need, cost before the correction."""
-    metrics = [f["metrics"] for f in files if "float_outputs" in f["metrics"]]
+    metrics = [f["metrics"] for f in files if f.get("config", {}).get("output_bits")]
     costs = [100 * (m["qat"]["map50_95"] - m["float_outputs"]["map50_95"]) for m in metrics]
     if len(costs) < 2:
         return []
@@ -193,26 +219,32 @@ def output_cost(files: list[dict]) -> list[str]:
     ]
 
 
+def corrections() -> list[tuple[State, State]]:
+    """Each set-up of QC, and the run that it corrects."""
+    return [((correction(*setup).name, "qc"), (method("EMA", 4).name, "qat")) for setup in PAPER_CORRECTIONS]
+
+
 def table2(name: str, content: dict) -> list[str]:
     """Table 2: six set-ups of QC on the same QAT runs."""
     runs = results(content["cells"], method("EMA", 4).name)
     corrected = {setup: results(content["cells"], correction(*setup).name) for setup in PAPER_CORRECTIONS}
     if not (runs and any(corrected.values())):
         return []
-    before, theirs = points(runs, "qat"), PAPER["yolov5n"]["EMA-4bit"][0]
-    lines = header("Table 2", name, list(runs.values()))
+    (figure, title), lines = main_figure(list(runs.values())), header("Table 2", name, list(runs.values()))
+    before, theirs = points(runs, "qat", figure), PAPER["yolov5n"]["EMA-4bit"][0]
+    head = ["QC", "scale", "shift", "seeds", title, "paper, yolov5n", *difference_head(content)]
     lines += [
         "Each run of the 4-bit EMA model is corrected six times, with the same batches (`yolo_qc_plugin.correct`). The "
         "last columns are the gain over the model without QC, seed by seed, its mean and standard error.",
         "",
-        "| QC | scale | shift | seeds | mAP50-95 | paper, yolov5n | gain by seed | mean | standard error | reading |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        f"| none | ✗ | ✗ | {len(before)} | {mean_and_spread(before.values())} | {theirs} | | | | |",
+        f"| {' | '.join(head).replace('by seed', 'gain by seed')} |",
+        "|---" * len(head) + "|",
+        f"| none | ✗ | ✗ | {len(before)} | {mean_and_spread(before.values())} | {theirs} {'| ' * (len(head) - 6)}|",
     ]
-    for setup, theirs in PAPER_CORRECTIONS.items():
-        after = points(corrected[setup], "qc")
+    for setup, pair in zip(PAPER_CORRECTIONS, corrections()):
+        after, theirs = points(corrected[setup], "qc", figure), PAPER_CORRECTIONS[setup]
         if after:
-            gains = difference([after[seed] - before[seed] for seed in after if seed in before])
+            gains = difference(content, *pair, figure)
             marks = " | ".join("✓" if on else "✗" for on in setup[1:])
             shown = f"{len(after)} | {mean_and_spread(after.values())} | {theirs}"
             lines.append(f"| per {setup[0]} | {marks} | {shown} | {gains} |")
@@ -226,20 +258,30 @@ def table3(name: str, content: dict) -> list[str]:
     if not any(runs for value, runs in found.items() if "decay" in decay(value).name):  # Table 1 has the others
         return []
     steps = files[0]["steps"]
-    lines = header("Table 3", name, files)
+    (figure, title), lines = main_figure(files), header("Table 3", name, files)
+    shown_differences = "differences" in content
+    more = [f"less decay 0: {column}" if column == "by seed" else column for column in difference_head(content)]
+    head = ["decay", "seeds", title, "with QC", "paper, yolov5n", *more * shown_differences]
     lines += [
         f"The decay is warmed up: at step n it is min(decay, (1 + n) / (10 + n)). In {steps} steps the warm-up reaches "
         f"{(1 + steps) / (10 + steps):.4f}: decays above that are the same here.",
         "",
-        "| decay | seeds | mAP50-95 | with QC | paper, yolov5n |",
-        "|---|---|---|---|---|",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
     ]
-    for value, runs in found.items():
-        qat, qc = (points(runs, row) for row in ("qat", "qc"))
+    for (value, runs), pair in zip(found.items(), decays()):
+        qat, qc = (points(runs, row, figure) for row in ("qat", "qc"))
         if qat:
             shown = mean_and_spread(qat.values()), mean_and_spread(qc.values()) if qc else ""
-            lines.append(f"| {value} | {len(qat)} | {' | '.join(shown)} | {PAPER_DECAYS[value]} |")
+            gain = difference(content, *pair, figure) if shown_differences and value else ""
+            line = f"| {value} | {len(qat)} | {' | '.join(shown)} | {PAPER_DECAYS[value]} |"
+            lines.append(line + (f" {gain or ' | ' * (len(more) - 1)} |" if shown_differences else ""))
     return lines
+
+
+def decays() -> list[tuple[State, State]]:
+    """Each decay of Table 3, and LSQ without an average."""
+    return [((decay(value).name, "qat"), (method("LSQ", 4).name, "qat")) for value in PAPER_DECAYS]
 
 
 TABLES = {"table1": table1, "table2": table2, "table3": table3}

@@ -13,19 +13,29 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from ultralytics.nn.tasks import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "experiments"))
 import cells  # noqa: E402
+import coco  # noqa: E402
+import measured  # noqa: E402
 import paper  # noqa: E402
 import record  # noqa: E402
-from conftest import TINY  # noqa: E402
+from conftest import CHECKPOINTS, TINY  # noqa: E402
+
+from yolo_qc_plugin.quant.layers import QuantConv2d, quant_convs  # noqa: E402
+from yolo_qc_plugin.quant.quantizer import ActQuantizer  # noqa: E402
+from yolo_qc_plugin.tools.evaluate import detect, evaluate  # noqa: E402
 
 
 def request_of(digits, tmp_path, cell: cells.Cell | None = None, **options) -> dict:
     given = {k: v for k, v in TINY.items() if k not in {"imgsz", "epochs", "device"}} | {"epochs": 2}
     args = Namespace(data=str(digits), weights="yolov5n.yaml", device="cpu", epochs=2, imgsz=64, qc=[], runs=tmp_path)
+    args.coco = False
     args.train = [f"{k}={v}" for k, v in given.items()]
     cell = cell or cells.Cell("EMA-4bit", {"bits": 4, "ema_decay": 0.99, **options})
     return cells.request(cell, 0, args)
@@ -104,11 +114,142 @@ def test_pages_from_files(tmp_path):
     assert any("decays above that are the same here" in line and "0.4375" in line for line in page)
 
 
+def cell_of(seed: int, **states: float) -> dict:
+    """What a cell records, with AP by state."""
+    return {"recipe": {"seed": seed}, "metrics": {state: {"ap": ap} for state, ap in states.items()}}
+
+
+def test_differences_are_paired_over_images_and_averaged_over_seeds(tmp_path):
+    """Of what two cells share; in each resample the mean over seeds, so that opposite errors of seeds cancel."""
+    rng = np.random.default_rng(0)
+    base, noise = rng.normal(0.3, 0.05, 1001), rng.normal(0, 0.01, 1001)  # AP of all images, then of resamples
+    resampled = {
+        ("a", 0): base + 0.02 + noise,
+        ("a", 1): base + 0.04 - noise,
+        ("a", 2): base,  # b has no such seed
+        ("b", 0): base,
+        ("b", 1): base,
+    }
+    content = {"cells": {}, "notes": []}
+    for (name, seed), values in resampled.items():
+        file = tmp_path / f"{name}-seed{seed}" / "coco" / "qat" / "resampled.npy"
+        file.parent.mkdir(parents=True)
+        np.save(file, values)
+        content["cells"][f"{name}-seed{seed}"] = cell_of(seed, qat=values[0])
+    pair, absent = (("a", "qat"), ("b", "qat")), (("a", "qc"), ("b", "qat"))
+    found = measured.differences(content, tmp_path, [pair, absent])
+    (one,) = found.values()
+    assert one["seeds"] == [0, 1] and one["by_seed"] == pytest.approx([2 + 100 * noise[0], 4 - 100 * noise[0]])
+    assert one["difference"] == pytest.approx(3) and one["interval"] == pytest.approx([3, 3])
+
+    content["differences"] = found
+    assert measured.differences(content, tmp_path / "elsewhere", [pair]) == found  # files of another machine
+    columns = paper.difference(content, *pair, "ap").split(" | ")
+    assert columns[-2:] == ["+3.00 to +3.00", "holds"] and paper.difference(content, *absent, "ap") == ""
+    one["interval"] = [-0.5, 6.5]
+    assert paper.difference(content, *pair, "ap").endswith("-0.50 to +6.50 | noise")
+
+
+def test_a_cell_has_cocos_ap_of_each_state(digits, tmp_path):
+    """Of one that is calibrated alone, and of a trained one before and after QC, whichever of them best.pt holds."""
+    found = {}
+    for cell in cells.Cell("start", {"bits": 4}, "start"), cells.Cell("trained", {"bits": 4}):
+        request = {**request_of(digits, tmp_path, cell), "coco": True, "weights": str(CHECKPOINTS / "float.pt")}
+        cells.work(request)
+        found[cell.name] = json.loads(Path(request["target"]).read_text())
+    assert found["start"]["steps"] == 0 and found["start"]["metrics"].keys() == {"qat"}
+    for name, state in ("start", "qat"), ("trained", "qat"), ("trained", "qc"):
+        run = tmp_path / f"{name}-seed0"
+        measured_again = evaluate(run / "weights" / f"{state}.pt", digits, imgsz=64)
+        figures = found[name]["metrics"][state]
+        assert figures["ap"] == pytest.approx(measured_again["coco"]["AP"], abs=1e-12) and figures["ap"] > 0.01
+        assert figures["map50_95"] == pytest.approx(measured_again["ultralytics"]["map50_95"], abs=1e-12)
+        assert np.load(run / "coco" / state / "resampled.npy").shape == (1001,)
+    states = {file: load_checkpoint(run / "weights" / f"{file}.pt")[0].state_dict() for file in ("best", "qat", "qc")}
+    kept = states[found["trained"]["kept"]]
+    assert kept.keys() == states["best"].keys() and all(torch.equal(v, kept[k]) for k, v in states["best"].items())
+    assert any(not torch.equal(v, states["qat"][k]) for k, v in states["qc"].items())
+
+
+@pytest.mark.parametrize("bits,offset", [(4, True), (3, False)])
+def test_soft_rounding(bits, offset):
+    """Within half a step of a grid point it is the rounding of training; within less, values between keep theirs."""
+    quant = ActQuantizer(bits, offset)
+    with torch.no_grad():
+        quant.scale.fill_(0.25)
+    x = torch.linspace(-3, 8, 4001)
+    assert torch.equal(measured.soft_values(quant, 0.5, x), quant(x))
+    soft, hard = measured.soft_values(quant, 0.45, x), quant(x)
+    kept = soft != hard
+    inside = (x > quant.quant_min * 0.25) & (x < quant.quant_max * 0.25)
+    assert (kept & ~inside).sum() == 0 and 0.05 < kept[inside].float().mean() < 0.15
+    assert torch.allclose(soft[kept], x[kept])
+
+
+def test_a_soft_model_is_not_deployed(digits):
+    """Else it would compute integers; its weights are those that it was given."""
+    file = CHECKPOINTS / "quantized.pt"
+    by = {within: detect(measured.rounding(file, within), digits, 64)[1] for within in (0.5, 0.45)}
+    latent = measured.rounding(file, 0.0)
+    assert all(isinstance(c, QuantConv2d) for _, c in quant_convs(latent.model)) and len(by[0.5]) > 10
+    assert by[0.5] != by[0.45]
+    _, conv = next(quant_convs(latent.model))
+    quant = conv.weight_quant
+    low, high = (quant.per_weight(conv.weight) * end for end in (quant.quant_min, quant.quant_max))
+    assert torch.allclose(quant(conv.weight), conv.weight.clamp(low, high))
+
+
+def test_the_tables_on_coco(tmp_path):
+    """A row of the recipe, an ordering of Table 1 with its interval, soft rounding; none without cells."""
+    one = {"data": "d.yaml", "weights": "w.pt", "model": "yolov5n", "steps": 6, "versions": {}, "seconds": 120}
+    one |= {"images": {"train": 24, "val": 8}, "kept": "qc"}
+    states = {
+        "pretrained": {"trained": 0.4},
+        "calibrated-W4A8": {"qat": 0.1},
+        "W4A8": {"qat": 0.36, "qc": 0.38},
+        "float": {"trained": 0.39},
+        "LSQ-4bit": {"qat": 0.2, "qc": 0.22},
+        "EMA-4bit": {"qat": 0.25, "qc": 0.26},
+        "EMA-4bit-channel": {"qat": 0.24, "qc": 0.26},
+        "rounded-LSQ-4bit": {"hard": 0.2, "soft": 0.206},
+    }
+    recorded = {f"{name}-seed0": {**one, **cell_of(0, **of)} for name, of in states.items()}
+    for cell in recorded.values():
+        for state in cell["metrics"].values():
+            state["map50"] = 0.5
+    content = {"cells": recorded, "notes": [], "differences": {}}
+    pair = ("EMA-4bit", "qat"), ("LSQ-4bit", "qat")
+    assert pair in coco.compared()
+    content["differences"][measured.label(*pair)] = {"interval": [4.0, 6.0]}
+    page = record.page(coco.HEAD, {"d-yolov5n": content}, *coco.TABLES).splitlines()
+    assert "| W4A8 | 1 | 10.0 | 36.0 | 38.0 | 38.0 | 95.0% | +2.0 | +2.00 | - | - | noise | 2 |" in page
+    assert "| float | - | 32 | 1 | 40.0 | 100.0% | 50.0 | 28.0 |" in page
+    assert "| LSQ | ✗ | 4 | 1 | 20.0 | 50.0% | 50.0 | 20.6 |" in page
+    assert "| EMA-4bit | LSQ-4bit | +5.0 | +5.00 | - | +4.00 to +6.00 | holds |" in page
+    assert "| 4 | per channel | ✗ | 1 | 24.0 | 22.1 |" in page
+    assert "| 4 | 1 | 20.0 | 20.6 | 20.6 | 21.2 | +0.6 | +0.60 | - | - | noise |" in page
+    for table in page_tables(page):
+        assert len({row.count("|") for row in table}) == 1, table[0]
+    assert record.page(["# Page"], {"d": {"cells": {}, "notes": []}}, *coco.TABLES) == "# Page\n"
+
+
+def page_tables(lines: list[str]) -> list[list[str]]:
+    """The tables of a page, each the lines of one."""
+    tables: list[list[str]] = [[]]
+    for line in lines:
+        if line.startswith("|"):
+            tables[-1].append(line)
+        elif tables[-1]:
+            tables.append([])
+    return [table for table in tables if table]
+
+
 SCRIPTS = {
     "benchmarks": ("step", "quantizer", "correction", "deploy"),
     "experiments": (
         "paper table1", "paper cost", "presets", "defaults", "sensitivity", "families", "parity", "kill_and_resume",
         "reliability", "equalization",
+        *["coco recipe"] * (ROOT / "docs" / "results" / "coco.json").exists(),
     ),
 }  # fmt: skip
 

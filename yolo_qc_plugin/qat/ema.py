@@ -14,8 +14,8 @@ class ConstantEMA:
     """Moves an averaged copy of a model towards the model.
 
     The decay is constant but for a warm-up that keeps the average from being dominated by its start: at update n it is
-    min(decay, (1 + n) / (10 + n)) (the TensorFlow `num_updates` rule; the paper is silent). It reaches 0.9 after 80
-    updates, 0.99 after 890 and 0.999 after 8,990.
+    min(decay, (1 + n) / (10 + n)), the TensorFlow `num_updates` rule. It reaches 0.9 after 80 updates, 0.99 after 890,
+    0.999 after 8,990 and 0.9999 after 89,990. (The paper's decay is 0 at the start; it does not say how it rises.)
 
     Floating parameters and buffers (BN statistics) are averaged, others copied. Tensors are matched by name. Attributes
     and `update_attr` are those Ultralytics' trainer and validator look for.

@@ -67,14 +67,8 @@ def coco_metrics(
     """
     if max_det < 10:
         raise ValueError(f"max_det={max_det} is not accepted: it must be >= 10, for AR10 counts that many")
-    truth, found = _index_truth(_read_json(annotations)), _read_json(detections)
-    _check_detections(truth, found)
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        # loadRes writes into the entries it is given, and fails on an empty list
-        results = truth.loadRes([dict(d) for d in found]) if found else _index({**truth.dataset, "annotations": []})
-        run = COCOeval(truth, results, iouType="bbox")
-        run.params.maxDets = [1, 10, max_det]
-        run.evaluate()
+    run = matched(annotations, detections, max_det)
+    with contextlib.redirect_stdout(io.StringIO()):
         run.accumulate()
 
     # COCOeval.summarize looks its numbers up by the value 100; these are the same means for any max_det.
@@ -89,9 +83,25 @@ def coco_metrics(
     for name, area in (("ARs", 1), ("ARm", 2), ("ARl", 3)):
         metrics[name] = _mean(recall[..., area, -1])
     metrics["per_class"] = {
-        truth.cats[category]["name"]: _mean(precision[:, :, k, 0, -1]) for k, category in enumerate(run.params.catIds)
+        run.cocoGt.cats[category]["name"]: _mean(precision[:, :, k, 0, -1])
+        for k, category in enumerate(run.params.catIds)
     }
     return metrics
+
+
+def matched(
+    annotations: dict[str, Any] | str | Path, detections: list[dict[str, Any]] | str | Path, max_det: int = 100
+) -> COCOeval:
+    """COCOeval after its `evaluate()`, which matches detections to ground truth; see `coco_metrics`."""
+    truth, found = _index_truth(read_json(annotations)), read_json(detections)
+    _check_detections(truth, found)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        # loadRes writes into the entries it is given, and fails on an empty list
+        results = truth.loadRes([dict(d) for d in found]) if found else _index({**truth.dataset, "annotations": []})
+        run = COCOeval(truth, results, iouType="bbox")
+        run.params.maxDets = [1, 10, max_det]
+        run.evaluate()
+    return run
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
@@ -125,7 +135,7 @@ def to_coco(labels: Iterable[dict[str, Any]], names: dict[int, str], root: str |
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _read_json(source: Any) -> Any:
+def read_json(source: Any) -> Any:
     """What a JSON file holds, or `source` itself if it is no path."""
     if not isinstance(source, (str, Path)):
         return source

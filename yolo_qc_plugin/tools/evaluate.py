@@ -73,18 +73,8 @@ def evaluate(
         FileNotFoundError: The model or the data is missing.
         ValueError: The model is no YOLO detector.
     """
-    yolo = model if isinstance(model, YOLO) else load_detector(model)
     settings = dict(batch=batch, device=device, split=split, conf=conf, iou=iou, max_det=max_det, rect=rect)
-    validator = validate(yolo, data, imgsz, kind=_RecordingValidator, **settings)
-
-    # The loader reads its data set in order, so labels and records pair up by position. The labels know no shape here:
-    # Ultralytics takes it out when it sorts images into rectangular batches.
-    labels = validator.dataloader.dataset.labels
-    labels = [{**label, "shape": shape} for label, (shape, _) in zip(labels, validator.records)]
-    truth = to_coco(labels, validator.names, validator.data["path"], clip)
-    detections = []
-    for image_id, (shape, rows) in enumerate(validator.records, 1):
-        detections += to_results(image_id, ops.clip_boxes(rows, shape) if clip else rows)
+    truth, detections, validator = detect(model, data, imgsz, clip, **settings)
     return {
         "model": str(getattr(model, "ckpt_path", model)),
         "data": str(data),
@@ -96,6 +86,32 @@ def evaluate(
         "images": len(truth["images"]),
         "instances": len(truth["annotations"]),
     }
+
+
+def detect(
+    model: str | Path | YOLO,
+    data: str | Path,
+    imgsz: int | Sequence[int] | None = None,
+    clip: bool = True,
+    **settings,
+) -> tuple[dict[str, Any], list[dict[str, Any]], BaseValidator]:
+    """Validate a detector once with Ultralytics; see `evaluate` for the arguments.
+
+    Returns:
+        The ground truth in COCO form, with images in the order of their files, COCO results, and the validator.
+    """
+    yolo = model if isinstance(model, YOLO) else load_detector(model)
+    validator = validate(yolo, data, imgsz, kind=_RecordingValidator, **settings)
+    # The loader reads its data set in order, so labels and records pair up by position. The labels know no shape here:
+    # Ultralytics takes it out when it sorts images into rectangular batches. Numbered by file, images are the same for
+    # models that are validated in other batches.
+    pairs = sorted(zip(validator.dataloader.dataset.labels, validator.records), key=lambda pair: pair[0]["im_file"])
+    labels = [{**label, "shape": shape} for label, (shape, _) in pairs]
+    truth = to_coco(labels, validator.names, validator.data["path"], clip)
+    detections = []
+    for image_id, (_, (shape, rows)) in enumerate(pairs, 1):
+        detections += to_results(image_id, ops.clip_boxes(rows, shape) if clip else rows)
+    return truth, detections, validator
 
 
 def takes_oblong() -> bool:

@@ -1,0 +1,229 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Measure the plugin and the paper's claims on photographs of COCO, by pycocotools, with intervals over images.
+
+    python examples/experiments/coco.py recipe --data coco.yaml --weights yolo11n.pt --seeds 0 1 2 --train lr0=1e-4
+    python examples/experiments/coco.py table1 ... --qc preset=paper
+    python examples/experiments/coco.py table2 ... --qc preset=paper
+    python examples/experiments/coco.py table3 ... --qc preset=paper
+    python examples/experiments/coco.py granularity ... --qc preset=paper
+
+`recipe` is what a model keeps with the plugin's defaults; table1 to table3 are the paper's, made by the same functions
+as paper.py's; `granularity` is a scale per tensor against one per channel, narrow edges ("4-bit*") and soft rounding.
+Runs are shared between the kinds, and what is done or begun is not repeated (see cells.py); give the last four the same
+options. OUT/coco.json holds all cells and their paired differences, OUT/coco.md is made from it alone:
+
+    python examples/experiments/coco.py recipe --assemble
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+
+import paper
+from cells import Cell, mean_and_spread, measure, parser
+from measured import SOFT, State, differences
+from paper import difference, difference_head, header, main_figure, method, points
+from record import page, results, write
+
+HEAD = [
+    "# On photographs of COCO",
+    "",
+    "Written by `examples/experiments/coco.py` from `coco.json`. AP by pycocotools, in points on the validation set, "
+    "mean ± standard deviation over seeds, of the last epoch. Shares are of the float checkpoint that training starts "
+    "from. With QC and without are two states of the same runs. Intervals are of the paired difference, averaged over "
+    "seeds: the middle 95% of 1,000 resamples of the images, the same for all models. A difference holds (or is "
+    "reversed) where all seeds agree in sign and its interval leaves out 0. The paper's columns are mAP on all of COCO "
+    "after 100 epochs.",
+]
+
+START = Cell("pretrained", None, "start")
+RECIPE = {f"W{w}A{a}": {"weight_bits": w, "act_bits": a} for w, a in ((8, 8), (4, 8), (4, 4), (3, 3))}
+TRAINED = "W4A8", "W4A4", "W3A3"
+
+NARROW = {"4": {"bits": 4}, "3": {"bits": 3}, "4*": {"bits": 4, "edge_bits": 4}}
+# mAP on COCO in the paper's main text: per tensor, per channel, per tensor with QC; all with EMA
+PAPER = {
+    "yolov5n": {"4": (22.1, 22.1, 23.8), "3": (16.3, 14.4, 18.2), "4*": (16.5, 19.4, 20.4)},
+    "yolov5s": {"4": (33.1, 32.6, 34.0), "3": (28.5, 27.3, 30.2), "4*": (25.6, 31.2, 32.0)},
+    "yolov7-tiny": {"4": (34.6, 32.3, 35.2), "3": (30.3, 27.3, 31.0), "4*": (32.8, 30.3, 34.3)},
+}
+PAPER_ROUNDED = {  # hard, soft
+    "yolov5n": {4: (20.6, 21.2), 3: (15.2, 16.2)},
+    "yolov5s": {4: (32.5, 32.6), 3: (27.2, 27.7)},
+}
+
+
+def averaged(bits: str, per_channel: bool = False) -> Cell:
+    """An EMA cell of `NARROW`; those of Table 1 serve where they are the same."""
+    if bits in "43" and not per_channel:
+        return method("EMA", int(bits))
+    name = f"EMA-{bits[0]}bit{'-edges' * bits.endswith('*')}{'-channel' * per_channel}"
+    return Cell(name, {**NARROW[bits], **paper.METHODS["EMA"], **({"per_channel": True} if per_channel else {})})
+
+
+def rounded(bits: int) -> Cell:
+    """A finished LSQ run by hard and by soft rounding."""
+    return Cell(f"rounded-LSQ-{bits}bit", None, "round", source=method("LSQ", bits).name)
+
+
+def calibrated(width: str) -> Cell:
+    """What a row of the recipe starts from, without training."""
+    return Cell(f"calibrated-{width}", RECIPE[width], "start")
+
+
+def cells(kind: str) -> list[Cell]:
+    """The cells of a table."""
+    if kind == "recipe":
+        return [START, *map(calibrated, RECIPE), *(Cell(width, RECIPE[width]) for width in TRAINED)]
+    if kind == "granularity":
+        made = [averaged(bits, per_channel) for bits in NARROW for per_channel in (False, True)]
+        return [START, *made, *(method("LSQ", bits) for bits in paper.WIDTHS), *map(rounded, paper.WIDTHS)]
+    return [START, *paper.cells(kind, paper.WIDTHS)]
+
+
+def compared() -> list[tuple[State, State]]:
+    """All pairs of which the page shows the difference."""
+    pairs = [*gains_of_qc(), *paper.ordered(), *paper.corrections(), *paper.decays()]
+    return [*pairs, *(pair for bits in NARROW for pair in granular(bits)), *map(softer, paper.WIDTHS)]
+
+
+def gains_of_qc() -> list[tuple[State, State]]:
+    """With QC, and without, of the recipe's rows."""
+    return [((width, "qc"), (width, "qat")) for width in TRAINED]
+
+
+def granular(bits: str) -> list[tuple[State, State]]:
+    """Per channel, then per tensor with QC, each against per tensor; and the one against the other."""
+    tensor, channel = averaged(bits).name, averaged(bits, True).name
+    return [
+        ((channel, "qat"), (tensor, "qat")),
+        ((tensor, "qc"), (tensor, "qat")),
+        ((tensor, "qc"), (channel, "qat")),
+    ]
+
+
+def softer(bits: int) -> tuple[State, State]:
+    """Soft rounding, and hard."""
+    name = rounded(bits).name
+    return (name, "soft"), (name, "hard")
+
+
+def recipe(name: str, content: dict) -> list[str]:
+    """What a model keeps with the plugin's defaults."""
+    float_ap = points(results(content["cells"], START.name), "trained", "ap")
+    trained = {width: results(content["cells"], width) for width in TRAINED}
+    files = [run for runs in trained.values() for run in runs.values()]
+    if not (files and float_ap):
+        return []
+    whole = statistics.mean(float_ap.values())
+    gain = [f"QC: {column}" if column == "by seed" else column for column in difference_head(content)]
+    head = ["bits", "seeds", "calibrated alone", "without QC", "with QC", "best.pt", "of float", *gain, "minutes"]
+    lines = header("The plugin's defaults", name, files)
+    lines += [
+        "Bits are those of weights and activations, 8 at the edges. `best.pt` is the better of the two columns before "
+        "it in each run, as the plugin keeps it. Minutes are of a run, with QC and all that the plugin measures.",
+        "",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+        f"| float | {len(float_ap)} | | | | {whole:.1f} | 100% {'| ' * (len(gain) + 1)}|",
+    ]
+    for width in RECIPE:
+        runs, start = trained.get(width, {}), results(content["cells"], calibrated(width).name)
+        kept = {seed: 100 * run["metrics"][run["kept"]]["ap"] for seed, run in runs.items()}
+        columns = [points(start, "qat", "ap"), points(runs, "qat", "ap"), points(runs, "qc", "ap"), kept]
+        if any(columns):
+            shown = [mean_and_spread(column.values()) if column else "" for column in columns]
+            share = statistics.mean((kept or columns[0]).values()) / whole
+            minutes = f"{statistics.mean(run['seconds'] for run in runs.values()) / 60:.0f}" if runs else ""
+            by = difference(content, (width, "qc"), (width, "qat"), "ap") or " | ".join([""] * len(gain))
+            seeds = len(runs or start)
+            lines.append(f"| {width} | {seeds} | {' | '.join(shown)} | {100 * share:.1f}% | {by} | {minutes} |")
+    return lines
+
+
+def granularity(name: str, content: dict) -> list[str]:
+    """Per tensor, per channel, per tensor with QC."""
+    runs = {
+        (bits, per_channel): results(content["cells"], averaged(bits, per_channel).name)
+        for bits in NARROW
+        for per_channel in (False, True)
+    }
+    files = [run for (_, per_channel), found in runs.items() if per_channel for run in found.values()]
+    if not files:  # Table 1 has the others
+        return []
+    (figure, title), paper_rows = main_figure(files), PAPER.get(files[0]["model"], {})
+    head = ["bits", "weights' scales", "QC", "seeds", title, f"paper, {files[0]['model']}"]
+    lines = [
+        *header("Per tensor, per channel, per tensor with QC", name, files),
+        'All with EMA. 4* has the edges at 4 bits too, the paper\'s "4-bit*".',
+        "",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+    ]
+    for bits in NARROW:
+        rows = ("tensor", "✗", False, "qat"), ("channel", "✗", True, "qat"), ("tensor", "✓", False, "qc")
+        for (scales, qc, per_channel, state), theirs in zip(rows, paper_rows.get(bits, [""] * 3)):
+            if values := points(runs[bits, per_channel], state, figure):
+                shown = f"{len(values)} | {mean_and_spread(values.values())} | {theirs}"
+                lines.append(f"| {bits} | per {scales} | {qc} | {shown} |")
+    pairs = [pair for bits in NARROW for pair in granular(bits)]
+    return [*lines, "", *table_of_differences(content, pairs, figure)]
+
+
+def table_of_differences(content: dict, pairs: list[tuple[State, State]], figure: str) -> list[str]:
+    """Paired differences, a line each."""
+    head = ["first", "second", *difference_head(content)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for pair in pairs:
+        if columns := difference(content, *pair, figure):
+            lines.append(f"| {' | '.join(name + ' + QC' * (state == 'qc') for name, state in pair)} | {columns} |")
+    return lines
+
+
+def soft_rounding(name: str, content: dict) -> list[str]:
+    """Finished LSQ runs by hard and by soft rounding."""
+    found = {bits: results(content["cells"], rounded(bits).name) for bits in paper.WIDTHS}
+    sources = [run for bits in paper.WIDTHS for run in results(content["cells"], method("LSQ", bits).name).values()]
+    if not (any(found.values()) and sources):
+        return []
+    head = ["bits", "seeds", "hard", "soft", "paper, hard", "paper, soft", *difference_head(content)]
+    lines = [
+        *header("Soft rounding", name, sources),
+        "Finished LSQ models without QC, measured without training: a weight or an activation is rounded only where it "
+        f"lies within {SOFT} of a step of a grid point, and keeps its latent value otherwise. Both columns are of the "
+        "trained form in FP32, not of the deployed one.",
+        "",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+    ]
+    for bits, runs in found.items():
+        if runs:
+            hard, soft = (mean_and_spread(points(runs, state, "ap").values()) for state in ("hard", "soft"))
+            theirs = PAPER_ROUNDED.get(sources[0]["model"], {}).get(bits, ("", ""))
+            columns = difference(content, *softer(bits), "ap")
+            lines.append(f"| {bits} | {len(runs)} | {hard} | {soft} | {theirs[0]} | {theirs[1]} | {columns} |")
+    return lines
+
+
+TABLES = recipe, paper.table1, paper.table2, paper.table3, granularity, soft_rounding
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    p = parser(__doc__, ("recipe", "table1", "table2", "table3", "granularity"))
+    p.set_defaults(runs=Path("runs/coco"), coco=True)
+    args = p.parse_args()
+    file = args.out / "coco.json"
+    record, done = measure(cells(args.kind), file, args)
+    if args.name and record[args.name]["cells"]:
+        record[args.name]["differences"] = differences(record[args.name], args.runs, compared())
+        write(file, record)
+    if any(content["cells"] for content in record.values()):
+        file.with_suffix(".md").write_text(page(HEAD, record, *TABLES), encoding="utf-8")
+    sys.exit(not done)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+# yolo_qc_plugin, AGPL-3.0
+"""What cells measure beside their runs: COCO's AP, starts without training, soft rounding; and how cells differ.
+
+Where a script asks for COCO's AP, a cell measures each state of its model by pycocotools on the validation set. Beside
+its run it leaves coco/STATE/detections.json and annotations.json, which `yolo-qc compare` takes, and resampled.npy: AP
+of all images, then of each resample of them (tools/intervals.py). These are the same for all cells on the same images,
+so that the difference of two cells has an interval without measuring anything again.
+
+States: "trained" is a float model; "qat" a quantized one without QC, "qc" the same with QC; "hard" and "soft" are a
+quantized one by the way that it rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+FILES = {"trained": "best.pt", "qat": "qat.pt", "qc": "qc.pt"}  # of a run's weights
+SOFT = 0.45  # steps within which of a grid point soft rounding rounds
+State = tuple[str, str]  # name of a cell, state of its model
+
+
+@contextmanager
+def keeping_corrected() -> Iterator[None]:
+    """Have the corrected model written to qc.pt; best.pt holds it only where it is the better one."""
+    from yolo_qc_plugin.run import finish
+
+    train_qc = finish.train_qc
+
+    def train_and_write(trainer, config, source, *more):
+        model = train_qc(trainer, config, source, *more)
+        finish.write_like(source, deepcopy(model), {}, Path(source).with_name(FILES["qc"]))
+        return model
+
+    finish.train_qc = train_and_write
+    try:
+        yield
+    finally:
+        finish.train_qc = train_qc
+
+
+def models(request: dict, found: dict) -> dict:
+    """State -> what is measured of a cell: the checkpoint, or a YOLO object that rounds in another way."""
+    if request["work"] == "round":
+        return {"hard": rounding(request["source"], 0.5), "soft": rounding(request["source"], SOFT)}
+    states = ["qc"] if request["work"] == "correct" else found["metrics"]
+    weights = Path(request["run"]) / "weights"
+    return {state: weights / FILES[state] for state in states if state in FILES and found["metrics"][state] is not None}
+
+
+def coco(model, request: dict, folder: Path) -> dict[str, float]:
+    """Measure a model on the validation set and leave its files in a folder.
+
+    Returns:
+        "ap" by pycocotools; "map50_95" and "map50" by Ultralytics, of the same detections; all in 0..1.
+    """
+    from yolo_qc_plugin.tools.evaluate import detect
+    from yolo_qc_plugin.tools.intervals import resampled_ap
+
+    size, device = (request["recipe"][key] for key in ("imgsz", "device"))
+    truth, detections, validator = detect(model, request["data"], size, device=device)
+    resampled = resampled_ap(truth, detections)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "annotations.json").write_text(json.dumps(truth))
+    (folder / "detections.json").write_text(json.dumps(detections))
+    np.save(folder / "resampled.npy", resampled)
+    box = validator.metrics.box
+    return {"ap": float(resampled[0]), "map50_95": float(box.map), "map50": float(box.map50)}
+
+
+def begin(request: dict) -> dict:
+    """Write what training begins from: the float checkpoint, or the model as the plugin has calibrated it."""
+    from ultralytics import YOLO
+
+    weights = Path(request["run"]) / "weights"
+    weights.mkdir(parents=True, exist_ok=True)
+    yolo = YOLO(request["weights"])
+    state = "trained" if request["options"] is None else "qat"
+    found = {"model": Path(yolo.model.yaml["yaml_file"]).stem, "steps": 0, "metrics": {state: {}}}
+    if state == "qat":
+        calibrate(yolo, request, weights / FILES[state])
+    else:
+        shutil.copyfile(request["weights"], weights / FILES[state])
+    return found
+
+
+def calibrate(yolo, request: dict, file: Path) -> None:
+    """Start a run as any other, write its model once it is calibrated, with its outputs quantized, and end it."""
+    from ultralytics.nn.tasks import load_checkpoint
+
+    from yolo_qc_plugin import add_qc_callbacks
+    from yolo_qc_plugin.host.architecture import student
+    from yolo_qc_plugin.run.finish import set_outputs
+
+    config = add_qc_callbacks(yolo, **request["options"])
+
+    class Calibrated(Exception):
+        """Ends the run."""
+
+    def write(model) -> None:
+        yolo.model = model.cpu()
+        yolo.save(file)
+
+    def on_train_start(trainer) -> None:
+        write(deepcopy(student(trainer.ema.ema)))
+        if config.output_bits is not None:  # of the checkpoint, as after training
+            model, _ = load_checkpoint(file, device=trainer.device)
+            set_outputs(trainer, model, config.output_bits, config.calibration_batches)
+            write(model)
+        raise Calibrated
+
+    yolo.add_callback("on_train_start", on_train_start)
+    folder = Path(request["run"])
+    place = {"project": str(folder.parent), "name": folder.name, "exist_ok": True}
+    with suppress(Calibrated):
+        yolo.train(data=request["data"], **place, **request["recipe"])
+
+
+def rounding(file: str | Path, within: float):
+    """A finished model that rounds only what lies within so many steps of a grid point, and is not deployed.
+
+    Elsewhere a weight or an activation keeps its latent value, clipped to the range. With 0.5 that is the rounding of
+    training. Outputs of convolutions are rounded as ever.
+    """
+    from ultralytics import YOLO
+
+    from yolo_qc_plugin.quant.layers import quant_convs
+
+    yolo = YOLO(file)
+    yolo.model.fuse = lambda *args, **kwargs: yolo.model  # fusing would compute integers
+    for _, conv in quant_convs(yolo.model):
+        for quant in conv.weight_quant, conv.act_quant:
+            quant.forward = partial(soft_values, quant, within)
+    return yolo
+
+
+def soft_values(quant, within: float, x):
+    """What a quantizer makes of x if it rounds only within so many steps of a grid point."""
+    from yolo_qc_plugin.quant.functional import from_codes, grid_position, per_slice, widen
+
+    scale = per_slice(quant.scale, x)
+    offset = quant.grid_offset() if hasattr(quant, "grid_offset") else None
+    latent = grid_position(widen(x), scale, offset).clamp_(quant.quant_min, quant.quant_max)
+    code = latent.round()
+    return from_codes(latent.where((latent - code).abs() > within, code), scale, offset).to(x.dtype)
+
+
+def rounded(request: dict) -> dict:
+    """Nothing but the measuring is to be done of a cell that rounds."""
+    return {"metrics": {}}
+
+
+KINDS = {"start": begin, "round": rounded}
+
+
+def label(first: State, second: State) -> str:
+    """The key of a difference in a record."""
+    return " - ".join("/".join(state) for state in (first, second))
+
+
+def differences(content: dict, runs: Path, pairs: list[tuple[State, State]]) -> dict[str, dict]:
+    """Paired differences of AP with their intervals, of all pairs whose cells have their files in the runs' folder.
+
+    A pair is of the seeds that both cells have. In each resample of the images the difference is averaged over them.
+
+    Args:
+        content: A set of the record; differences that it has already stay where files are missing.
+        runs: Folder of the set's runs.
+        pairs: First and second state.
+
+    Returns:
+        Label -> "seeds"; "by_seed", "difference" (their mean) and "interval", in points.
+    """
+    from yolo_qc_plugin.tools.intervals import interval
+
+    found = dict(content.get("differences", {}))
+    for pair in pairs:
+        of = [measured_seeds(content["cells"], state) for state in pair]
+        seeds = sorted(of[0] & of[1])
+        files = [[runs / f"{cell}-seed{s}" / "coco" / state / "resampled.npy" for s in seeds] for cell, state in pair]
+        if seeds and all(file.exists() for one in files for file in one):
+            a, b = (100 * np.stack([np.load(file) for file in one]) for one in files)  # (seeds, 1 + resamples)
+            mean = (a - b).mean(axis=0)
+            found[label(*pair)] = {
+                "seeds": seeds,
+                "by_seed": (a - b)[:, 0].tolist(),
+                "difference": float(mean[0]),
+                "interval": interval(mean[1:]),
+            }
+    return found
+
+
+def measured_seeds(cells: dict[str, dict], state: State) -> set[int]:
+    """Seeds of which a record has the AP of a state."""
+    found = ((key.rpartition("-seed"), cell["metrics"].get(state[1]) or {}) for key, cell in cells.items())
+    return {int(seed) for (name, _, seed), metrics in found if name == state[0] and "ap" in metrics}

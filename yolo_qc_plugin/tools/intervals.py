@@ -1,0 +1,217 @@
+# yolo_qc_plugin, AGPL-3.0
+"""How sure a difference of COCO's AP is: paired bootstrap over images.
+
+A resample draws as many images as there are, with repetition; an image drawn k times counts k times, its detections and
+its ground truth alike. Both models see the same resamples, so that what all models find hard or easy cancels in their
+difference. Of 1,000 differences, the middle 95% are the interval.
+
+COCOeval matches detections to ground truth image by image, so one pass serves all resamples: only the counts along the
+order of scores change. AP needs precision at true positives alone, for precision only falls from one to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .coco import matched, read_json
+from .evaluate import detect
+
+RESAMPLES = 1000
+PERCENTILES = 2.5, 97.5
+ROWS = 100  # resamples computed together, which bounds the memory
+
+
+@dataclass(frozen=True)
+class ClassMatches:
+    """What COCOeval found of one class, at every size of objects.
+
+    Attributes:
+        truth: (images,), objects of each image that count.
+        image: (n,), index of each detection's image, by falling score.
+        hit: (thresholds, n), whether a detection is a true positive at an overlap.
+        ignored: (thresholds, n), whether it counts neither as a true nor as a false positive.
+    """
+
+    truth: np.ndarray
+    image: np.ndarray
+    hit: np.ndarray
+    ignored: np.ndarray
+
+    def ap(self, weights: np.ndarray, recalls: np.ndarray) -> np.ndarray:
+        """AP of each row of image weights (rows, images), in 0..1; NaN where no object has weight."""
+        objects = (weights @ self.truth)[:, None]
+        weight = weights[:, self.image]
+        seen = None if self.ignored.any() else weight.cumsum(axis=1)
+        total = np.zeros(len(weights))
+        for hit, ignored in zip(self.hit, self.ignored):
+            counted = (weight * ~ignored).cumsum(axis=1) if seen is None else seen
+            true = weight[:, hit].cumsum(axis=1)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                recall = true / objects
+            precision = true / (counted[:, hit] + np.spacing(1))  # as COCOeval has it: 0 where nothing counts yet
+            envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+            reached = np.searchsorted(recalls, recall, side="right")  # points at or below each recall
+            total += (envelope * np.diff(reached, axis=1, prepend=0)).sum(axis=1)
+        return np.where(objects[:, 0] > 0, total / (len(self.hit) * len(recalls)), np.nan)
+
+
+def matches(annotations: dict[str, Any] | str | Path, detections: list[dict] | str | Path) -> Iterator[ClassMatches]:
+    """What COCOeval found of each class that has detections or ground truth; arguments as of `coco_metrics`."""
+    run = matched(annotations, detections)
+    index = {image: i for i, image in enumerate(run.params.imgIds)}
+    for category in range(len(run.params.catIds)):
+        start = category * len(run.params.areaRng) * len(index)  # evalImgs: by class, then by size, then by image
+        found = [e for e in run.evalImgs[start : start + len(index)] if e is not None]
+        if not found:
+            continue
+        truth = np.zeros(len(index), dtype=int)
+        for e in found:
+            truth[index[e["image_id"]]] = np.count_nonzero(np.asarray(e["gtIgnore"]) == 0)
+        scores = np.concatenate([e["dtScores"] for e in found])
+        order = np.argsort(-scores, kind="mergesort")  # stable, as COCOeval's
+        image = np.concatenate([np.full(len(e["dtScores"]), index[e["image_id"]]) for e in found])[order]
+        match = np.concatenate([e["dtMatches"] for e in found], axis=1)[:, order]
+        ignored = np.concatenate([e["dtIgnore"] for e in found], axis=1)[:, order].astype(bool)
+        yield ClassMatches(truth, image, (match != 0) & ~ignored, ignored)
+
+
+def weighted_ap(
+    annotations: dict[str, Any] | str | Path, detections: list[dict] | str | Path, weights: np.ndarray
+) -> np.ndarray:
+    """COCO's AP of a data set in which images are repeated.
+
+    Args:
+        annotations: Ground truth, as of `coco_metrics`.
+        detections: Results, as of `coco_metrics`.
+        weights: (rows, images), whole numbers: how often each image counts, in the order of their ids.
+
+    Returns:
+        (rows,), in 0..1: the mean over the classes that have ground truth in a row; NaN where none has.
+    """
+    classes, recalls = list(matches(annotations, detections)), np.linspace(0.0, 1.0, 101)
+    if not classes:
+        return np.full(len(weights), np.nan)
+    parts = [weights[i : i + ROWS] for i in range(0, len(weights), ROWS)]
+    by_class = np.concatenate([np.stack([c.ap(part, recalls) for c in classes], axis=1) for part in parts])
+    there = ~np.isnan(by_class)
+    with np.errstate(invalid="ignore"):
+        return np.where(there, by_class, 0.0).sum(axis=1) / there.sum(axis=1)
+
+
+def resampled_ap(
+    annotations: dict[str, Any], detections: list[dict], resamples: int = RESAMPLES, seed: int = 0
+) -> np.ndarray:
+    """COCO's AP of all images, then of each resample: (1 + resamples,), in 0..1; arguments as of `bootstrap`.
+
+    Raises:
+        ValueError: There is no ground truth, or what `coco_metrics` refuses.
+    """
+    images = len(annotations["images"])
+    weights = np.concatenate([np.ones((1, images), int), image_weights(images, resamples, seed)])
+    found = weighted_ap(annotations, detections, weights)
+    if np.isnan(found[0]):
+        raise ValueError("the ground truth has no objects: there is no AP to compare")
+    return found
+
+
+def image_weights(images: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each image is drawn in each resample: (resamples, images), rows of sum `images`."""
+    return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
+
+
+def interval(differences: np.ndarray) -> list[float]:
+    """The ends of the middle 95%, without resamples that have no ground truth."""
+    low, high = np.nanpercentile(differences, PERCENTILES)
+    return [float(low), float(high)]
+
+
+def bootstrap(
+    annotations: dict[str, Any] | str | Path,
+    detections_a: list[dict[str, Any]] | str | Path,
+    detections_b: list[dict[str, Any]] | str | Path,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compare two models' AP on the same images, with the 95% interval of the difference.
+
+    Args:
+        annotations: Ground truth in COCO form, or a JSON file of it.
+        detections_a: COCO results of the first model, or a JSON file of them; see `coco_metrics`.
+        detections_b: Those of the second model.
+        resamples: Resamples of the images, >= 1.
+        seed: Of the resamples.
+
+    Returns:
+        In points, 0..100: "ap", the two; "difference", the first's less the second's; "interval", its lower and upper
+        end. And "images" and "resamples", how many.
+
+    Raises:
+        ValueError: `resamples` is too small, there is no ground truth, or what `coco_metrics` refuses.
+        FileNotFoundError: A JSON file is missing.
+    """
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples} is not accepted: it must be >= 1")
+    truth, found = read_json(annotations), [read_json(d) for d in (detections_a, detections_b)]
+    a, b = (100 * resampled_ap(truth, d, resamples, seed) for d in found)
+    return {
+        "ap": [float(a[0]), float(b[0])],
+        "difference": float(a[0] - b[0]),
+        "interval": interval((a - b)[1:]),
+        "images": len(truth["images"]),
+        "resamples": resamples,
+    }
+
+
+def compare(
+    a: str | Path,
+    b: str | Path,
+    data: str | Path,
+    *,
+    imgsz: int | None = None,
+    batch: int = 16,
+    device: str | None = None,
+    split: str = "val",
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Validate two detectors on the same images and compare them, see `bootstrap`.
+
+    Args:
+        a: The first model: checkpoint, exported model or model YAML, of the task "detect".
+        b: The second model.
+        data: Data YAML, as Ultralytics accepts it.
+        imgsz: Image side in pixels; None takes the one each checkpoint was trained with.
+        batch: Images a batch.
+        device: "cpu", "0", ...; None lets Ultralytics choose.
+        split: "train", "val" or "test".
+        resamples: Resamples of the images, >= 1.
+        seed: Of the resamples.
+
+    Returns:
+        The result of `bootstrap`, with "a", "b" and "data".
+
+    Raises:
+        FileNotFoundError: A model or the data is missing.
+        ValueError: A model is no YOLO detector, or `resamples` is too small.
+    """
+    of_each = [detect(model, data, imgsz, batch=batch, device=device, split=split) for model in (a, b)]
+    (truth, found_a, _), (_, found_b, _) = of_each
+    return {"a": str(a), "b": str(b), "data": str(data), **bootstrap(truth, found_a, found_b, resamples, seed)}
+
+
+def format_comparison(result: dict[str, Any]) -> str:
+    """The result of `compare` or `bootstrap` as plain text."""
+    rows = [f"AP of {result.get(name, name)}: {ap:.2f}" for name, ap in zip("ab", result["ap"])]
+    low, high = result["interval"]
+    return "\n".join(
+        [
+            *rows,
+            f"difference: {result['difference']:+.2f}, 95% of resamples within [{low:+.2f}, {high:+.2f}] "
+            f"({result['images']} images, {result['resamples']} resamples)",
+        ]
+    )
