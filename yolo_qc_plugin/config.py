@@ -67,7 +67,8 @@ class QCConfig:
         distill_features: Weight of the loss that draws the outputs of the top-level layers to those of the start, at
             least 0; 0 is off. (Ultralytics compares features with a `distill_model` itself; `dis` is its weight.)
         label_weight: Weight of Ultralytics' loss of the labels where there is a teacher, at least 0.
-        bn_freeze: Keep the batch norm statistics of the start where it teaches: what is drawn to it is normalized as it.
+        bn_freeze: Keep the batch norm statistics of the start where it teaches: what is drawn to it is normalized as it
+            is.
         bn_reestimate: Measure batch norm statistics again after training, before the outputs are quantized.
         correction: QC factors per "channel", per "tensor", or "off".
         correction_scale: Learn QC's scale gamma.
