@@ -30,6 +30,8 @@ REFUSED = {
     "correction_scale": FLAG,
     "correction_shift": FLAG,
     "scale_init": ("'mse' or 'lsq'", ["", "MSE", "minmax", None, 1, True, ["mse"]]),
+    "labels": ("'data' or 'teacher'", ["", "model", None, True, ["data"]]),
+    "label_confidence": ("above 0 and below 1", [0, 1, 1.0, -0.1, NAN, INF, True, "0.5", None]),
     "correction": ("'channel' or 'tensor' or 'off'", ["", "channels", "none", None, False, 0]),
     "scale_lr": FACTOR,
     "correction_lr": FACTOR,
