@@ -8,7 +8,8 @@ be missing here.
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -84,6 +85,12 @@ def read_photographs(data: str | Path, leave_out: Path) -> Photographs:
     return Photographs(str(data), {"train": train, "val": val}, checked["names"] if named else None, own_val, others)
 
 
+def any_labels(places: str | list[str], data: str) -> bool:
+    """Whether a photograph of some folders, or text files that list them, has a label; searches up to the first."""
+    labels = (Path(*img2label_paths([image])) for image in _found(places, data))
+    return any(label.is_file() and label.stat().st_size for label in labels)
+
+
 def is_plain_folder(data: str | Path) -> bool:
     """Whether it is a folder without a data YAML at its top."""
     return Path(data).is_dir() and not any(Path(data).glob("*.y*ml"))
@@ -118,17 +125,21 @@ def _check(contents: dict[str, Any], data: str) -> dict[str, Any]:
 
 
 def _images(places: str | list[str], data: str) -> list[Path]:
-    """Photographs of folders and of text files that list them, sorted; as Ultralytics' data set finds them."""
-    found: list[str] = []
+    """Photographs in the order of their paths."""
+    return sorted(set(map(Path, _found(places, data))))
+
+
+def _found(places: str | list[str], data: str) -> Iterator[str]:
+    """Photographs of folders and of text files that list them, as Ultralytics' data set finds them."""
     for place in map(Path, [places] if isinstance(places, str) else places):
         if place.is_dir():
-            found += glob.glob(str(Path(glob.escape(str(place))) / "**" / "*.*"), recursive=True)
+            files: Iterable[str] = glob.iglob(str(Path(glob.escape(str(place))) / "**" / "*.*"), recursive=True)
         elif place.is_file():
-            lines = place.read_text(encoding="utf-8-sig").split("\n")
-            found += [str(place.parent / line[2:]) if line.startswith("./") else line for line in map(str.strip, lines)]
+            lines = map(str.strip, place.read_text(encoding="utf-8-sig").splitlines())
+            files = (str(place.parent / line[2:]) if line.startswith("./") else line for line in lines)
         else:
             raise QCError(f"QC: data={data} names {place}, which does not exist; give a folder or a list of files.")
-    return sorted(Path(f).absolute() for f in set(found) if f.rpartition(".")[-1].lower() in IMG_FORMATS)
+        yield from (os.path.abspath(f) for f in files if f.rpartition(".")[-1].lower() in IMG_FORMATS)
 
 
 def _with_labels(images: Iterable[Path], leave_out: Path) -> dict[Path, Path | None]:

@@ -93,6 +93,8 @@ class QCCallbacks:
         start.check_model(model)
         if trainer.resume:
             self.state.open(trainer, checkpoint or {})
+        elif self.state.config.labels == "data":
+            refuse_without_labels(trainer)
         config = self.state.config
         if trainer.args.distill_model:
             check_teacher(trainer.args.distill_model, model, config.distill_outputs > 0)
@@ -109,8 +111,6 @@ class QCCallbacks:
     def on_pretrain_routine_end(self, trainer: BaseTrainer) -> None:
         """Measure the float start and start the scales from data, or restore both; take over the EMA."""
         compat.check_trainer(trainer, compat.WHEN_READY)
-        if self.state.config.labels == "data":
-            refuse_without_labels(trainer)
         if trainer.resume:
             self.state.find_teacher(trainer)
         else:

@@ -26,7 +26,7 @@ from ultralytics.utils import YAML
 from ..config import QCError
 from ..files import replacing
 from ..host import log
-from ..host.labels import Teacher
+from ..host.labelling import Teacher
 from ..host.photographs import Photographs
 
 YAML_FILE, RECORD = "data.yaml", "labels.json"

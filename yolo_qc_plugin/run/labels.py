@@ -10,12 +10,10 @@ from ultralytics.engine.trainer import BaseTrainer
 
 from ..config import QCConfig, QCError
 from ..host import log
-from ..host.labels import TASKS, Teacher
-from ..host.photographs import is_plain_folder, read_photographs
-from ..options import number
+from ..host.labelling import TASKS, Teacher
+from ..host.photographs import any_labels, is_plain_folder, read_photographs
 from .labelled import YAML_FILE, write_labelled
 
-CONFIDENCE = number(above=0, below=1)
 SHOWN = 8  # classes in the text
 ASK = "callbacks=qc qc_labels=teacher has the start model label the photographs"
 
@@ -46,7 +44,7 @@ def label(
     Raises:
         QCError: If the model, the data set or the confidence is not accepted, or if the model finds nothing.
     """
-    CONFIDENCE.check("confidence", confidence)
+    QCConfig.kinds()["label_confidence"].check("confidence", confidence)
     folder = Path(out or f"{Path(data).resolve().stem}-labelled")
     photographs = read_photographs(data, folder)
     return write_labelled(photographs, Teacher(model, confidence, imgsz, device), folder)
@@ -81,10 +79,10 @@ def label_for_run(trainer: BaseTrainer, config: QCConfig) -> None:
         if args.task in TASKS and is_plain_folder(args.data) and not any(Path(args.data).rglob("*.y*ml")):
             raise QCError(f"QC: data={args.data} is a folder without a data YAML; {ASK}.")
         return
-    folder = trainer.save_dir / "qc" / "data"
-    if trainer.resume:
-        if (folder / YAML_FILE).exists():
-            args.data = str(folder.resolve() / YAML_FILE)
+    folder = (trainer.save_dir / "qc" / "data").resolve()
+    if trainer.resume and (folder / YAML_FILE).exists():
+        args.data = str(folder / YAML_FILE)
+    if trainer.resume or args.data == str(folder / YAML_FILE):  # also in the process of one of several devices
         return
     photographs = read_photographs(args.data, trainer.save_dir) if args.task in TASKS else None
     if photographs and photographs.complete:
@@ -103,14 +101,14 @@ def label_for_run(trainer: BaseTrainer, config: QCConfig) -> None:
 
 
 def refuse_without_labels(trainer: BaseTrainer) -> None:
-    """Refuse to train on background alone.
+    """Refuse to train on background alone, before Ultralytics reads all images.
 
     Raises:
         QCError: If no training image has a label.
     """
-    labels = getattr(trainer.train_loader.dataset, "labels", None)
-    if labels and not any(len(of_image["cls"]) for of_image in labels):
-        raise QCError(f"QC: data={trainer.args.data} has no label for any training image; give label files, or {ASK}.")
+    data = str(trainer.args.data)
+    if trainer.args.task in TASKS and not any_labels(trainer.data["train"], data):
+        raise QCError(f"QC: data={data} has no label for any training image; give label files, or {ASK}.")
 
 
 def _start_model(trainer: BaseTrainer, config: QCConfig) -> Teacher:
