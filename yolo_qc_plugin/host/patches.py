@@ -251,7 +251,7 @@ def _opening(resume: Resume) -> tuple[Patch, ...]:
 
 
 _TRAINING = (
-    # on_pretrain_routine_start is not told to the process that starts one for each of several devices.
+    # Where a process is started for each of several devices, on_pretrain_routine_start comes after the data are read.
     Patch(BaseTrainer, "get_dataset", "self", _announce_dataset),
     # Scales must leave weight decay and matrix optimizers before a scheduler sees the groups.
     Patch(BaseTrainer, "build_optimizer", "self model name lr momentum decay iterations", _group_scales),

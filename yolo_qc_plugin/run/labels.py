@@ -82,7 +82,7 @@ def label_for_run(trainer: BaseTrainer, config: QCConfig) -> None:
     folder = (trainer.save_dir / "qc" / "data").resolve()
     if trainer.resume and (folder / YAML_FILE).exists():
         args.data = str(folder / YAML_FILE)
-    if trainer.resume or args.data == str(folder / YAML_FILE):  # also in the process of one of several devices
+    if trainer.resume or args.data == str(folder / YAML_FILE):
         return
     photographs = read_photographs(args.data, trainer.save_dir) if args.task in TASKS else None
     if photographs and photographs.complete:
@@ -114,6 +114,11 @@ def refuse_without_labels(trainer: BaseTrainer) -> None:
 def _start_model(trainer: BaseTrainer, config: QCConfig) -> Teacher:
     """The model that the run starts from, as the teacher."""
     args = trainer.args
+    if trainer.ddp:  # Ultralytics deletes the run's folder before it starts their processes
+        raise QCError(
+            f"QC: device={args.device} is not accepted with labels='teacher'; give one device, or label first by "
+            f"`yolo-qc label model={args.model} data={args.data}` and train on the YAML that it writes."
+        )
     if args.pretrained is not True:
         raise QCError(
             f"QC: pretrained={args.pretrained} is not accepted with labels='teacher'; give model=FILE.pt alone."
