@@ -13,7 +13,7 @@ from ultralytics.data.utils import verify_image_label
 from ultralytics.engine.results import Results
 
 from yolo_qc_plugin.config import QCError
-from yolo_qc_plugin.host.labelling import Teacher, label_rows
+from yolo_qc_plugin.host.labelling import Labeller, label_rows
 
 BOXES = torch.tensor([[10, 20, 30, 60, 0.9, 3], [0, 0, 100, 100, 0.5, 0]])  # of a picture 200 wide and 100 high
 ROWS = [[3, 0.1, 0.4, 0.1, 0.4], [0, 0.25, 0.5, 0.5, 1]]
@@ -74,17 +74,17 @@ def test_keypoints_that_the_model_is_not_sure_of_are_not_labelled(tmp_path):
 
 
 def test_the_size_is_that_of_the_training(tmp_path):
-    assert Teacher(FLOAT, 0.25).settings["imgsz"] == 64
-    assert Teacher(FLOAT, 0.25, imgsz=96).settings["imgsz"] == 96
+    assert Labeller(FLOAT, 0.25).settings["imgsz"] == 64
+    assert Labeller(FLOAT, 0.25, imgsz=96).settings["imgsz"] == 96
     checkpoint = torch.load(FLOAT, weights_only=False)
     checkpoint["train_args"].pop("imgsz")
     torch.save(checkpoint, tmp_path / "model.pt")
-    assert Teacher(tmp_path / "model.pt", 0.25, otherwise=128).settings["imgsz"] == 128
+    assert Labeller(tmp_path / "model.pt", 0.25, otherwise=128).settings["imgsz"] == 128
 
 
 @pytest.mark.parametrize("start, message", [
     ("tiny.yaml", "is not trained"), ("untrained.pt", "was never trained"), ("quantized.pt", "is already quantized"),
-    ("classify.pt", "labels='teacher' is for detect, segment, pose, obb"),
+    ("classify.pt", "is for classify, .* give a model for detect, segment, pose, obb"),
 ])  # fmt: skip
 def test_what_cannot_label(tmp_path, start, message):
     file = CHECKPOINTS / start
@@ -94,4 +94,4 @@ def test_what_cannot_label(tmp_path, start, message):
         model = YOLO("yolov8n-cls.yaml").model
         torch.save({"model": model, "train_args": {"task": "classify"}}, file := tmp_path / start)
     with pytest.raises(QCError, match=message):
-        Teacher(file, 0.25)
+        Labeller(file, 0.25)

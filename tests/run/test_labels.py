@@ -58,7 +58,7 @@ def test_labels_are_the_models_own_predictions(photos, tmp_path):
     summary = label(FLOAT, photos, tmp_path / "out", device="cpu")
     assert contents(photos) == before
     images = sorted((tmp_path / "out" / "images").rglob("*.jpg"))
-    assert len(images) == ALL == summary["by_teacher"] and summary["by_data"] == summary["unreadable"] == 0
+    assert len(images) == ALL == summary["by_model"] and summary["by_data"] == summary["unreadable"] == 0
     model, boxes = YOLO(FLOAT), 0
     for image in images:
         assert image.resolve().is_relative_to(photos)
@@ -80,7 +80,7 @@ def test_labels_of_the_data_set_are_kept(photos, tmp_path, predicted):
         file.write_bytes(content)
     (tmp_path / "photos.yaml").write_text("train: photos/train\nval: photos/val\n")
     summary = label(FLOAT, tmp_path / "photos.yaml", tmp_path / "out", device="cpu")
-    assert (summary["train"], summary["val"], summary["by_data"], summary["by_teacher"]) == (24, 8, 2, 30)
+    assert (summary["train"], summary["val"], summary["by_data"], summary["by_model"]) == (24, 8, 2, 30)
     for file, content in given.items():
         assert (tmp_path / "out" / "labels" / file.relative_to(photos)).read_bytes() == content
     assert len(predicted) == 30
@@ -125,6 +125,9 @@ def test_photographs_that_come_and_go(photos, tmp_path, predicted):
     names = {file.stem for file in (tmp_path / "out" / "labels").rglob("*.txt")}
     assert "zero" in names and last.stem not in names
     assert names == {file.stem for file in (tmp_path / "out" / "images").rglob("*.jpg")}
+    predicted.clear()  # others of the same names
+    label(FLOAT, photos / "val", tmp_path / "out", device="cpu")
+    assert len(predicted) == len(list((tmp_path / "out" / "labels").rglob("*.txt"))) == 8
 
 
 def test_another_folder_is_not_touched(photos, tmp_path):

@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Labels of a teacher: a float checkpoint's predictions as the rows of Ultralytics' label files."""
+"""A float checkpoint's predictions as labels: the rows of Ultralytics' label files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TASKS = [task for task in MODELS if task != "classify"]  # whose labels are file
 VISIBLE = 0.5  # a keypoint's confidence from which Ultralytics draws it
 
 
-class Teacher:
+class Labeller:
     """A trained float checkpoint whose predictions become labels.
 
     Args:
@@ -61,8 +61,8 @@ class Teacher:
         self.task: str = self.yolo.task
         if self.task not in TASKS:
             raise QCError(
-                f"QC: labels='teacher' is for {', '.join(TASKS)}; the labels of {self.task} are no files. Sort the "
-                "photographs into a folder for each class."
+                f"QC: model={model} is for {self.task}, whose labels are no files, and cannot label photographs; give a "
+                f"model for {', '.join(TASKS)}."
             )
         self.names: dict[int, str] = dict(self.yolo.names)
         self.device = device

@@ -1,12 +1,12 @@
 # yolo_qc_plugin, AGPL-3.0
-"""A data set in which every photograph has a label file: the user's, or else a teacher's.
+"""A data set in which every photograph has a label file: the user's, or else a model's.
 
 It is an ordinary data set, which can be looked at, corrected and trained on again:
 
     data.yaml             for Ultralytics
     images/train, val     links to the photographs
-    labels/train, val     copies of the user's label files, and the teacher's for the others
-    labels.json           what the teacher's files depend on; as long as that holds, none is predicted again
+    labels/train, val     copies of the user's label files, and the model's for the others
+    labels.json           what the model's files depend on; as long as that holds, none is predicted again
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ultralytics.utils import YAML
 from ..config import QCError
 from ..files import replacing
 from ..host import log
-from ..host.labelling import Teacher
+from ..host.labelling import Labeller
 from ..host.photographs import Photographs
 
 YAML_FILE, RECORD = "data.yaml", "labels.json"
@@ -43,35 +43,36 @@ class Entry:
     text: Path
 
 
-def write_labelled(photographs: Photographs, teacher: Teacher, folder: Path) -> dict[str, Any]:
+def write_labelled(photographs: Photographs, labeller: Labeller, folder: Path) -> dict[str, Any]:
     """Write the data set, or what is missing of it.
 
     Args:
         photographs: What the user has.
-        teacher: Labels those that have no label file.
+        labeller: Labels those that have no label file.
         folder: New, empty, or a data set that was begun here.
 
     Returns:
-        The YAML's path as `data`; numbers of photographs `train`, `val`, `by_data`, `by_teacher`, `val_by_teacher`,
-        `without_find` and `unreadable`; `boxes`, class name -> objects that the teacher found; its `settings`.
+        The YAML's path as `data`; numbers of photographs `train`, `val`, `by_data`, `by_model`, `val_by_model`,
+        `without_find` and `unreadable`; `boxes`, class name -> objects that the model found; its `settings`.
 
     Raises:
-        QCError: If the folder holds something else, the classes are not the teacher's, or it finds nothing at all.
+        QCError: If the folder holds something else, the classes are not the model's, or it finds nothing at all.
     """
-    description = teacher.description(photographs)
+    description = labeller.description(photographs)
     folder = folder.resolve()
     entries = _entries(photographs, folder)
-    _make_room(entries, teacher.settings, folder)
-    _write_json(folder / RECORD, {"settings": teacher.settings})
+    _make_room(entries, labeller.settings, folder)
+    _write_json(folder / RECORD, {"settings": labeller.settings})
     for entry in entries:
         _place(entry)
-    teacher.write({entry.image: entry.text for entry in entries if not entry.text.exists()})
+    labeller.write({entry.image: entry.text for entry in entries if not entry.text.exists()})
     readable = [entry for entry in entries if entry.text.exists()]
     for image in {entry.image for entry in entries} - {entry.image for entry in readable}:
         image.unlink()
-    summary = {"data": str(folder / YAML_FILE), **_count(readable, teacher), "unreadable": len(entries) - len(readable)}
+    summary = _count(readable, labeller)
+    summary |= {"data": str(folder / YAML_FILE), "unreadable": len(entries) - len(readable)}
     if not summary["boxes"]:
-        _say_nothing_was_found(photographs, teacher, summary)
+        _say_nothing_was_found(photographs, labeller, summary)
     YAML.save(folder / YAML_FILE, {"train": "images/train", "val": "images/val", **description})
     _write_json(folder / RECORD, summary)
     return summary
@@ -91,7 +92,7 @@ def _entries(photographs: Photographs, folder: Path) -> list[Entry]:
 
 
 def _make_room(entries: list[Entry], settings: dict, folder: Path) -> None:
-    """Make the folders, and delete there what belongs to other photographs or to another teacher."""
+    """Make the folders, and delete there what belongs to other photographs or to another model."""
     record = folder / RECORD
     if folder.exists() and any(folder.iterdir()) and not record.exists():
         raise QCError(f"QC: {folder} holds other files than a labelled data set; give a new folder.")
@@ -130,30 +131,30 @@ def _is_placed(entry: Entry) -> bool:
     return bool(there and here) and (there.st_size, there.st_mtime_ns) == (here.st_size, here.st_mtime_ns)
 
 
-def _count(entries: list[Entry], teacher: Teacher) -> dict[str, Any]:
+def _count(entries: list[Entry], labeller: Labeller) -> dict[str, Any]:
     """Numbers for the summary, from the files: the same whether or not the work was interrupted."""
     rows = {entry: entry.text.read_text(encoding="utf-8").splitlines() for entry in entries if not entry.label}
-    boxes = Counter(teacher.names[int(row.split()[0])] for found in rows.values() for row in found if row)
+    boxes = Counter(labeller.names[int(row.split()[0])] for found in rows.values() for row in found if row)
     return {
         "train": sum(entry.split == "train" for entry in entries),
         "val": sum(entry.split == "val" for entry in entries),
         "by_data": len(entries) - len(rows),
-        "by_teacher": len(rows),
-        "val_by_teacher": sum(entry.split == "val" for entry in rows),
+        "by_model": len(rows),
+        "val_by_model": sum(entry.split == "val" for entry in rows),
         "without_find": sum(not found for found in rows.values()),
         "boxes": dict(boxes.most_common()),
-        "settings": teacher.settings,
+        "settings": labeller.settings,
     }
 
 
-def _say_nothing_was_found(photographs: Photographs, teacher: Teacher, summary: dict) -> None:
+def _say_nothing_was_found(photographs: Photographs, labeller: Labeller, summary: dict) -> None:
     """Refuse where that leaves no labels; a few photographs of background among labelled ones are none."""
-    settings = teacher.settings
-    what = f"{settings['model']} finds nothing in {summary['by_teacher']} photographs of data={photographs.data} that "
+    settings = labeller.settings
+    what = f"{settings['model']} finds nothing in {summary['by_model']} photographs of data={photographs.data} that "
     what += f"have no label file, with a confidence of at least {settings['confidence']} at {settings['imgsz']} px"
     if not summary["by_data"]:
         raise QCError(f"QC: {what}; give a lower confidence, or a model trained for such photographs.")
-    if summary["by_teacher"]:
+    if summary["by_model"]:
         log.warning(what)
 
 

@@ -10,7 +10,7 @@ from ultralytics.engine.trainer import BaseTrainer
 
 from ..config import QCConfig, QCError
 from ..host import log
-from ..host.labelling import TASKS, Teacher
+from ..host.labelling import TASKS, Labeller
 from ..host.photographs import any_labels, is_plain_folder, read_photographs
 from .labelled import YAML_FILE, write_labelled
 
@@ -47,7 +47,7 @@ def label(
     QCConfig.kinds()["label_confidence"].check("confidence", confidence)
     folder = Path(out or f"{Path(data).resolve().stem}-labelled")
     photographs = read_photographs(data, folder)
-    return write_labelled(photographs, Teacher(model, confidence, imgsz, device), folder)
+    return write_labelled(photographs, Labeller(model, confidence, imgsz, device), folder)
 
 
 def format_labels(summary: dict[str, Any]) -> str:
@@ -59,7 +59,7 @@ def format_labels(summary: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{summary['data']}: {summary['train']} photographs to train, {summary['val']} to validate{unreadable}",
-            f"{summary['by_data']} labelled by the data set, {summary['by_teacher']} by {settings['model']} ({how}), "
+            f"{summary['by_data']} labelled by the data set, {summary['by_model']} by {settings['model']} ({how}), "
             f"{summary['without_find']} of these without a find",
             f"found: {', '.join(f'{name} {number}' for name, number in boxes[:SHOWN]) or 'nothing'}{more}",
         ]
@@ -88,15 +88,15 @@ def label_for_run(trainer: BaseTrainer, config: QCConfig) -> None:
     if photographs and photographs.complete:
         log.info(f"all photographs of data={args.data} have label files; labels='teacher' has nothing to do")
         return
-    teacher = _start_model(trainer, config)
-    summary = write_labelled(photographs, teacher, folder)
+    labeller = _start_model(trainer, config)
+    summary = write_labelled(photographs, labeller, folder)
     args.data = summary["data"]
     for line in format_labels(summary).splitlines():
         log.info(line)
-    if summary["val_by_teacher"]:
+    if summary["val_by_model"]:
         log.warning(
-            f"{summary['val_by_teacher']} of {summary['val']} photographs to validate are labelled by "
-            f"{teacher.settings['model']}: figures tell the agreement with it, not accuracy"
+            f"{summary['val_by_model']} of {summary['val']} photographs to validate are labelled by "
+            f"{labeller.settings['model']}: figures tell the agreement with it, not accuracy"
         )
 
 
@@ -111,8 +111,8 @@ def refuse_without_labels(trainer: BaseTrainer) -> None:
         raise QCError(f"QC: data={data} has no label for any training image; give label files, or {ASK}.")
 
 
-def _start_model(trainer: BaseTrainer, config: QCConfig) -> Teacher:
-    """The model that the run starts from, as the teacher."""
+def _start_model(trainer: BaseTrainer, config: QCConfig) -> Labeller:
+    """The model that the run starts from."""
     args = trainer.args
     if trainer.ddp:  # Ultralytics deletes the run's folder before it starts their processes
         raise QCError(
@@ -123,10 +123,10 @@ def _start_model(trainer: BaseTrainer, config: QCConfig) -> Teacher:
         raise QCError(
             f"QC: pretrained={args.pretrained} is not accepted with labels='teacher'; give model=FILE.pt alone."
         )
-    teacher = Teacher(args.model, config.label_confidence, device=trainer.device, otherwise=args.imgsz)
-    if teacher.task != args.task:
+    labeller = Labeller(args.model, config.label_confidence, device=trainer.device, otherwise=args.imgsz)
+    if labeller.task != args.task:
         raise QCError(
-            f"QC: model={args.model} is for {teacher.task} and cannot label for {args.task}; give a start model of the "
-            "run's task."
+            f"QC: model={args.model} is for {labeller.task} and cannot label for {args.task}; give a start model of "
+            "the run's task."
         )
-    return teacher
+    return labeller
