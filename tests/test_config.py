@@ -189,6 +189,8 @@ configs = st.builds(
     distill_outputs=st.floats(0, 100),
     distill_features=st.floats(0, 100),
     label_weight=st.floats(0, 100),
+    labels=st.sampled_from(["data", "teacher"]),
+    label_confidence=st.floats(0, 1, exclude_min=True, exclude_max=True),
     freeze_threshold=st.none() | st.floats(0, 1, exclude_min=True, exclude_max=True),
     bn_reestimate=st.booleans(),
     telemetry=st.booleans(),

@@ -61,8 +61,8 @@ class Labeller:
         self.task: str = self.yolo.task
         if self.task not in TASKS:
             raise QCError(
-                f"QC: model={model} is for {self.task}, whose labels are no files, and cannot label photographs; give a "
-                f"model for {', '.join(TASKS)}."
+                f"QC: model={model} is for {self.task}, whose labels are no files; to label photographs give a model "
+                f"for {', '.join(TASKS)}."
             )
         self.names: dict[int, str] = dict(self.yolo.names)
         self.device = device
