@@ -87,6 +87,10 @@ COMMANDS = {
         [Form("tools.check", "check", "format_check", json=True)],
     ),
     "plot": ("draw pictures of runs", [Form("tools.plot", "plot", "format_plot")]),
+    "label": (
+        "label photographs by a trained model and write a data set to train on",
+        [Form("run.labels", "label", "format_labels", json=True)],
+    ),
     "digits": (
         "compose a data set from pixels that installed packages ship",
         [Form("data.digits", "compose", str)],

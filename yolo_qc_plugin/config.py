@@ -75,6 +75,9 @@ class QCConfig:
         correction_shift: Learn QC's shift beta.
         correction_epochs: Epochs of QC over the training loader, at least 1.
         correction_lr: Learning rate of QC (Adam), above 0.
+        labels: Where labels come from: "data", the data set; or "teacher", where a photograph has no label file there,
+            from the float model that training starts from, whose predictions they are.
+        label_confidence: Least confidence of a prediction that becomes a label, in (0, 1).
         calibration_batches: Training batches that start the activation scales, at least 1.
         telemetry: Record scales, code flips and oscillation at each optimizer step, in qc/telemetry.parquet.
         skip: Names or patterns (fnmatch) of convolutions to leave in float, e.g. ("model.9.*",).
@@ -108,6 +111,8 @@ class QCConfig:
     correction_shift: bool = option(True, FLAG)
     correction_epochs: int = option(1, whole(1))
     correction_lr: float = option(1e-3, number(above=0))
+    labels: str = option("data", choice("data", "teacher"))
+    label_confidence: float = option(0.25, number(above=0, below=1))
     calibration_batches: int = option(8, whole(1))
     telemetry: bool = option(True, FLAG)
     skip: tuple[str, ...] = option((), PATTERNS)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from importlib import metadata
 
 from ultralytics import __version__ as ULTRALYTICS_VERSION
+from ultralytics.data import utils as data_utils
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn import tasks
@@ -22,6 +23,9 @@ from ..config import QCError
 # what is called, and the parameters that it is given
 CALLED = {
     (BaseTrainer, "run_callbacks"): ["event"],
+    (data_utils, "check_det_dataset"): ["dataset"],
+    (data_utils, "find_dataset_yaml"): ["path"],
+    (data_utils, "img2label_paths"): ["img_paths"],
     (BaseTrainer, "preprocess_batch"): ["batch"],
     (BaseTrainer, "progress_string"): [],
     (BaseTrainer, "_model_train"): [],

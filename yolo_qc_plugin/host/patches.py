@@ -34,6 +34,7 @@ from .architecture import deploy_model
 from .record import QuantRecord, own_record, record_of, strip
 
 ON_MODEL_SETUP = "on_model_setup"  # an event of ours, see `_announce_model`
+ON_DATASET = "on_dataset"  # and one before the data set is read, see `_announce_dataset`
 OPENVINO_OPSET = 18  # of the ONNX graph on the way to OpenVINO
 EXPORT_FORMATS = ("onnx", "openvino", "torchscript")  # those that carry the quantizers, see docs/deployment.md
 
@@ -129,6 +130,15 @@ def _announce_model(original: Callable, resume: Resume) -> Callable:
         return checkpoint
 
     return setup_model
+
+
+def _announce_dataset(original: Callable) -> Callable:
+    def get_dataset(self):
+        for callback in self.callbacks.get(ON_DATASET, ()):
+            callback(self)
+        return original(self)
+
+    return get_dataset
 
 
 def _group_scales(original: Callable) -> Callable:
@@ -241,6 +251,8 @@ def _opening(resume: Resume) -> tuple[Patch, ...]:
 
 
 _TRAINING = (
+    # Where a process is started for each of several devices, on_pretrain_routine_start comes after the data are read.
+    Patch(BaseTrainer, "get_dataset", "self", _announce_dataset),
     # Scales must leave weight decay and matrix optimizers before a scheduler sees the groups.
     Patch(BaseTrainer, "build_optimizer", "self model name lr momentum decay iterations", _group_scales),
     # final_eval strips last.pt before on_train_end; until a run has ended it can be resumed.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.engine.validator import BaseValidator
+from ultralytics.utils import RANK
 
 from ..config import QCConfig, QCError
 from ..host import architecture, compat, log, patches
@@ -17,6 +18,7 @@ from ..host.record import QuantRecord
 from ..quant.inject import inject, share_quantizers
 from . import start
 from .finish import finish, saying_what_is_safe
+from .labels import label_for_run, refuse_without_labels
 from .qc import take_all_images
 from .state import RunState
 from .steps import Steps
@@ -55,6 +57,7 @@ class QCCallbacks:
         """Event name -> callback."""
         return {
             "on_pretrain_routine_start": self.on_pretrain_routine_start,
+            patches.ON_DATASET: self.on_dataset,
             patches.ON_MODEL_SETUP: self.on_model_setup,
             "on_pretrain_routine_end": self.on_pretrain_routine_end,
             "on_train_epoch_start": self.on_train_epoch_start,
@@ -74,6 +77,11 @@ class QCCallbacks:
         else:
             start.check_arguments(trainer)
 
+    def on_dataset(self, trainer: BaseTrainer) -> None:
+        """Have photographs labelled, where that is asked for; of several processes, by the first alone."""
+        if RANK in {-1, 0}:
+            label_for_run(trainer, self.state.config)
+
     def on_model_setup(self, trainer: BaseTrainer, checkpoint: dict | None) -> dict | None:
         """Inject the quantizers; on resume, with the options and the state that the checkpoint holds.
 
@@ -85,6 +93,8 @@ class QCCallbacks:
         start.check_model(model)
         if trainer.resume:
             self.state.open(trainer, checkpoint or {})
+        elif self.state.config.labels == "data":
+            refuse_without_labels(trainer)
         config = self.state.config
         if trainer.args.distill_model:
             check_teacher(trainer.args.distill_model, model, config.distill_outputs > 0)
@@ -207,8 +217,13 @@ def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConf
         raise QCError(f"QC: give config or options, not both (got config and {', '.join(options)}).")
     config = config or QCConfig.from_options(options)
     attach()
-    if isinstance(model, BaseTrainer):
-        start.check_arguments(model)  # its on_pretrain_routine_start is over
+    if isinstance(model, BaseTrainer):  # its data set is read, and its on_pretrain_routine_start is over
+        if config.labels == "teacher" and not model.resume:
+            raise QCError(
+                "QC: labels='teacher' is too late for a trainer, which has read its data set; add the callbacks to the "
+                "YOLO object, or train on what `yolo-qc label` wrote."
+            )
+        start.check_arguments(model)
     module = getattr(model, "model", None)
     if isinstance(module, nn.Module):  # a trainer may have the name of a file there
         start.check_model(module)
