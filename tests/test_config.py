@@ -44,6 +44,7 @@ REFUSED = {
     "distill_features": WEIGHT,
     "label_weight": WEIGHT,
     "freeze_threshold": ("above 0 and below 1, or None for off", [0, -0.1, 1, 1.0, NAN, INF, True, "0.01"]),
+    "reconstruction": ("at least 0", [-1, 1.5, True, "200", None]),
     "relative_steps": FLAG,
     "bn_freeze": FLAG,
     "bn_reestimate": FLAG,

@@ -21,6 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scale_lr": 1.0,  # scales are learned at the weights' rate (our reading)
         "scale_init": "lsq",  # LSQ's own (our reading)
         "relative_steps": False,
+        "reconstruction": 0,
         "teacher": "off",
         "edge_bits": 8,  # its "4-bit*" is edge_bits=4 beside the preset
         "output_bits": None,
@@ -66,6 +67,8 @@ class QCConfig:
             off.
         distill_features: Weight of the loss that draws the outputs of the top-level layers to those of the start, at
             least 0; 0 is off. (Ultralytics compares features with a `distill_model` itself; `dis` is its weight.)
+        reconstruction: Steps by which each top-level layer is drawn to the start's before training begins, where it
+            teaches, at least 0; 0 is off.
         label_weight: Weight of Ultralytics' loss of the labels where there is a teacher, at least 0.
         bn_freeze: Keep the batch norm statistics of the start where it teaches: what is drawn to it is normalized as it
             is.
@@ -103,6 +106,7 @@ class QCConfig:
     teacher: str = option("start", choice("start", "off"))
     distill_outputs: float = option(1.0, number(at_least=0, note="; 0 is off"))
     distill_features: float = option(1.0, number(at_least=0, note="; 0 is off"))
+    reconstruction: int = option(200, whole(0))
     label_weight: float = option(1.0, number(at_least=0))
     bn_freeze: bool = option(True, FLAG)
     bn_reestimate: bool = option(False, FLAG)

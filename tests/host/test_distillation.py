@@ -15,7 +15,7 @@ from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 
 from yolo_qc_plugin.config import QCConfig, QCError
-from yolo_qc_plugin.host.distillation import Distillation, Gains, features_loss, outputs_loss
+from yolo_qc_plugin.host.distillation import Distillation, Gains, features_loss, others_loss, outputs_loss
 from yolo_qc_plugin.host.teacher import Teacher, feature_layers
 from yolo_qc_plugin.quant.inject import inject
 from yolo_qc_plugin.quant.layers import is_quantized
@@ -113,6 +113,22 @@ def test_the_loss_is_added_for_one_pass(name):
     again, _ = model(data)
     assert torch.equal(again, alone)
     assert not distillation._hooks and not distillation._seen
+
+
+def test_other_outputs_are_compared_in_units_of_their_spread():
+    """Keypoints weighted by confidence, prototypes not; none where a head has none."""
+    student, teacher = outputs(0), outputs(1)
+    assert others_loss(student, teacher) == 0
+    torch.manual_seed(0)
+    for o in student, teacher:
+        o["kpts"], o["proto"] = torch.randn(2, 6, 30), torch.randn(2, 4, 8, 8)
+    confidence = teacher["scores"].double().sigmoid().amax(1)
+    kpts, proto = (
+        (student[k].double() - teacher[k]) ** 2 / teacher[k].double().transpose(0, 1).flatten(1).var(1).view(-1, *ones)
+        for k, ones in (("kpts", (1,)), ("proto", (1, 1)))
+    )
+    expected = (kpts.mean(1) * confidence).sum() / confidence.sum() + proto.mean()
+    assert others_loss(student, teacher).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_features_are_compared_in_units_of_their_spread():

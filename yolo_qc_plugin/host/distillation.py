@@ -7,6 +7,7 @@ and p are class probabilities of teacher and student, Q and P their distribution
 box, and c = max q:
 
     outputs  = (cls * sum (BCE(p, q) - H(q))  +  dfl * sum c * mean over sides KL(Q || P)) / sum c
+    others   = mean over mask coefficients, keypoints, angles and places, weighted by c, of their error in units of spread
     features = mean over layers, channels, images and places of (student - teacher)^2 / spread of the channel
 
 Soft labels as in Hinton et al. 2015, distributions of sides as in localization distillation (Zheng et al., CVPR 2022);
@@ -95,6 +96,28 @@ def outputs_loss(student: dict, teacher: dict, reg_max: int, cls: float, dfl: fl
         sides = distances_loss(s["boxes"], t["boxes"], torch.cat(over, 1))
     total = cls * scores_loss(s["scores"], t["scores"]) + dfl * (sides * confidence).sum()
     return total / confidence.sum().clamp_min(1)
+
+
+def others_loss(student: dict, teacher: dict) -> Tensor:
+    """What a head gives beside classes and boxes: squared errors over the teacher's variance, a 0-dim tensor.
+
+    Mask coefficients, keypoints and angles, of shape (batch, n, places), are weighted by the teacher's confidence, and
+    mask prototypes, of shape (batch, n, height, width), not. Each counts alike; the loss is 0 where there are none.
+
+    Args:
+        student: Raw outputs of Ultralytics' head.
+        teacher: The same, of the same places.
+    """
+    confidence = teacher["scores"].float().sigmoid().amax(1)
+    losses = [confidence.new_zeros(())]
+    for name in student.keys() - {"boxes", "scores", "feats"}:
+        if isinstance(student[name], Tensor):
+            target = teacher[name].float()
+            places = tuple(range(2, target.ndim))
+            error = (student[name].float() - target).square() / target.var((0, *places), keepdim=True).clamp_min(1e-6)
+            weight = confidence if target.ndim == 3 else torch.ones_like(error[:, 0])
+            losses.append((error.mean(1) * weight).sum() / weight.sum().clamp_min(1))
+    return torch.stack(losses).sum()
 
 
 def features_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], spreads: Sequence[Tensor]) -> Tensor:
@@ -222,7 +245,11 @@ def head_loss(head: nn.Module, student: Any, teacher: Any, gains: Gains) -> Tens
         log_p, log_q = ((x[1] if isinstance(x, tuple) else x).float().log_softmax(1) for x in (student, teacher))
         return gains.outputs * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
     ours, theirs = branches(student), branches(teacher)
-    losses = [outputs_loss(ours[k], theirs[k], head.reg_max, gains.cls, gains.dfl) for k in ours if k in theirs]
+    losses = [
+        outputs_loss(ours[k], theirs[k], head.reg_max, gains.cls, gains.dfl) + others_loss(ours[k], theirs[k])
+        for k in ours
+        if k in theirs
+    ]
     return gains.outputs * torch.stack(losses).mean()
 
 

@@ -5,7 +5,7 @@ Ultralytics' launcher starts them, and DistributedDataParallel gives every rank 
 every step, the sum of all gradients, those of scales and offsets included. So ranks that begin with equal scales stay
 equal. Every rank injects, measures the float model with the others and keeps its own EMA, as Ultralytics does.
 
-    calibration   rank 0, from its share of the training images; its scales, offsets and ranges are broadcast
+    calibration   rank 0, from its share of the training images, reconstruction too; its model is broadcast
     correction    rank 0, after training, over all images, in batches of one device; gradients are summed to the global
                   batch. The other ranks have left by then and wait for nothing, so that no time limit of a collective
                   operation can end a long correction.
@@ -20,10 +20,8 @@ from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..quant.quantizer import Quantizer
 
-
-def broadcast_quantizers(model: nn.Module) -> None:
+def broadcast_model(model: nn.Module) -> None:
     """Give every rank what rank 0 has set from data, scales and all; does nothing in a single process.
 
     To be called by all ranks.
@@ -33,11 +31,10 @@ def broadcast_quantizers(model: nn.Module) -> None:
     """
     if not dist.is_initialized():
         return
-    for quantizer in (m for m in model.modules() if isinstance(m, Quantizer)):
-        state = quantizer.state_dict()
-        for tensor in state.values():
-            dist.broadcast(tensor, src=0)
-        quantizer.load_state_dict(state)  # reads the range, which it also keeps as plain numbers
+    state = model.state_dict()
+    for tensor in state.values():
+        dist.broadcast(tensor, src=0)
+    model.load_state_dict(state)  # quantizers read their range, which they also keep as plain numbers
 
 
 @contextmanager

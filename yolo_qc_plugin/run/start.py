@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 
 from torch import nn
@@ -14,7 +15,8 @@ from ultralytics.utils.torch_utils import unwrap_model
 from ..config import QCConfig, QCError
 from ..files import AtomicPath
 from ..host import architecture, compat, log
-from ..host.distributed import broadcast_quantizers
+from ..host.distillation import Gains
+from ..host.distributed import broadcast_model
 from ..host.record import own_record
 from ..host.teacher import FILE as TEACHER
 from ..host.teacher import Teacher
@@ -22,6 +24,7 @@ from ..qat.correction import freeze_norms
 from ..quant.calibrate import calibrate
 from ..quant.inject import remove
 from ..quant.layers import is_quantized
+from . import reconstruction
 from .telemetry import FILE as TELEMETRY
 from .validation import training_images, validate
 
@@ -100,11 +103,24 @@ def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> Teacher | None:
             trainer.train_loader.reset()
             teacher.measure(training_images(trainer, config.calibration_batches))
             teacher.write(trainer.wdir)
+            if config.reconstruction:
+                trainer.train_loader.reset()
+                reconstruct(trainer, config, teacher)
         trainer.train_loader.reset()  # the first epoch sees every image once, calibration or not
-    broadcast_quantizers(model)
+    broadcast_model(model)
     if teacher:
         teacher.broadcast()
     averaged = architecture.student(trainer.ema.ema)
     averaged.load_state_dict(architecture.student(model).state_dict())
     averaged.qc = record
     return teacher
+
+
+def reconstruct(trainer: BaseTrainer, config: QCConfig, teacher: Teacher) -> None:
+    """Reconstruct the trainer's model, and write how it went to qc/."""
+    model, args = unwrap_model(trainer.model), trainer.args
+    batches = math.ceil(reconstruction.IMAGES / trainer.train_loader.batch_size)
+    images = training_images(trainer, batches)
+    gains = Gains(1.0, 1.0, 0.0, args.cls, args.dfl)
+    found = reconstruction.reconstruct_model(model, teacher, images, gains, config.reconstruction, args.seed)
+    reconstruction.write(found, trainer.save_dir / "qc")
