@@ -7,7 +7,7 @@ and p are class probabilities of teacher and student, Q and P their distribution
 box, and c = max q:
 
     outputs  = (cls * sum (BCE(p, q) - H(q))  +  dfl * sum c * mean over sides KL(Q || P)) / sum c
-    others   = mean over mask coefficients, keypoints, angles and places, weighted by c, of their error in units of spread
+    others   = mean over keypoints, angles, mask coefficients and places of their error in units of their spread
     features = mean over layers, channels, images and places of (student - teacher)^2 / spread of the channel
 
 Soft labels as in Hinton et al. 2015, distributions of sides as in localization distillation (Zheng et al., CVPR 2022);
@@ -234,7 +234,7 @@ class Distillation:
         self._hooks, self._seen = [], {}
 
 
-def head_loss(head: nn.Module, student: Any, teacher: Any, gains: Gains) -> Tensor:
+def head_loss(head: Any, student: Any, teacher: Any, gains: Gains) -> Tensor:
     """The loss of outputs, weighted, of what a head of the student and one of the teacher returned.
 
     A classifier's is the divergence of the teacher's distribution over the classes, KL(q || p).

@@ -127,8 +127,10 @@ def _is_placed(entry: Entry) -> bool:
     """Whether the file there is this photograph."""
     if entry.image.is_symlink():
         return Path(os.readlink(entry.image)) == entry.photo
-    there, here = (p.stat() if p.exists() else None for p in (entry.image, entry.photo))
-    return bool(there and here) and (there.st_size, there.st_mtime_ns) == (here.st_size, here.st_mtime_ns)
+    if not (entry.image.exists() and entry.photo.exists()):
+        return False
+    there, here = entry.image.stat(), entry.photo.stat()
+    return (there.st_size, there.st_mtime_ns) == (here.st_size, here.st_mtime_ns)
 
 
 def _count(entries: list[Entry], labeller: Labeller) -> dict[str, Any]:

@@ -84,11 +84,11 @@ def label_for_run(trainer: BaseTrainer, config: QCConfig) -> None:
         args.data = str(folder / YAML_FILE)
     if trainer.resume or args.data == str(folder / YAML_FILE):
         return
-    photographs = read_photographs(args.data, trainer.save_dir) if args.task in TASKS else None
+    photographs: Any = read_photographs(args.data, trainer.save_dir) if args.task in TASKS else None
     if photographs and photographs.complete:
         log.info(f"all photographs of data={args.data} have label files; labels='teacher' has nothing to do")
         return
-    labeller = _start_model(trainer, config)
+    labeller = _start_model(trainer, config)  # refuses other tasks
     summary = write_labelled(photographs, labeller, folder)
     args.data = summary["data"]
     for line in format_labels(summary).splitlines():

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from ultralytics.nn.tasks import BaseModel
-from ultralytics.utils import LOGGER, TQDM
+from ultralytics.utils import TQDM
 
 from ..files import replacing
+from ..host import log
 from ..host.distillation import Gains, features_loss, head_loss
 from ..host.teacher import Teacher, feature_layers
 from ..qat.reconstruction import reconstruct
@@ -56,7 +57,7 @@ def reconstruct_model(
             head = place == len(layers) - 1
             layer.training = float_layer.training = head  # a head then gives what losses take; its batch norms stay
 
-            def error(take: Tensor, layer=layer, float_layer=float_layer, head=head) -> Tensor:
+            def error(take: Tensor, layer: Any = layer, float_layer: Any = float_layer, head: bool = head) -> Tensor:
                 output = layer(streams.inputs(layer, take, quantized=True))
                 if head:
                     with torch.no_grad():
@@ -73,7 +74,7 @@ def reconstruct_model(
                     before = error(first).item()
                 trained |= reconstruct(
                     layer,
-                    lambda: error(torch.randperm(streams.count, generator=draw)[:BATCH]),  # noqa: B023  # called here
+                    lambda: error(torch.randperm(streams.count, generator=draw)[:BATCH]),
                     steps,
                     LR,
                     SCALE_LR,
@@ -116,11 +117,11 @@ class Streams:
         self._target: Tensor
 
     @staticmethod
-    def _sources(layer: nn.Module) -> list[int]:
+    def _sources(layer: Any) -> list[int]:
         """Indices of the layers that a layer reads; -1 is the images."""
         return [layer.i - 1 if f == -1 else f for f in ([layer.f] if isinstance(layer.f, int) else layer.f)]
 
-    def inputs(self, layer: nn.Module, take: Tensor, quantized: bool) -> Any:
+    def inputs(self, layer: Any, take: Tensor, quantized: bool) -> Any:
         """What a layer of one of the models reads, of some images."""
         found = [(self.images if s < 0 else self.outputs[quantized][s])[take] for s in self._sources(layer)]
         found = [x.to(self.device).float() for x in found]
@@ -131,7 +132,7 @@ class Streams:
         return self._target[take].to(self.device).float()
 
     @torch.no_grad()
-    def run(self, layer: nn.Module, place: nn.Module, quantized: bool) -> None:
+    def run(self, layer: nn.Module, place: Any, quantized: bool) -> None:
         """Run a layer on all images, and keep what it gives.
 
         Args:
@@ -158,8 +159,9 @@ def write(found: list[dict], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / FILE) as temporary:
         temporary.write_text(json.dumps(found, indent=1))
-    means = [sum(row[key] for row in found[:-1]) / max(len(found) - 1, 1) for key in ("before", "after")]
-    LOGGER.info(
-        f"reconstruction: mean error of {len(found) - 1} layers {means[0]:.3f} -> {means[1]:.3f} of their spread, loss of "
-        f"outputs {found[-1]['before']:.3f} -> {found[-1]['after']:.3f}"
+    layers, head = found[:-1], found[-1]
+    before, after = (sum(row[key] for row in layers) / max(len(layers), 1) for key in ("before", "after"))
+    log.info(
+        f"error of {len(layers)} layers in units of their spread, on average {before:.3f} before reconstruction and "
+        f"{after:.3f} after; loss of outputs {head['before']:.3f} and {head['after']:.3f}"
     )
