@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from yolo_qc_plugin.host.teacher import Teacher
 from yolo_qc_plugin.quant.calibrate import calibrate
 from yolo_qc_plugin.quant.inject import inject, share_quantizers
 from yolo_qc_plugin.run import reconstruction
-from yolo_qc_plugin.run.reconstruction import reconstruct_model
+from yolo_qc_plugin.run.reconstruction import Done, reconstruct_model
 
 GAINS = Gains(outputs=1.0, features=1.0, labels=0.0, cls=0.5, dfl=1.5)
 
@@ -40,6 +42,13 @@ def start(name: str | None = None):
     return model, teacher, images
 
 
+def rebuild(model, teacher, images, steps: int, seed: int, folder: Path | None = None, key: str = "") -> list[dict]:
+    """Reconstruct, with a file where a folder is given."""
+    with tempfile.TemporaryDirectory() as temporary:
+        done = Done(folder or Path(temporary), key)
+        return reconstruct_model(model, teacher, images, GAINS, steps, seed, done)
+
+
 def outputs_loss(model, teacher, images) -> float:
     """The loss of outputs of the whole model on all images."""
     image = torch.cat(images)
@@ -50,7 +59,7 @@ def outputs_loss(model, teacher, images) -> float:
 def test_every_layer_and_the_whole_come_nearer_to_the_float_model():
     model, teacher, images = start()
     before = outputs_loss(model, teacher, images)
-    found = reconstruct_model(model, teacher, images, GAINS, steps=60, seed=0)
+    found = rebuild(model, teacher, images, steps=60, seed=0)
     assert len(found) == sum(any(True for _ in layer.parameters()) for layer in model.model)
     assert all(row["after"] <= row["before"] for row in found)
     assert sum(row["after"] < 0.8 * row["before"] for row in found) > len(found) / 2
@@ -61,7 +70,7 @@ def test_every_layer_and_the_whole_come_nearer_to_the_float_model():
 @pytest.mark.parametrize("name", ["yolo26n", "yolo11n-seg", "yolo11n-pose", "yolo11n-obb", "yolo11n-cls"])
 def test_every_task_has_layers_to_reconstruct(name):
     model, teacher, images = start(name)
-    found = reconstruct_model(model, teacher, images, GAINS, steps=2, seed=0)
+    found = rebuild(model, teacher, images, steps=2, seed=0)
     assert all(row["after"] <= row["before"] for row in found)
 
 
@@ -69,7 +78,7 @@ def test_statistics_frozen_layers_and_the_teacher_stay():
     model, teacher, images = start()
     model.model[1].requires_grad_(False)
     before, taught = deepcopy(model.state_dict()), deepcopy(teacher.model.state_dict())
-    reconstruct_model(model, teacher, images, GAINS, steps=3, seed=0)
+    rebuild(model, teacher, images, steps=3, seed=0)
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert any(k.startswith("model.2.") for k in changed) and not any(k.startswith("model.1.") for k in changed)
     assert not any("running" in k for k in changed)
@@ -80,7 +89,7 @@ def test_a_layer_that_would_end_farther_is_put_back(monkeypatch):
     monkeypatch.setattr(reconstruction, "LR", 10.0)
     model, teacher, images = start()
     before = deepcopy(model.state_dict())
-    found = reconstruct_model(model, teacher, images, GAINS, steps=2, seed=0)
+    found = rebuild(model, teacher, images, steps=2, seed=0)
     put_back = [row["layer"] for row in found if row["after"] == row["before"]]
     assert put_back
     for place in put_back:
@@ -92,11 +101,47 @@ def test_the_same_seed_gives_the_same_model():
     states = []
     for seed in 0, 0, 1:
         model, teacher, images = start()
-        reconstruct_model(model, teacher, images, GAINS, steps=3, seed=seed)
+        rebuild(model, teacher, images, steps=3, seed=seed)
         states.append(model.state_dict())
     one, same, other = states
     assert all(torch.equal(v, same[k]) for k, v in one.items())
     assert not all(torch.equal(v, other[k]) for k, v in one.items())
+
+
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
+    """Stopped after some layers, a second attempt ends where an undisturbed one does; another key begins anew."""
+    monkeypatch.setattr(reconstruction, "PERIOD", -1)
+    model, teacher, images = start()
+    whole = rebuild(model, teacher, images, steps=3, seed=0)
+    expected, fit, fitted = deepcopy(model.state_dict()), reconstruction._fit, []
+
+    def stop_at_the_fifth(layer, *args):
+        fitted.append(layer.i)
+        if len(fitted) == 5:
+            raise KeyboardInterrupt
+        return fit(layer, *args)
+
+    monkeypatch.setattr(reconstruction, "_fit", stop_at_the_fifth)
+    model, teacher, images = start()
+    with pytest.raises(KeyboardInterrupt):
+        rebuild(model, teacher, images, 3, 0, tmp_path, "a")
+    model, teacher, images = start()
+    assert rebuild(model, teacher, images, 3, 0, tmp_path, "a") == whole
+    assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+    assert sorted(fitted) == sorted([*(row["layer"] for row in whole), fitted[4]])
+    fitted.clear()
+    with pytest.raises(KeyboardInterrupt):
+        rebuild(model, teacher, images, 3, 0, tmp_path, "b")
+    assert len(fitted) == 5
+
+
+def test_fewer_images_are_kept_where_layers_are_large(monkeypatch):
+    model, teacher, images = start()
+    largest = reconstruction.largest_output(teacher.model, images[0][:1])
+    sizes = [layer.numel() for layer in (teacher.model.model[0](images[0][:1]),)]
+    assert largest >= 4 * sizes[0]
+    monkeypatch.setattr(reconstruction, "MEMORY", 5 * largest)
+    assert reconstruction.Streams(model, teacher.model, images, torch.device("cpu")).count == 5
 
 
 def test_a_run_writes_what_it_found(train, tmp_path):
@@ -104,5 +149,6 @@ def test_a_run_writes_what_it_found(train, tmp_path):
     train(options, model=FLOAT)
     found = json.loads((tmp_path / "run" / "qc" / "reconstruction.json").read_text())
     assert [set(row) for row in found] == [{"layer", "type", "before", "after"}] * len(found) and found
+    assert not (tmp_path / "run" / "weights" / "reconstruction.pt").exists()
     train({**options, "reconstruction": 0}, model=FLOAT, name="without")
     assert not (tmp_path / "without" / "qc" / "reconstruction.json").exists()

@@ -22,7 +22,7 @@ LAST = 0.05  # of the learning rates, at the end
 
 def reconstruct(
     layer: nn.Module, loss: Callable[[], Tensor], steps: int, lr: float, scale_lr: float, spared: Collection[int] = ()
-) -> set[int]:
+) -> None:
     """Train a layer by Adam, its learning rates falling along a cosine.
 
     Args:
@@ -31,10 +31,8 @@ def reconstruct(
         steps: Number of steps, at least 1.
         lr: Learning rate of weights and of what batch norm learns.
         scale_lr: Of scales and offsets, as a share of a scale.
-        spared: Ids of parameters to leave alone: those of quantizers that earlier layers share.
-
-    Returns:
-        Ids of the parameters that were trained; none where the layer has nothing to train.
+        spared: Ids of parameters to leave alone: those of quantizers that earlier layers share. A layer without weights
+            to train is left as it is.
     """
     of_scales = {id(p) for p in scale_parameters(layer)}
     trained = [p for p in layer.parameters() if p.requires_grad and id(p) not in spared]
@@ -43,7 +41,7 @@ def reconstruct(
         {"params": [p for p in trained if id(p) in of_scales], "lr": scale_lr},
     ]
     if not groups[0]["params"]:
-        return set()
+        return
     optimizer = torch.optim.Adam(groups)
     ScaleSteps(optimizer, layer)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -55,4 +53,3 @@ def reconstruct(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    return {id(p) for p in trained}

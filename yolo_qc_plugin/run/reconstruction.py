@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError  # the error alone
 from typing import Any
 
 import torch
@@ -16,18 +19,22 @@ from ultralytics.utils import TQDM
 from ..files import replacing
 from ..host import log
 from ..host.distillation import Gains, features_loss, head_loss
+from ..host.record import write_checkpoint
 from ..host.teacher import Teacher, feature_layers
 from ..qat.reconstruction import reconstruct
 from ..quant.modules import evaluating
 
-IMAGES = 512  # whose layers' outputs are kept, in half precision, while they are needed
+IMAGES = 512  # at most, whose layers' outputs are kept, in half precision, while they are needed
+MEMORY = 2**31  # bytes that the outputs of the largest layer may take, of both models together
 BATCH = 32
 LR, SCALE_LR = 1e-3, 1e-2
-FILE = "reconstruction.json"  # in a run's qc/
+REPORT = "reconstruction.json"  # in a run's qc/
+FILE = "reconstruction.pt"  # in its weights/, until it ends
+PERIOD = 30  # seconds between two writings of the file
 
 
 def reconstruct_model(
-    model: BaseModel, teacher: Teacher, images: Iterable[Tensor], gains: Gains, steps: int, seed: int
+    model: BaseModel, teacher: Teacher, images: Iterable[Tensor], gains: Gains, steps: int, seed: int, done: Done
 ) -> list[dict]:
     """Reconstruct the top-level layers in the order they run, in place; the head by the loss of outputs.
 
@@ -40,16 +47,15 @@ def reconstruct_model(
         gains: Of the loss of outputs.
         steps: Steps of each layer.
         seed: Of the order in which images are drawn.
+        done: Layers that are done already; gets the others.
 
     Returns:
         Of each layer that has parameters: its index, type, and its error on the first images before and after, in units
         of the spread, or the head's loss.
     """
     spreads = {id(layer): s for layer, s in zip(feature_layers(teacher.model), teacher.spreads)}
-    streams = Streams(model, images, next(model.parameters()).device)
-    found: list[dict] = []
-    trained: set[int] = set()
-    draw = torch.Generator().manual_seed(seed)
+    streams = Streams(model, teacher.model, images, next(model.parameters()).device)
+    spared: set[int] = set()  # of quantizers that several layers share, the first one's
     layers = list(zip(model.model, teacher.model.model))
     bar = TQDM(layers, total=len(layers), desc="reconstruction")
     with evaluating(model):
@@ -68,30 +74,72 @@ def reconstruct_model(
             if not head:
                 streams.run(float_layer, layer, quantized=False)
             if any(True for _ in layer.parameters()):
-                state = {k: v.clone() for k, v in layer.state_dict().items()}
-                first = torch.arange(min(2 * BATCH, streams.count))
-                with torch.no_grad():
-                    before = error(first).item()
-                trained |= reconstruct(
-                    layer,
-                    lambda: error(torch.randperm(streams.count, generator=draw)[:BATCH]),
-                    steps,
-                    LR,
-                    SCALE_LR,
-                    trained,
-                )
-                with torch.no_grad():
-                    after = error(first).item()
-                if not after < before:
-                    layer.load_state_dict(state)
-                    after = before
-                found.append({"layer": place, "type": type(layer).__name__, "before": before, "after": after})
-                bar.set_description(f"reconstruction {place}: {before:.3f} -> {after:.3f}")
+                if place not in done.rows:
+                    before, after = _fit(layer, error, streams.count, steps, seed + place, spared)
+                    done.add(place, layer, {"type": type(layer).__name__, "before": before, "after": after})
+                layer.load_state_dict(done.states[place])
+                spared |= {id(p) for p in layer.parameters()}
+                bar.set_description("reconstruction {layer}: {before:.3f} -> {after:.3f}".format_map(done.rows[place]))
             if not head:
                 streams.run(layer, layer, quantized=True)
                 streams.forget(place)
             layer.training = float_layer.training = False
-    return found
+    done.write()
+    return list(done.rows.values())
+
+
+def _fit(
+    layer: nn.Module, error: Callable[[Tensor], Tensor], count: int, steps: int, seed: int, spared: set[int]
+) -> tuple[float, float]:
+    """Reconstruct one layer, or leave it; its error on the first images before and after."""
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    draw = torch.Generator().manual_seed(seed)
+    first = torch.arange(min(2 * BATCH, count))
+    with torch.no_grad():
+        before = error(first).item()
+    reconstruct(layer, lambda: error(torch.randperm(count, generator=draw)[:BATCH]), steps, LR, SCALE_LR, spared)
+    with torch.no_grad():
+        after = error(first).item()
+    if after < before:
+        return before, after
+    layer.load_state_dict(state)
+    return before, before
+
+
+class Done:
+    """The layers that are reconstructed, kept in a file, so that a run begun again in its folder goes on from there.
+
+    Args:
+        folder: Of the file.
+        key: Of what the layers depend on; a file with another key is of no use.
+
+    Attributes:
+        rows: Index of a layer -> what `reconstruct_model` returns of it.
+        states: Index of a layer -> its state.
+    """
+
+    def __init__(self, folder: Path, key: str):
+        self.file, self.key = folder / FILE, key
+        self.rows: dict[int, dict] = {}
+        self.states: dict[int, dict[str, Tensor]] = {}
+        self._written = time.monotonic()
+        with suppress(OSError, RuntimeError, EOFError, UnpicklingError):
+            found = torch.load(self.file, map_location="cpu", weights_only=True)
+            if found["key"] == key:
+                self.rows, self.states = found["rows"], found["states"]
+                log.info(f"{len(self.rows)} layers are reconstructed already, in {self.file}")
+
+    def add(self, place: int, layer: nn.Module, row: dict) -> None:
+        """Take note of a layer."""
+        self.rows[place] = {"layer": place, **row}
+        self.states[place] = {k: v.detach().cpu().clone() for k, v in layer.state_dict().items()}
+        if time.monotonic() - self._written > PERIOD:
+            self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        write_checkpoint({"key": self.key, "rows": self.rows, "states": self.states}, self.file)
+        self._written = time.monotonic()
 
 
 class Streams:
@@ -99,18 +147,22 @@ class Streams:
 
     Args:
         model: Whose layers' sources (`f`) say what is read.
-        images: Batches of images; the first `IMAGES` are kept.
+        float_model: The other one.
+        images: Batches of images; the first `IMAGES` are kept, or as many as `MEMORY` allows.
         device: Where layers run.
     """
 
-    def __init__(self, model: BaseModel, images: Iterable[Tensor], device: torch.device):
+    def __init__(self, model: BaseModel, float_model: BaseModel, images: Iterable[Tensor], device: torch.device):
         self.device = device
         kept: list[Tensor] = []
+        most = IMAGES
         for batch in images:
+            if not kept:
+                most = max(min(IMAGES, MEMORY // largest_output(float_model, batch[:1])), 1)
             kept.append(batch.detach().cpu().half())
-            if sum(map(len, kept)) >= IMAGES:
+            if sum(map(len, kept)) >= most:
                 break
-        self.images = torch.cat(kept)[:IMAGES]
+        self.images = torch.cat(kept)[:most]
         self.count = len(self.images)
         self.outputs: dict[bool, dict[int, Tensor]] = {False: {}, True: {}}  # quantized -> layer -> output
         self.last_reader = {s: i for i, m in enumerate(model.model) for s in self._sources(m)}
@@ -154,10 +206,23 @@ class Streams:
                 del outputs[source]
 
 
+@torch.no_grad()
+def largest_output(model: BaseModel, image: Tensor) -> int:
+    """Bytes that the largest output of a layer before the head takes, in half precision, for two models."""
+    sizes: list[int] = []
+    hooks = [layer.register_forward_hook(lambda m, args, out: sizes.append(out.numel())) for layer in model.model[:-1]]
+    try:
+        model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return 2 * 2 * max(sizes)
+
+
 def write(found: list[dict], folder: Path) -> None:
     """Write what `reconstruct_model` found, and say it in a line."""
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / FILE) as temporary:
+    with replacing(folder / REPORT) as temporary:
         temporary.write_text(json.dumps(found, indent=1))
     layers, head = found[:-1], found[-1]
     before, after = (sum(row[key] for row in layers) / max(len(layers), 1) for key in ("before", "after"))

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from copy import deepcopy
+from hashlib import sha256
 
 from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
@@ -117,10 +119,14 @@ def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> Teacher | None:
 
 
 def reconstruct(trainer: BaseTrainer, config: QCConfig, teacher: Teacher) -> None:
-    """Reconstruct the trainer's model, and write how it went to qc/."""
+    """Reconstruct the trainer's model, or take up what a run begun here has done of it, and write how it went to qc/."""
     model, args = unwrap_model(trainer.model), trainer.args
-    batches = math.ceil(reconstruction.IMAGES / trainer.train_loader.batch_size)
-    images = training_images(trainer, batches)
+    images = training_images(trainer, math.ceil(reconstruction.IMAGES / trainer.train_loader.batch_size))
+    depends_on = [config.to_dict(), args.seed, args.imgsz, args.batch, args.freeze, len(trainer.train_loader.dataset)]
+    key = sha256(json.dumps(depends_on).encode())
+    for tensor in model.state_dict().values():
+        key.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    done = reconstruction.Done(trainer.wdir, key.hexdigest())
     gains = Gains(1.0, 1.0, 0.0, args.cls, args.dfl)
-    found = reconstruction.reconstruct_model(model, teacher, images, gains, config.reconstruction, args.seed)
+    found = reconstruction.reconstruct_model(model, teacher, images, gains, config.reconstruction, args.seed, done)
     reconstruction.write(found, trainer.save_dir / "qc")
