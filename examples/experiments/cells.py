@@ -167,7 +167,7 @@ def request(cell: Cell, seed: int, args: argparse.Namespace) -> dict:
     teacher = cell.teacher and weights_of(cell.teacher, "best.pt")
     taught = {"distill_model": teacher} if teacher else {}
     size = {"device": args.device, "epochs": args.epochs, "imgsz": args.imgsz}
-    recipe = {**RECIPE, **size, **cell.recipe, **taught, **pairs(args.train), "seed": seed}
+    recipe = {**RECIPE, **size, **taught, **pairs(args.train), **cell.recipe, "seed": seed}
     if cell.work == "start" and cell.options is None:  # the same whatever is trained beside it
         recipe = {k: v for k, v in recipe.items() if k in {"imgsz", "seed", *MACHINE}}
     return {

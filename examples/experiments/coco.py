@@ -2,15 +2,17 @@
 """Measure the plugin and the paper's claims on photographs of COCO, by pycocotools, with intervals over images.
 
     python examples/experiments/coco.py recipe --data coco.yaml --weights yolo11n.pt --seeds 0 1 2 --train lr0=1e-4
+    python examples/experiments/coco.py ablation ...
     python examples/experiments/coco.py table1 ... --qc preset=paper
     python examples/experiments/coco.py table2 ... --qc preset=paper
     python examples/experiments/coco.py table3 ... --qc preset=paper
     python examples/experiments/coco.py granularity ... --qc preset=paper
 
-`recipe` is what a model keeps with the plugin's defaults; table1 to table3 are the paper's, made by the same functions
-as paper.py's; `granularity` is a scale per tensor against one per channel, narrow edges ("4-bit*") and soft rounding.
-Runs are shared between the kinds, and what is done or begun is not repeated (see cells.py); give the last four the same
-options. OUT/coco.json holds all cells and their paired differences, OUT/coco.md is made from it alone:
+`recipe` is what a model keeps with the plugin's defaults; `ablation` changes one default at a time; table1 to table3
+are the paper's, made by the same functions as paper.py's; `granularity` is a scale per tensor against one per channel,
+narrow edges ("4-bit*") and soft rounding. Runs are shared between the kinds, and what is done or begun is not repeated
+(see cells.py); give the last four the same options. OUT/coco.json holds all cells and their paired differences,
+OUT/coco.md is made from it alone:
 
     python examples/experiments/coco.py recipe --assemble
 """
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import paper
 from cells import Cell, mean_and_spread, measure, parser
-from measured import SOFT, State, differences
+from measured import SOFT, State, differences, label
 from paper import difference, difference_head, header, main_figure, method, points
 from record import page, results, write
 
@@ -41,6 +43,38 @@ HEAD = [
 START = Cell("pretrained", None, "start")
 RECIPE = {f"W{w}A{a}": {"weight_bits": w, "act_bits": a} for w, a in ((8, 8), (4, 8), (4, 4), (3, 3))}
 TRAINED = "W4A8", "W4A4", "W3A3"
+
+ABLATION = {  # one default changed at a time, at W4A4
+    "teacher=off": {"teacher": "off"},
+    "distill_outputs=0": {"distill_outputs": 0.0},
+    "distill_features=0": {"distill_features": 0.0},
+    "distill_features=1": {"distill_features": 1.0},
+    "label_weight=0": {"label_weight": 0.0},
+    "label_weight=1": {"label_weight": 1.0},
+    "bn_freeze=False": {"bn_freeze": False},
+    "bn_freeze=False,bn_reestimate=True": {"bn_freeze": False, "bn_reestimate": True},
+    "relative_steps=False": {"relative_steps": False},
+    "reconstruction=0": {"reconstruction": 0},
+    "per_channel=False": {"per_channel": False},
+    "act_offset=False": {"act_offset": False},
+    "scale_init=lsq": {"scale_init": "lsq"},
+    "scale_lr=1": {"scale_lr": 1.0},
+    "scale_lr=30": {"scale_lr": 30.0},
+    "ema_decay=0": {"ema_decay": 0.0},
+    "ema_decay=0.9": {"ema_decay": 0.9},
+    "ema_decay=0.999": {"ema_decay": 0.999},
+    "dampening_weight=0.1": {"dampening_weight": 0.1},
+    "freeze_threshold=0.01": {"freeze_threshold": 0.01},
+    "act_bits=8": {"act_bits": 8},
+    "act_bits=6": {"act_bits": 6},
+    "act_bits=5": {"act_bits": 5},
+}
+TRAINING = {  # arguments of `yolo train` changed
+    "lr0=1e-4": {"lr0": 1e-4},
+    "lr0=9e-4": {"lr0": 9e-4},
+    "mosaic=0.5": {"mosaic": 0.5},
+    "mosaic=0": {"mosaic": 0.0},
+}
 
 NARROW = {"4": {"bits": 4}, "3": {"bits": 3}, "4*": {"bits": 4, "edge_bits": 4}}
 # mAP on COCO in the paper's main text: per tensor, per channel, per tensor with QC; all with EMA
@@ -77,15 +111,55 @@ def cells(kind: str) -> list[Cell]:
     """The cells of a table."""
     if kind == "recipe":
         return [START, *map(calibrated, RECIPE), *(Cell(width, RECIPE[width]) for width in TRAINED)]
+    if kind == "ablation":
+        return [START, *ablated()]
     if kind == "granularity":
         made = [averaged(bits, per_channel) for bits in NARROW for per_channel in (False, True)]
         return [START, *made, *(method("LSQ", bits) for bits in paper.WIDTHS), *map(rounded, paper.WIDTHS)]
     return [START, *paper.cells(kind, paper.WIDTHS)]
 
 
+def ablated() -> list[Cell]:
+    """The defaults at W4A4, then each change of one of them."""
+    changed = [Cell(f"ablation-{name}", {"bits": 4, **options}) for name, options in ABLATION.items()]
+    changed += [Cell(f"ablation-{name}", {"bits": 4}, recipe=recipe) for name, recipe in TRAINING.items()]
+    return [Cell("ablation-base", {"bits": 4}), *changed]
+
+
+def ablation(name: str, content: dict) -> list[str]:
+    """What each default is worth."""
+    base, *others = ablated()
+    runs = {cell.name: results(content["cells"], cell.name) for cell in (base, *others)}
+    files = [run for found in runs.values() for run in found.values()]
+    if not runs[base.name]:
+        return []
+    gain = [f"AP: {column}" if column == "by seed" else column for column in difference_head(content)]
+    head = ["changed", "seeds", "without QC", "with QC", "loss of outputs", "its difference", "95% over images", *gain]
+    lines = header("One default changed at a time", name, files)
+    lines += [
+        "Differences are to the first row, without QC. The loss of outputs is that against the float start, on the "
+        "validation images; lower is nearer.",
+        "",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+    ]
+    for cell, found in runs.items():
+        if found:
+            columns = [mean_and_spread(points(found, state, "ap").values() or [0]) for state in ("qat", "qc")]
+            loss = statistics.mean(run["metrics"]["qat"]["agreement"] for run in found.values())
+            pair = (cell, "qat"), (base.name, "qat")
+            apart = content.get("differences", {}).get(label(*pair), {})
+            nearer = [f"{apart['agreement']:+.3f}", "{:+.3f} to {:+.3f}".format(*apart["agreement_interval"])]
+            by = difference(content, *pair, "ap") or " | ".join([""] * len(gain))
+            shown = [cell.removeprefix("ablation-"), str(len(found)), *columns, f"{loss:.3f}", *nearer, by]
+            lines.append(f"| {' | '.join(shown)} |")
+    return lines
+
+
 def compared() -> list[tuple[State, State]]:
     """All pairs of which the page shows the difference."""
     pairs = [*gains_of_qc(), *paper.ordered(), *paper.corrections(), *paper.decays()]
+    pairs += [((cell.name, "qat"), ("ablation-base", "qat")) for cell in ablated()]
     return [*pairs, *(pair for bits in NARROW for pair in granular(bits)), *map(softer, paper.WIDTHS)]
 
 
@@ -207,12 +281,12 @@ def soft_rounding(name: str, content: dict) -> list[str]:
     return lines
 
 
-TABLES = recipe, paper.table1, paper.table2, paper.table3, granularity, soft_rounding
+TABLES = recipe, ablation, paper.table1, paper.table2, paper.table3, granularity, soft_rounding
 
 
 def main() -> None:
     """Parse the command line and run."""
-    p = parser(__doc__, ("recipe", "table1", "table2", "table3", "granularity"))
+    p = parser(__doc__, ("recipe", "ablation", "table1", "table2", "table3", "granularity"))
     p.set_defaults(runs=Path("runs/coco"), coco=True)
     args = p.parse_args()
     file = args.out / "coco.json"

@@ -59,7 +59,8 @@ def coco(model, request: dict, folder: Path) -> dict[str, float]:
     """Measure a model on the validation set and leave its files in a folder.
 
     Returns:
-        "ap" by pycocotools; "map50_95" and "map50" by Ultralytics, of the same detections; all in 0..1.
+        "ap" by pycocotools; "map50_95" and "map50" by Ultralytics, of the same detections; all in 0..1. Of a file also
+        "agreement", the loss of its outputs against those of the float checkpoint that training starts from.
     """
     from yolo_qc_plugin.tools.evaluate import detect
     from yolo_qc_plugin.tools.intervals import resampled_ap
@@ -72,7 +73,34 @@ def coco(model, request: dict, folder: Path) -> dict[str, float]:
     (folder / "detections.json").write_text(json.dumps(detections))
     np.save(folder / "resampled.npy", resampled)
     box = validator.metrics.box
-    return {"ap": float(resampled[0]), "map50_95": float(box.map), "map50": float(box.map50)}
+    found = {"ap": float(resampled[0]), "map50_95": float(box.map), "map50": float(box.map50)}
+    if isinstance(model, Path):
+        losses = agreement(model, request["weights"], validator)
+        np.save(folder / "agreement.npy", losses)
+        found["agreement"] = float(losses.mean())
+    return found
+
+
+def agreement(file: Path, start: str, validator) -> np.ndarray:
+    """How far a model's outputs are from those of its float start, image by image of a validator's data set.
+
+    AP of a few hundred images tells apart what differs by two points. This loss, which training lowers (of outputs, in
+    host/distillation.py), is a mean over all places of all images, and tells apart much less.
+    """
+    import torch
+    from ultralytics.nn.tasks import load_checkpoint
+
+    from yolo_qc_plugin.host.distillation import Gains, head_loss
+
+    model, teacher = (load_checkpoint(f, device=validator.device)[0].float().eval() for f in (file, start))
+    gains = Gains(outputs=1.0, features=0.0, labels=0.0, cls=0.5, dfl=1.5)  # Ultralytics' own
+    losses = {}
+    with torch.no_grad():
+        for batch in validator.dataloader:
+            batch = validator.preprocess(batch)
+            for name, image in zip(batch["im_file"], batch["img"].float().split(1)):
+                losses[name] = head_loss(model.model[-1], model(image), teacher(image), gains).item()
+    return np.array([losses[name] for name in sorted(losses)])
 
 
 def begin(request: dict) -> dict:
@@ -189,12 +217,31 @@ def differences(content: dict, runs: Path, pairs: list[tuple[State, State]]) -> 
             a, b = (100 * np.stack([np.load(file) for file in one]) for one in files)  # (seeds, 1 + resamples)
             mean = (a - b).mean(axis=0)
             found[label(*pair)] = {
+                **nearer([[file.with_name("agreement.npy") for file in one] for one in files]),
                 "seeds": seeds,
                 "by_seed": (a - b)[:, 0].tolist(),
                 "difference": float(mean[0]),
                 "interval": interval(mean[1:]),
             }
     return found
+
+
+def nearer(files: list[list[Path]]) -> dict:
+    """The difference of two states' agreement, averaged over seeds, with its interval over resampled images.
+
+    Args:
+        files: Of the first and of the second state, one for each seed.
+
+    Returns:
+        "agreement" and "agreement_interval"; empty where a file is missing.
+    """
+    if not all(file.exists() for one in files for file in one):
+        return {}
+    a, b = (np.stack([np.load(file) for file in one]).mean(axis=0) for one in files)
+    draw = np.random.default_rng(0)
+    means = [(a - b)[draw.integers(len(a), size=len(a))].mean() for _ in range(1000)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"agreement": float((a - b).mean()), "agreement_interval": [float(low), float(high)]}
 
 
 def measured_seeds(cells: dict[str, dict], state: State) -> set[int]:

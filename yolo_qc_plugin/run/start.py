@@ -119,7 +119,7 @@ def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> Teacher | None:
 
 
 def reconstruct(trainer: BaseTrainer, config: QCConfig, teacher: Teacher) -> None:
-    """Reconstruct the trainer's model, or take up what a run begun here has done of it, and write how it went to qc/."""
+    """Reconstruct the trainer's model, or take up what a run begun here has done of it; write how it went to qc/."""
     model, args = unwrap_model(trainer.model), trainer.args
     images = training_images(trainer, math.ceil(reconstruction.IMAGES / trainer.train_loader.batch_size))
     depends_on = [config.to_dict(), args.seed, args.imgsz, args.batch, args.freeze, len(trainer.train_loader.dataset)]
