@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from ultralytics import YOLO
+import ultralytics  # not YOLO of it: a restricted load imports this file before that exists
 from ultralytics.engine.results import Keypoints, Results
 from ultralytics.utils import TQDM
 
@@ -52,7 +52,7 @@ class Labeller:
     ):
         if Path(model).suffix != ".pt":
             raise QCError(f"QC: model={model} is not trained and cannot label photographs; give a trained .pt file.")
-        self.yolo = YOLO(model)
+        self.yolo = ultralytics.YOLO(model)
         of_training = (self.yolo.ckpt or {}).get("train_args")
         if not of_training:
             raise QCError(f"QC: model={model} was never trained and cannot label photographs; give a trained .pt file.")

@@ -68,7 +68,8 @@ class Teacher:
     def write(self, folder: Path) -> None:
         """Write the file: a float checkpoint as Ultralytics' own, with the spreads."""
         model = deepcopy(self.model).cpu().half()
-        args = model.args if isinstance(model.args, dict) else vars(model.args)
+        args = getattr(model, "args", {})  # a classifier in training has none
+        args = args if isinstance(args, dict) else vars(args)
         checkpoint = {"model": model, "spreads": [s.cpu() for s in self.spreads], "train_args": args}
         about = {"date": datetime.now().isoformat(), "version": ULTRALYTICS_VERSION, "epoch": -1}
         write_checkpoint({**checkpoint, **about, "ema": None, "optimizer": None, "train_metrics": {}}, folder / FILE)

@@ -24,7 +24,7 @@ from ..host.teacher import Teacher, feature_layers
 from ..qat.reconstruction import reconstruct
 from ..quant.modules import evaluating
 
-IMAGES = 512  # at most, whose layers' outputs are kept, in half precision, while they are needed
+IMAGES = 1024  # at most, whose layers' outputs are kept, in half precision, while they are needed
 MEMORY = 2**31  # bytes that the outputs of the largest layer may take, of both models together
 BATCH = 32
 LR, SCALE_LR = 1e-3, 1e-2
