@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import FLOAT, TINY, last_epoch
 from two_processes import GlooTrainer, Record, states
 from ultralytics import YOLO, cfg
 from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils.dist import generate_ddp_file
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -54,6 +55,23 @@ def test_rank_0_corrects_alone_and_measures_every_image(run, digits):
     assert first["instances"] == [sum(map(len, labels))] * 6 and second["instances"] == []
     assert len(set(first["corrected"])) == 24 and "corrected" not in second
     assert len({f for rank in (first, second) for batch in rank["batches"] for f in batch["im_file"]}) == 24
+
+
+def test_a_start_teaches_both_ranks_and_rank_0_reconstructs(digits, tmp_path):
+    """The other rank measures nothing of the start, and has the reconstructed model and the spreads all the same."""
+    yolo = YOLO(FLOAT)
+    add_qc_callbacks(yolo, bits=4, reconstruction=2, correction="off", output_bits=None)
+    for event, callback in Record().events().items():
+        yolo.add_callback(event, callback)
+    arguments = {**ARGUMENTS, "epochs": 1, "data": str(digits), "project": str(tmp_path), "name": "run"}
+    yolo.train(trainer=GlooTrainer, **arguments)
+    first, second = (torch.load(tmp_path / "run" / f"rank{rank}.pt", weights_only=False) for rank in (0, 1))
+    assert last_epoch(tmp_path / "run")["train/teacher_loss"] > 0
+    start, other = (rank["start"]["model"] for rank in (first, second))
+    assert all(torch.equal(v, other[k]) for k, v in start.items())
+    before = load_checkpoint(FLOAT)[0].float().state_dict()
+    assert not torch.equal(start["model.3.conv.weight"], before["model.3.conv.weight"])
+    assert first["scales"] == second["scales"] and len(set(first["scales"])) == 2
 
 
 class Replay:

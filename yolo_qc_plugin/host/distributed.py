@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import distributed as dist
 from torch import nn
@@ -35,6 +36,18 @@ def broadcast_model(model: nn.Module) -> None:
     for tensor in state.values():
         dist.broadcast(tensor, src=0)
     model.load_state_dict(state)  # quantizers read their range, which they also keep as plain numbers
+
+
+def from_rank_0(value: Any) -> Any:
+    """What rank 0 has, for every rank; the value itself in a single process. To be called by all ranks.
+
+    Args:
+        value: Anything that can be pickled; tensors on the CPU.
+    """
+    found = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 @contextmanager

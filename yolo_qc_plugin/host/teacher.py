@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from ultralytics import __version__ as ULTRALYTICS_VERSION
 from ultralytics.nn.tasks import BaseModel, load_checkpoint
 
 from ..config import QCError
+from ..quant.modules import hooked
+from .distributed import from_rank_0
 from .record import write_checkpoint
 
 FILE = "teacher.pt"  # in a run's weights/
@@ -43,27 +44,19 @@ class Teacher:
         seen: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
 
         def note(layer: int, output: Tensor) -> None:
-            values = output.double()
-            count = values.numel() // values.shape[1]
-            seen.setdefault(layer, []).append((count, values.sum((0, 2, 3)), values.square().sum((0, 2, 3))))
+            count = output.numel() // output.shape[1]
+            seen.setdefault(layer, []).append((count, *torch.var_mean(output.float(), (0, 2, 3), correction=0)))
 
         layers = feature_layers(self.model)
-        hooks = [m.register_forward_hook(lambda m, args, out, i=i: note(i, out)) for i, m in enumerate(layers)]
-        try:
+        with hooked(m.register_forward_hook(lambda m, args, out, i=i: note(i, out)) for i, m in enumerate(layers)):
             for batch in images:
                 self.model(batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self.spreads = [_variance(seen[i]) for i in range(len(layers))]
+        self.spreads = [_spread(seen[i]) for i in range(len(layers))]
 
     def broadcast(self) -> None:
         """Give every process the spreads that rank 0 has measured; to be called by all."""
-        if dist.is_initialized():
-            device = next(self.model.parameters()).device
-            found = [self.spreads]
-            dist.broadcast_object_list(found, src=0, device=device)
-            self.spreads = [s.to(device) for s in found[0]]
+        device = next(self.model.parameters()).device
+        self.spreads = [s.to(device) for s in from_rank_0([s.cpu() for s in self.spreads])]
 
     def write(self, folder: Path) -> None:
         """Write the file: a float checkpoint as Ultralytics' own, with the spreads."""
@@ -95,8 +88,10 @@ def feature_layers(model: BaseModel) -> list[nn.Module]:
     return [layer for layer in model.model[:-1] if any(True for _ in layer.parameters())]
 
 
-def _variance(sums: list[tuple[int, Tensor, Tensor]]) -> Tensor:
-    count = sum(n for n, _, _ in sums)
-    mean, square = (torch.stack(parts).sum(0) / count for parts in list(zip(*sums))[1:])
-    variance = (square - mean.square()).clamp_min(0)
-    return (variance + FLOOR * variance.mean()).clamp_min(torch.finfo(torch.float32).tiny).float()
+def _spread(parts: list[tuple[int, Tensor, Tensor]]) -> Tensor:
+    """Variance of each channel, at least `FLOOR`, from (count, variance, mean) of each batch."""
+    variances, means = (torch.stack(of_all) for of_all in zip(*(pair for _, *pair in parts)))
+    counts = torch.tensor([count for count, *_ in parts], device=means.device)[:, None]
+    mean = (counts * means).sum(0) / counts.sum()
+    variance = (counts * (variances + (means - mean).square())).sum(0) / counts.sum()
+    return (variance + FLOOR * variance.mean()).clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,13 +1,14 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Twins of modules, swapping modules, and eval mode that comes back."""
+"""Twins of modules, swapping modules, eval mode that comes back, and hooks that go again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -37,3 +38,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for m, training in modes.items():
             m.training = training
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are there within the context."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -18,7 +18,7 @@ from ..config import QCConfig, QCError
 from ..files import AtomicPath
 from ..host import architecture, compat, log
 from ..host.distillation import Gains
-from ..host.distributed import broadcast_model
+from ..host.distributed import broadcast_model, from_rank_0
 from ..host.record import own_record
 from ..host.teacher import FILE as TEACHER
 from ..host.teacher import Teacher
@@ -90,8 +90,9 @@ def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> Teacher | None:
     teacher = Teacher(float_model) if config.teacher == "start" and not trainer.args.distill_model else None
     record = own_record(model)
     record.float_metrics = validate(trainer, float_model)
-    if teacher and record.float_metrics["fitness"] < MIN_FITNESS:
-        log.info(f"the start is no teacher: its fitness is {record.float_metrics['fitness']:.3f}, under {MIN_FITNESS}")
+    fitness = from_rank_0(record.float_metrics["fitness"])  # the other ranks measure nothing
+    if teacher and fitness < MIN_FITNESS:
+        log.info(f"the start is no teacher: its fitness is {fitness:.3f}, under {MIN_FITNESS}")
         teacher = None
     folder = trainer.save_dir / "qc"
     for stale in (trainer.wdir / "qat.pt", trainer.wdir / TEACHER, folder / "report.json", folder / TELEMETRY):
