@@ -26,8 +26,10 @@ from pathlib import Path
 import paper
 from cells import Cell, mean_and_spread, measure, parser
 from measured import SOFT, State, differences, label
-from paper import difference, difference_head, header, main_figure, method, points
-from record import page, results, write
+from paper import difference, difference_head, header, main_figure, method, points, table_of_differences
+from record import page, results, table_head, write
+
+from yolo_qc_plugin.config import QCConfig
 
 HEAD = [
     "# On photographs of COCO",
@@ -44,11 +46,12 @@ START = Cell("pretrained", None, "start")
 RECIPE = {f"W{w}A{a}": {"weight_bits": w, "act_bits": a} for w, a in ((8, 8), (4, 8), (4, 4), (3, 3))}
 TRAINED = "W4A8", "W4A4", "W3A3"
 
-ABLATION = {  # one default changed at a time, at W4A4
+ABLATION = {  # one default changed at a time, at W4A4; what is the default is left out
     "teacher=off": {"teacher": "off"},
     "distill_outputs=0": {"distill_outputs": 0.0},
     "distill_features=0": {"distill_features": 0.0},
     "distill_features=1": {"distill_features": 1.0},
+    "distill_features=8": {"distill_features": 8.0},
     "label_weight=0": {"label_weight": 0.0},
     "label_weight=1": {"label_weight": 1.0},
     "bn_freeze=False": {"bn_freeze": False},
@@ -56,9 +59,11 @@ ABLATION = {  # one default changed at a time, at W4A4
     "relative_steps=False": {"relative_steps": False},
     "reconstruction=0": {"reconstruction": 0},
     "per_channel=False": {"per_channel": False},
+    "per_channel=True": {"per_channel": True},
     "act_offset=False": {"act_offset": False},
     "scale_init=lsq": {"scale_init": "lsq"},
     "scale_lr=1": {"scale_lr": 1.0},
+    "scale_lr=10": {"scale_lr": 10.0},
     "scale_lr=30": {"scale_lr": 30.0},
     "ema_decay=0": {"ema_decay": 0.0},
     "ema_decay=0.9": {"ema_decay": 0.9},
@@ -121,9 +126,11 @@ def cells(kind: str) -> list[Cell]:
 
 def ablated() -> list[Cell]:
     """The defaults at W4A4, then each change of one of them."""
-    changed = [Cell(f"ablation-{name}", {"bits": 4, **options}) for name, options in ABLATION.items()]
-    changed += [Cell(f"ablation-{name}", {"bits": 4}, recipe=recipe) for name, recipe in TRAINING.items()]
-    return [Cell("ablation-base", {"bits": 4}), *changed]
+    base = {"bits": 4}
+    others = {n: {**base, **o} for n, o in ABLATION.items() if QCConfig(**base, **o) != QCConfig(**base)}
+    changed = [Cell(f"ablation-{name}", options) for name, options in others.items()]
+    changed += [Cell(f"ablation-{name}", base, recipe=recipe) for name, recipe in TRAINING.items()]
+    return [Cell("ablation-base", base), *changed]
 
 
 def ablation(name: str, content: dict) -> list[str]:
@@ -140,8 +147,7 @@ def ablation(name: str, content: dict) -> list[str]:
         "Differences are to the first row, without QC. The loss of outputs is that against the float start, on the "
         "validation images; lower is nearer.",
         "",
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
+        *table_head(head),
     ]
     for cell, found in runs.items():
         if found:
@@ -199,8 +205,7 @@ def recipe(name: str, content: dict) -> list[str]:
         "Bits are those of weights and activations, 8 at the edges. `best.pt` is the better of the two columns before "
         "it in each run, as the plugin keeps it. Minutes are of a run, with QC and all that the plugin measures.",
         "",
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
+        *table_head(head),
         f"| float | {len(float_ap)} | | | | {whole:.1f} | 100% {'| ' * (len(gain) + 1)}|",
     ]
     for width in RECIPE:
@@ -233,8 +238,7 @@ def granularity(name: str, content: dict) -> list[str]:
         *header("Per tensor, per channel, per tensor with QC", name, files),
         'All with EMA. 4* has the edges at 4 bits too, the paper\'s "4-bit*".',
         "",
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
+        *table_head(head),
     ]
     for bits in NARROW:
         rows = ("tensor", "✗", False, "qat"), ("channel", "✗", True, "qat"), ("tensor", "✓", False, "qc")
@@ -244,16 +248,6 @@ def granularity(name: str, content: dict) -> list[str]:
                 lines.append(f"| {bits} | per {scales} | {qc} | {shown} |")
     pairs = [pair for bits in NARROW for pair in granular(bits)]
     return [*lines, "", *table_of_differences(content, pairs, figure)]
-
-
-def table_of_differences(content: dict, pairs: list[tuple[State, State]], figure: str) -> list[str]:
-    """Paired differences, a line each."""
-    head = ["first", "second", *difference_head(content)]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for pair in pairs:
-        if columns := difference(content, *pair, figure):
-            lines.append(f"| {' | '.join(name + ' + QC' * (state == 'qc') for name, state in pair)} | {columns} |")
-    return lines
 
 
 def soft_rounding(name: str, content: dict) -> list[str]:
@@ -269,8 +263,7 @@ def soft_rounding(name: str, content: dict) -> list[str]:
         f"lies within {SOFT} of a step of a grid point, and keeps its latent value otherwise. Both columns are of the "
         "trained form in FP32, not of the deployed one.",
         "",
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
+        *table_head(head),
     ]
     for bits, runs in found.items():
         if runs:

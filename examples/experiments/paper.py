@@ -28,7 +28,7 @@ import cost
 import measured
 from cells import RECIPE, Cell, conditions, mean_and_spread, measure, pairs, parser
 from measured import State
-from record import page, read, results, write
+from record import page, read, results, table_head, write
 
 HEAD = [
     "# The paper's tables and figures",
@@ -164,12 +164,15 @@ def ordered() -> list[tuple[State, State]]:
 def orderings(content: dict, figure: str, title: str) -> list[str]:
     """The paper's orderings, seed by seed."""
     lines = [f"The paper's orderings (first above second), differences of {title} in points, seed by seed:", ""]
-    head = ["first", "second", *difference_head(content)]
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for pair in ordered():
+    return [*lines, *table_of_differences(content, ordered(), figure)]
+
+
+def table_of_differences(content: dict, pairs: list[tuple[State, State]], figure: str) -> list[str]:
+    """Paired differences, a line each."""
+    lines = table_head(["first", "second", *difference_head(content)])
+    for pair in pairs:
         if columns := difference(content, *pair, figure):
-            labels = [f"{cell}{' + QC' * (state == 'qc')}" for cell, state in pair]
-            lines.append(f"| {' | '.join(labels)} | {columns} |")
+            lines.append(f"| {' | '.join(name + ' + QC' * (state == 'qc') for name, state in pair)} | {columns} |")
     return lines
 
 
@@ -237,8 +240,7 @@ def table2(name: str, content: dict) -> list[str]:
         "Each run of the 4-bit EMA model is corrected six times, with the same batches (`yolo_qc_plugin.correct`). The "
         "last columns are the gain over the model without QC, seed by seed, its mean and standard error.",
         "",
-        f"| {' | '.join(head).replace('by seed', 'gain by seed')} |",
-        "|---" * len(head) + "|",
+        *table_head([f"gain {column}" if column == "by seed" else column for column in head]),
         f"| none | ✗ | ✗ | {len(before)} | {mean_and_spread(before.values())} | {theirs} {'| ' * (len(head) - 6)}|",
     ]
     for setup, pair in zip(PAPER_CORRECTIONS, corrections()):
@@ -266,8 +268,7 @@ def table3(name: str, content: dict) -> list[str]:
         f"The decay is warmed up: at step n it is min(decay, (1 + n) / (10 + n)). In {steps} steps the warm-up reaches "
         f"{(1 + steps) / (10 + steps):.4f}: decays above that are the same here.",
         "",
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
+        *table_head(head),
     ]
     for (value, runs), pair in zip(found.items(), decays()):
         qat, qc = (points(runs, row, figure) for row in ("qat", "qc"))

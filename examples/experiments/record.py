@@ -77,6 +77,11 @@ def page(head: list[str], record: dict, *tables: Callable[[str, dict], list[str]
     return "\n".join(lines) + "\n"
 
 
+def table_head(titles: list[str]) -> list[str]:
+    """The two lines with which a Markdown table begins."""
+    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+
+
 def versions() -> dict[str, str]:
     """Of what a figure depends on."""
     import torch

@@ -108,16 +108,18 @@ def others_loss(student: dict, teacher: dict) -> Tensor:
         student: Raw outputs of Ultralytics' head.
         teacher: The same, of the same places.
     """
+    others = [k for k in student.keys() - {"boxes", "scores", "feats"} if isinstance(student[k], Tensor)]
+    total = student["scores"].new_zeros((), dtype=torch.float32)
+    if not others:
+        return total
     confidence = teacher["scores"].float().sigmoid().amax(1)
-    losses = [confidence.new_zeros(())]
-    for name in student.keys() - {"boxes", "scores", "feats"}:
-        if isinstance(student[name], Tensor):
-            target = teacher[name].float()
-            places = tuple(range(2, target.ndim))
-            error = (student[name].float() - target).square() / target.var((0, *places), keepdim=True).clamp_min(1e-6)
-            weight = confidence if target.ndim == 3 else torch.ones_like(error[:, 0])
-            losses.append((error.mean(1) * weight).sum() / weight.sum().clamp_min(1))
-    return torch.stack(losses).sum()
+    for name in others:
+        target = teacher[name].float()
+        places = tuple(range(2, target.ndim))
+        error = (student[name].float() - target).square() / target.var((0, *places), keepdim=True).clamp_min(1e-6)
+        weight = confidence if target.ndim == 3 else torch.ones_like(error[:, 0])
+        total = total + (error.mean(1) * weight).sum() / weight.sum().clamp_min(1)
+    return total
 
 
 def features_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], spreads: Sequence[Tensor]) -> Tensor:
@@ -182,7 +184,7 @@ class Distillation:
 
     def __init__(self, model: nn.Module, gains: Gains, teacher: Teacher | None = None, summed: bool = True):
         self.model, self.gains, self.teacher, self.summed = model, gains, teacher, summed
-        self._seen: dict[str, dict[int, Any]] = {}  # "student" or "teacher" -> place in `_layers` -> output
+        self._seen: dict[str, dict[int, Any]] = {}  # "student" or "teacher" -> feature layer, or HEAD -> output
         self._hooks: list = []
 
     def prepare(self) -> None:

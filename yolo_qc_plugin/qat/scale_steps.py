@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -46,6 +48,19 @@ def separate_scales(optimizer: Optimizer, scales: list[nn.Parameter], lr_factor:
     lr = min(g["lr"] for g in optimizer.param_groups) * lr_factor
     optimizer.add_param_group({**settings, "params": scales, "lr": lr, "weight_decay": 0.0, "param_group": "scale"})
     return optimizer.param_groups[-1]
+
+
+def rescale_steps(parameters: Sequence[torch.Tensor], old: Sequence[torch.Tensor], factors: Sequence) -> None:
+    """Make what an optimizer's step has changed, since `old`, times a factor for each parameter; in place.
+
+    Args:
+        parameters: After the step.
+        old: Before it.
+        factors: Numbers, or tensors of one element.
+    """
+    steps = torch._foreach_sub(parameters, old)
+    torch._foreach_mul_(steps, factors)
+    torch._foreach_copy_(parameters, torch._foreach_add(old, steps))
 
 
 class ScaleSteps:
@@ -100,9 +115,7 @@ class ScaleSteps:
 
     def _after(self, optimizer, args, kwargs) -> None:
         if self.relative:
-            steps = torch._foreach_sub(self.parameters, self.old)
-            torch._foreach_mul_(steps, [self.old[i] for i in self.unit])
-            torch._foreach_copy_(self.parameters, torch._foreach_add(self.old, steps))
+            rescale_steps(self.parameters, self.old, [self.old[i] for i in self.unit])
         old = self.old[: len(self.scales)]
         torch._foreach_maximum_(self.scales, torch._foreach_mul(old, 1 - MAX_STEP))
         torch._foreach_clamp_min_(self.scales, TINY)

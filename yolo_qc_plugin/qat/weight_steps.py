@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from .prepare import TrainedWeights
-from .scale_steps import ScaleSteps
+from .scale_steps import ScaleSteps, rescale_steps
 
 
 class WeightSteps:
@@ -48,9 +48,7 @@ class WeightSteps:
 
     @torch.no_grad()
     def _after(self, optimizer, args, kwargs) -> None:
-        steps = torch._foreach_sub(self.tensors, self.old)
-        torch._foreach_mul_(steps, self.factors)
-        torch._foreach_copy_(self.tensors, torch._foreach_add(self.old, steps))
+        rescale_steps(self.tensors, self.old, self.factors)
 
     def state_dict(self) -> dict:
         """What resume.pt keeps."""

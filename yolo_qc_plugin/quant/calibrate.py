@@ -11,7 +11,7 @@ from torch import nn
 
 from .activations import quant_activations
 from .layers import quant_convs
-from .modules import evaluating
+from .modules import evaluating, hooked
 from .observers import SampleObserver
 from .quantizer import ActQuantizer, Quantizer
 
@@ -101,19 +101,17 @@ def observe(
     observers = {name: SampleObserver() for name in watched}
     batch_norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     norms = {m: (m.training, m.track_running_stats) for m in batch_norms}
-    hooks = [
+    hooks = (
         m.register_forward_pre_hook(lambda m, args, seen=observers[name]: seen.update(args[0]))
         for name, m in watched.items()
-    ]
+    )
     try:
-        with evaluating(model):
+        with hooked(hooks), evaluating(model):
             for m, (training, tracking) in norms.items():
                 m.training, m.track_running_stats = training, tracking and not training
             for batch in batches:
                 forward(batch)
     finally:
-        for hook in hooks:
-            hook.remove()
         for m, (_, tracking) in norms.items():
             m.track_running_stats = tracking
     return observers

@@ -14,7 +14,7 @@ from torch import nn
 from ..config import QCConfig, QCError
 from .activations import QuantActivation, quant_activations
 from .layers import Deployed, QuantConv2d, is_quantized, quant_convs
-from .modules import evaluating, replace_modules
+from .modules import evaluating, hooked, replace_modules
 from .precision import keep_wide, undo_keep_wide
 
 
@@ -116,13 +116,8 @@ def share_quantizers(model: nn.Module, image: torch.Tensor) -> int:
         kept.append(args[0])
         readers.setdefault((id(args[0]), conv.act_quant.bits), []).append(conv)
 
-    hooks = [m.register_forward_pre_hook(note) for _, m in quant_convs(model)]
-    try:
-        with evaluating(model):
-            model(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(m.register_forward_pre_hook(note) for _, m in quant_convs(model)), evaluating(model):
+        model(image)
     gone = 0
     for (tensor, _), (first, *others) in readers.items():
         if tensor == id(image):

@@ -22,7 +22,7 @@ from ..host.distillation import Gains, features_loss, head_loss
 from ..host.record import write_checkpoint
 from ..host.teacher import Teacher, feature_layers
 from ..qat.reconstruction import reconstruct
-from ..quant.modules import evaluating
+from ..quant.modules import evaluating, hooked
 
 IMAGES = 1024  # at most, whose layers' outputs are kept, in half precision, while they are needed
 MEMORY = 2**31  # bytes that the outputs of the largest layer may take, of both models together
@@ -210,12 +210,10 @@ class Streams:
 def largest_output(model: BaseModel, image: Tensor) -> int:
     """Bytes that the largest output of a layer before the head takes, in half precision, for two models."""
     sizes: list[int] = []
-    hooks = [layer.register_forward_hook(lambda m, args, out: sizes.append(out.numel())) for layer in model.model[:-1]]
-    try:
+    with hooked(
+        layer.register_forward_hook(lambda m, args, out: sizes.append(out.numel())) for layer in model.model[:-1]
+    ):
         model(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return 2 * 2 * max(sizes)
 
 
