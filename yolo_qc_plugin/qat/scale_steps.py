@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -50,7 +48,7 @@ def separate_scales(optimizer: Optimizer, scales: list[nn.Parameter], lr_factor:
     return optimizer.param_groups[-1]
 
 
-def rescale_steps(parameters: Sequence[torch.Tensor], old: Sequence[torch.Tensor], factors: Sequence) -> None:
+def rescale_steps(parameters: list[torch.Tensor], old: list[torch.Tensor], factors: list) -> None:
     """Make what an optimizer's step has changed, since `old`, times a factor for each parameter; in place.
 
     Args:
@@ -111,7 +109,7 @@ class ScaleSteps:
         self._taken = number
 
     def _before(self, optimizer, args, kwargs) -> None:
-        self.old = torch._foreach_add(self.parameters, 0.0)
+        self.old = list(torch._foreach_add(self.parameters, 0.0))
 
     def _after(self, optimizer, args, kwargs) -> None:
         if self.relative:

@@ -44,7 +44,7 @@ class WeightSteps:
 
     @torch.no_grad()
     def _before(self, optimizer, args, kwargs) -> None:
-        self.old = torch._foreach_add(self.tensors, 0.0)
+        self.old = list(torch._foreach_add(self.tensors, 0.0))
 
     @torch.no_grad()
     def _after(self, optimizer, args, kwargs) -> None:
