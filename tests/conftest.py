@@ -62,7 +62,7 @@ def train(digits, tmp_path):
     def run(options: dict | None = None, callbacks: dict | None = None, model="yolov5n.yaml", **arguments):
         yolo = YOLO(model)
         if options is not None:
-            add_qc_callbacks(yolo, **{"reconstruction": 2, **options})
+            add_qc_callbacks(yolo, **options)
         for event, callback in (callbacks or {}).items():
             yolo.add_callback(event, callback)
         arguments = {**TINY, "data": str(digits), "project": str(tmp_path), "name": "run", **arguments}

@@ -44,8 +44,8 @@ REFUSED = {
     "distill_features": WEIGHT,
     "label_weight": WEIGHT,
     "freeze_threshold": ("above 0 and below 1, or None for off", [0, -0.1, 1, 1.0, NAN, INF, True, "0.01"]),
-    "reconstruction": ("at least 0", [-1, 1.5, True, "200", None]),
     "relative_steps": FLAG,
+    "rounding": ("'annealed' or 'nearest'", ["", "soft", "Nearest", None, True, 0]),
     "bn_freeze": FLAG,
     "bn_reestimate": FLAG,
     "telemetry": FLAG,
@@ -79,9 +79,9 @@ def test_layer_bits_refusal_names_the_pattern(value):
         *((n, b) for n in ("bits", "edge_bits", "weight_bits", "act_bits") for b in range(2, 9)),
         ("weight_bits", None), ("act_bits", None), ("output_bits", None),
         ("ema_decay", 0), ("ema_decay", 0.0), ("ema_decay", 0.9999),
-        ("dampening_weight", 0), ("dampening_weight", 100.0), ("distill_outputs", 0), ("distill_outputs", 100.0),
+        ("dampening_weight", 0), ("rounding", "nearest"), ("distill_outputs", 0), ("distill_outputs", 100.0),
         ("teacher", "off"), ("label_weight", 0), ("distill_features", 2.5),
-        ("freeze_threshold", 1e-9), ("freeze_threshold", 0.999),
+        ("freeze_threshold", None),
         ("scale_lr", 1e-9), ("scale_lr", 3), ("correction_lr", 1e9),
         ("correction_epochs", 1), ("calibration_batches", 1000),
         ("scale_init", "lsq"), ("correction", "tensor"), ("correction", "off"),
@@ -90,6 +90,13 @@ def test_layer_bits_refusal_names_the_pattern(value):
 )  # fmt: skip
 def test_accepted_values_are_kept(name, value):
     assert getattr(QCConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("name,value", [("dampening_weight", 100.0), ("freeze_threshold", 1e-9)])
+def test_what_works_on_rounded_weights_needs_them(name, value):
+    with pytest.raises(QCError, match=rf"rounding='annealed'.*'nearest' with .*{name}"):
+        QCConfig(**{name: value})
+    assert getattr(QCConfig(**{name: value}, rounding="nearest"), name) == value
 
 
 def test_correction_needs_a_factor():
@@ -137,7 +144,7 @@ def test_body_bits(options, expected):
     ("layer_bits", "a:6, b.*: 2", {"a": 6, "b.*": 2}), ("layer_bits", "{'a': 6, 'b': 3}", {"a": 6, "b": 3}),
 ])  # fmt: skip
 def test_text_is_read_by_the_options_type(name, text, value):
-    read = getattr(QCConfig.from_options({name: text}), name)
+    read = getattr(QCConfig.from_options({"rounding": "nearest", name: text}), name)
     assert read == value and type(read) is type(value)
 
 
@@ -176,6 +183,7 @@ def test_defaults_survive_a_round_trip():
 
 configs = st.builds(
     QCConfig,
+    rounding=st.just("nearest"),
     bits=st.integers(2, 8),
     weight_bits=st.none() | st.integers(2, 8),
     act_bits=st.none() | st.integers(2, 8),
@@ -272,6 +280,7 @@ def test_a_preset_fills_what_is_not_given(preset):
             "correction": "tensor",
             "scale_init": "mse",
             "teacher": "start",
+            "rounding": "annealed",
             "correction_shift": False,
             "act_bits": 4,
         }.get(name, QCConfig().edge_bits)

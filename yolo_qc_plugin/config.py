@@ -21,7 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scale_lr": 1.0,  # scales are learned at the weights' rate (our reading)
         "scale_init": "lsq",  # LSQ's own (our reading)
         "relative_steps": False,
-        "reconstruction": 0,
+        "rounding": "nearest",
         "teacher": "off",
         "edge_bits": 8,  # its "4-bit*" is edge_bits=4 beside the preset
         "output_bits": None,
@@ -56,6 +56,8 @@ class QCConfig:
             (2 * mean|x| / sqrt(quant_max), Esser et al. 2020).
         scale_lr: Learning rate of scales and offsets as a factor of `lr0`, above 0.
         relative_steps: Take an adaptive optimizer's steps on weights in proportion to the size of their layer's.
+        rounding: Of weights in training: "annealed" hardens over nine tenths of the run, "nearest" rounds with
+            straight-through gradients (LSQ).
         ema_decay: Constant decay of the EMA of weights, scales and offsets, in [0, 1); 0 is plain LSQ.
         dampening_weight: Final weight of the loss that draws weights to their grid points (oscillation dampening), at
             least 0; 0 is off.
@@ -67,8 +69,6 @@ class QCConfig:
             off.
         distill_features: Weight of the loss that draws the outputs of the top-level layers to those of the start, at
             least 0; 0 is off. (Ultralytics compares features with a `distill_model` itself; `dis` is its weight.)
-        reconstruction: Steps by which each top-level layer is drawn to the start's before training begins, where it
-            teaches, at least 0; 0 is off.
         label_weight: Weight of Ultralytics' loss of the labels where there is a teacher, at least 0.
         bn_freeze: Keep the batch norm statistics of the start where it teaches: what is drawn to it is normalized as it
             is.
@@ -95,18 +95,18 @@ class QCConfig:
     act_bits: int | None = option(None, or_none(WIDTH, " for `bits`"))
     edge_bits: int = option(8, WIDTH)
     output_bits: int | None = option(8, or_none(WIDTH, " for float"))
-    per_channel: bool = option(False, FLAG)
+    per_channel: bool = option(True, FLAG)
     act_offset: bool = option(True, FLAG)
     scale_init: str = option("mse", choice("mse", "lsq"))
-    scale_lr: float = option(1.0, number(above=0))
+    scale_lr: float = option(10.0, number(above=0))
     relative_steps: bool = option(True, FLAG)
+    rounding: str = option("annealed", choice("annealed", "nearest"))
     ema_decay: float = option(0.99, number(at_least=0, below=1, note="; 0 is plain LSQ without EMA"))
     dampening_weight: float = option(0.0, number(at_least=0, note="; 0 is off"))
     freeze_threshold: float | None = option(None, or_none(number(above=0, below=1), " for off"))
     teacher: str = option("start", choice("start", "off"))
     distill_outputs: float = option(1.0, number(at_least=0, note="; 0 is off"))
-    distill_features: float = option(1.0, number(at_least=0, note="; 0 is off"))
-    reconstruction: int = option(200, whole(0))
+    distill_features: float = option(8.0, number(at_least=0, note="; 0 is off"))
     label_weight: float = option(1.0, number(at_least=0))
     bn_freeze: bool = option(True, FLAG)
     bn_reestimate: bool = option(False, FLAG)
@@ -128,6 +128,8 @@ class QCConfig:
         if self.correction != "off" and not (self.correction_scale or self.correction_shift):
             accepted = "correction_scale=True or correction_shift=True with it, or correction='off'"
             refuse("correction", self.correction, accepted)
+        if self.rounding == "annealed" and (self.dampening_weight or self.freeze_threshold):
+            refuse("rounding", self.rounding, "'nearest' with dampening_weight or freeze_threshold")
 
     @classmethod
     def kinds(cls) -> dict[str, Kind]:

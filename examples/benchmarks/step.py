@@ -43,7 +43,7 @@ VARIANTS = {
 OURS = {
     "LSQ": dict(bits=4, act_offset=False, ema_decay=0.0, teacher="off"),
     "LSQ+ EMA": dict(bits=4, teacher="off"),
-    "LSQ+ EMA, taught": dict(bits=4, reconstruction=0),
+    "LSQ+ EMA, taught": dict(bits=4),
     "LSQ+ EMA, no telemetry": dict(bits=4, telemetry=False, teacher="off"),
     "LSQ+ EMA, eager": dict(bits=4, teacher="off"),
 }

@@ -14,7 +14,6 @@ from conftest import FLOAT, TINY, last_epoch
 from two_processes import GlooTrainer, Record, states
 from ultralytics import YOLO, cfg
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils.dist import generate_ddp_file
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -23,7 +22,7 @@ from yolo_qc_plugin.quant.layers import is_quantized, scale_parameters
 from yolo_qc_plugin.startup.command import wrap_entrypoint
 
 ARGUMENTS = {**TINY, "epochs": 2, "batch": 16, "nbs": 16, "optimizer": "SGD"}  # two batches of 16 and 8 images an epoch
-OPTIONS = {"bits": 4, "dampening_weight": 1.0}
+OPTIONS = {"bits": 4, "rounding": "nearest", "dampening_weight": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +56,10 @@ def test_rank_0_corrects_alone_and_measures_every_image(run, digits):
     assert len({f for rank in (first, second) for batch in rank["batches"] for f in batch["im_file"]}) == 24
 
 
-def test_a_start_teaches_both_ranks_and_rank_0_reconstructs(digits, tmp_path):
-    """The other rank measures nothing of the start, and has the reconstructed model and the spreads all the same."""
+def test_a_start_teaches_both_ranks(digits, tmp_path):
+    """The other rank measures nothing of the start, and has the calibrated model and the spreads all the same."""
     yolo = YOLO(FLOAT)
-    add_qc_callbacks(yolo, bits=4, reconstruction=2, correction="off", output_bits=None)
+    add_qc_callbacks(yolo, bits=4, correction="off", output_bits=None)
     for event, callback in Record().events().items():
         yolo.add_callback(event, callback)
     arguments = {**ARGUMENTS, "epochs": 1, "data": str(digits), "project": str(tmp_path), "name": "run"}
@@ -69,8 +68,6 @@ def test_a_start_teaches_both_ranks_and_rank_0_reconstructs(digits, tmp_path):
     assert last_epoch(tmp_path / "run")["train/teacher_loss"] > 0
     start, other = (rank["start"]["model"] for rank in (first, second))
     assert all(torch.equal(v, other[k]) for k, v in start.items())
-    before = load_checkpoint(FLOAT)[0].float().state_dict()
-    assert not torch.equal(start["model.3.conv.weight"], before["model.3.conv.weight"])
     assert first["scales"] == second["scales"] and len(set(first["scales"])) == 2
 
 

@@ -163,7 +163,7 @@ def test_frozen_weights_keep_their_codes_through_averaging_saving_resume_and_cor
 
     monkeypatch.setattr(freezing, "FIRST_THRESHOLD", 0.015)  # in so short a run nothing oscillates ten times
     watch, yolo = Watch(), YOLO("yolov5n.yaml")
-    add_qc_callbacks(yolo, bits=3, dampening_weight=0.1, freeze_threshold=0.015, ema_decay=0.9)
+    add_qc_callbacks(yolo, bits=3, rounding="nearest", dampening_weight=0.1, freeze_threshold=0.015, ema_decay=0.9)
     watch.start(yolo)
     yolo.add_callback("on_train_batch_start", kill)
     arguments = {**TINY, "epochs": 4, "nbs": 4, "batch": 4, "optimizer": "SGD", "lr0": 0.02, "close_mosaic": 0}

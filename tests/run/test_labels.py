@@ -163,7 +163,7 @@ def test_a_run_from_a_bare_folder(train, photos, tmp_path, predicted, caplog):
         "on_train_epoch_start": stop,
     }
     with pytest.raises(KeyboardInterrupt):
-        train({**QUICK, "reconstruction": 0}, callbacks, model=FLOAT, data=str(photos), epochs=2)
+        train(QUICK, callbacks, model=FLOAT, data=str(photos), epochs=2)
     trainer, data = seen["t"], tmp_path / "run" / "qc" / "data"
     assert Path(trainer.args.data) == data / "data.yaml" and len(predicted) == ALL
     assert torch.equal(seen["weight"], start["model.3.conv.weight"])  # the teacher was another copy

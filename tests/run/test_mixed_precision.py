@@ -64,7 +64,9 @@ def runs(digits, tmp_path_factory):
             run = found[dtype] = Run(dtype, overflow=2 if dtype == torch.float16 else None)
             yolo = YOLO("yolov5n.yaml")
             correction = "channel" if dtype else "off"
-            add_qc_callbacks(yolo, bits=4, freeze_threshold=0.01, correction=correction, output_bits=None)
+            add_qc_callbacks(
+                yolo, bits=4, rounding="nearest", freeze_threshold=0.01, correction=correction, output_bits=None
+            )
             for event in (e for e in dir(run) if e.startswith("on_")):
                 yolo.add_callback(event, getattr(run, event))
             yolo.train(**ARGUMENTS, data=str(digits), project=str(tmp_path_factory.mktemp("run")))

@@ -76,7 +76,15 @@ def interrupted(digits, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("runs")
     yolo = YOLO("yolo26n.yaml")
-    add_qc_callbacks(yolo, bits=3, dampening_weight=0.1, freeze_threshold=0.01, correction="off", output_bits=None)
+    add_qc_callbacks(
+        yolo,
+        bits=3,
+        rounding="nearest",
+        dampening_weight=0.1,
+        freeze_threshold=0.01,
+        correction="off",
+        output_bits=None,
+    )
     yolo.add_callback("on_train_batch_start", look)
     arguments = {**TINY, "epochs": 3, "nbs": 16, "warmup_epochs": 1, "close_mosaic": 1, "patience": 2, "amp": False}
     with pytest.raises(KeyboardInterrupt):

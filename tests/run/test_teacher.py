@@ -14,7 +14,7 @@ from ultralytics.nn.tasks import load_checkpoint
 
 from yolo_qc_plugin.quant.layers import is_quantized
 
-OPTIONS = {"output_bits": None, "correction": "off", "telemetry": False, "reconstruction": 0}
+OPTIONS = {"output_bits": None, "correction": "off", "telemetry": False}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ Ultralytics' launcher starts them, and DistributedDataParallel gives every rank 
 every step, the sum of all gradients, those of scales and offsets included. So ranks that begin with equal scales stay
 equal. Every rank injects, measures the float model with the others and keeps its own EMA, as Ultralytics does.
 
-    calibration   rank 0, from its share of the training images, reconstruction too; its model is broadcast
+    calibration   rank 0, from its share of the training images; its model is broadcast
     correction    rank 0, after training, over all images, in batches of one device; gradients are summed to the global
                   batch. The other ranks have left by then and wait for nothing, so that no time limit of a collective
                   operation can end a long correction.

@@ -12,7 +12,6 @@ from ultralytics.nn.tasks import load_checkpoint
 from ..files import AtomicPath, replacing
 from ..host.record import own_record, record_of, strip
 from ..quant.layers import quant_convs
-from .reconstruction import FILE as RECONSTRUCTION
 
 FILE = "resume.pt"
 FORMAT = 4  # raise it when older files cannot be read as they are
@@ -21,8 +20,7 @@ UNREADABLE = OSError, RuntimeError, EOFError, UnpicklingError
 
 def conclude(last: AtomicPath) -> None:
     """The last acts of a run, when all else is on disk: delete what only a run in progress needs, strip last.pt."""
-    for name in (FILE, RECONSTRUCTION):
-        last.with_name(name).unlink(missing_ok=True)
+    last.with_name(FILE).unlink(missing_ok=True)
     strip(last)
 
 

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import json
-import math
 from copy import deepcopy
-from hashlib import sha256
 
 from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
@@ -17,7 +14,6 @@ from ultralytics.utils.torch_utils import unwrap_model
 from ..config import QCConfig, QCError
 from ..files import AtomicPath
 from ..host import architecture, compat, log
-from ..host.distillation import Gains
 from ..host.distributed import broadcast_model, from_rank_0
 from ..host.record import own_record
 from ..host.teacher import FILE as TEACHER
@@ -26,7 +22,6 @@ from ..qat.correction import freeze_norms
 from ..quant.calibrate import calibrate
 from ..quant.inject import remove
 from ..quant.layers import is_quantized
-from . import reconstruction
 from .telemetry import FILE as TELEMETRY
 from .validation import training_images, validate
 
@@ -106,9 +101,6 @@ def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> Teacher | None:
             trainer.train_loader.reset()
             teacher.measure(training_images(trainer, config.calibration_batches))
             teacher.write(trainer.wdir)
-            if config.reconstruction:
-                trainer.train_loader.reset()
-                reconstruct(trainer, config, teacher)
         trainer.train_loader.reset()  # the first epoch sees every image once, calibration or not
     broadcast_model(model)
     if teacher:
@@ -117,17 +109,3 @@ def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> Teacher | None:
     averaged.load_state_dict(architecture.student(model).state_dict())
     averaged.qc = record
     return teacher
-
-
-def reconstruct(trainer: BaseTrainer, config: QCConfig, teacher: Teacher) -> None:
-    """Reconstruct the trainer's model, or take up what a run begun here has done of it; write how it went to qc/."""
-    model, args = unwrap_model(trainer.model), trainer.args
-    images = training_images(trainer, math.ceil(reconstruction.IMAGES / trainer.train_loader.batch_size))
-    depends_on = [config.to_dict(), args.seed, args.imgsz, args.batch, args.freeze, len(trainer.train_loader.dataset)]
-    key = sha256(json.dumps(depends_on).encode())
-    for tensor in model.state_dict().values():
-        key.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    done = reconstruction.Done(trainer.wdir, key.hexdigest())
-    gains = Gains(1.0, 1.0, 0.0, args.cls, args.dfl)
-    found = reconstruction.reconstruct_model(model, teacher, images, gains, config.reconstruction, args.seed, done)
-    reconstruction.write(found, trainer.save_dir / "qc")

@@ -14,6 +14,7 @@ from ..config import QCConfig
 from ..host import architecture
 from ..host.distillation import Distillation, Gains
 from ..host.teacher import Teacher
+from ..qat.annealed_rounding import AnnealedRounding, temperature
 from ..qat.correction import freeze_norms
 from ..qat.dampening import Dampening
 from ..qat.ema import ConstantEMA
@@ -52,6 +53,7 @@ class Steps:
         recorded = config.telemetry and RANK in {-1, 0}
         self._weights = TrainedWeights(model)
         self._weight_steps = WeightSteps(trainer.optimizer, self._weights) if config.relative_steps else None
+        self._annealed = AnnealedRounding(self._weights) if config.rounding == "annealed" else None
         self._freezing = Freezing(self._weights, config.body_bits[0]) if config.freeze_threshold else None
         self.oscillation = self._freezing or (Oscillation(self._weights) if recorded else None)
         self._dampening = None
@@ -92,7 +94,8 @@ class Steps:
         if self._freezes_norms and not self._batches:  # Ultralytics has just set the mode of every layer
             freeze_norms(architecture.student(trainer.model))
         self._batches += 1
-        quantized = self._weights.hand_out()
+        softness = temperature(self._progress) if self._annealed else None
+        quantized = self._annealed.hand_out(softness) if self._annealed and softness else self._weights.hand_out()
         if self._dampening:
             self._dampening.prepare(annealed(0.0, self.config.dampening_weight, self._progress), quantized)
         if self.distillation:
@@ -108,6 +111,8 @@ class Steps:
         """Do what is due after a last batch whose end Ultralytics did not tell; pass on what was recorded."""
         self._weights.take_back()
         self._after_step(trainer)
+        if self._annealed and temperature(self._progress):
+            trainer.stopper.best_epoch = trainer.epoch + 1  # patience begins when weights are rounded as in validation
         if self.telemetry:
             self.telemetry.to_tensorboard(trainer.epoch + 1)
             self.telemetry.write(EVERY)

@@ -1,0 +1,122 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Annealed rounding: over a run, the rounding of weights hardens from almost none to the nearest grid point.
+
+    v      = clip(w / scale, quant_min, quant_max)
+    f      = v - floor(v)
+    h(f)   = (1 + tanh((f - 1/2) / (2 T)) / tanh(1 / (4 T))) / 2
+    what   = scale * (floor(v) + h(f))
+
+h rises from 0 to 1. At a temperature T above about 1 it is f itself and the weights are those of the float model; as T
+falls it becomes a step at 1/2, which is rounding. Gradients are those of the formula, not straight-through: a weight
+halfway between two grid points is drawn to the one that serves the loss, and the others adapt to it while they can.
+Nothing jumps back and forth over a threshold, as it does under rounding with straight-through gradients (oscillation).
+
+The function is that of differentiable soft quantization (Gong et al., ICCV 2019, equations 4 to 7), where its sharpness
+is learned. Here the temperature falls exponentially until nine tenths of the run; from then on weights are rounded to
+the nearest grid point, with straight-through gradients.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..quant.functional import widen
+from .prepare import TrainedWeights
+
+START, END = 0.4, 0.001  # temperature at the beginning, and when rounding becomes hard
+HARD = 0.9  # share of the run after which it is
+
+
+def temperature(progress: float) -> float | None:
+    """Temperature after a share of the run, in [0, 1]; None where weights are rounded to the nearest grid point."""
+    return START * (END / START) ** (progress / HARD) if progress < HARD else None
+
+
+class AnnealedRounding:
+    """Hands out weights of annealed rounding in place of `TrainedWeights`, which takes them back.
+
+    Args:
+        weights: Of a model that is injected and calibrated.
+    """
+
+    def __init__(self, weights: TrainedWeights):
+        self.convs, self.sizes = weights.convs, weights.sizes
+        rows = [(q.scale.numel(), q.quant_min, q.quant_max) for q in weights.quants]  # a row shares a scale
+        device = weights.codes.device
+        self.counts = torch.tensor([n // r for n, (r, *_) in zip(self.sizes, rows) for _ in range(r)], device=device)
+        self.low, self.high = (
+            torch.tensor([float(row[i]) for row in rows for _ in range(row[0])], device=device) for i in (1, 2)
+        )
+
+    def hand_out(self, temperature: float) -> tuple[Tensor, ...]:
+        """Give each convolution `what` of the formula, with gradients by its weight and its scale.
+
+        A gradient by a scale is multiplied by LSQ's gradient scale, as that of hard rounding is.
+
+        Args:
+            temperature: T, above 0.
+
+        Returns:
+            The weights.
+        """
+        scales = [conv.weight_quant.scale for conv in self.convs]
+        found = _Annealed.apply(self, temperature, *(conv.weight for conv in self.convs), *scales)
+        for conv, value in zip(self.convs, found):
+            conv.given_weight = value
+        return found
+
+    def positions(self, weights: tuple[Tensor, ...], scales: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Grid positions of all weights before and after clipping, and their scales; flat, FP32."""
+        scale, low, high = (
+            rows.repeat_interleave(self.counts, output_size=sum(self.sizes))
+            for rows in (torch.cat(scales), self.low, self.high)
+        )
+        position = torch.cat([widen(w).reshape(-1) for w in weights]).div_(scale)
+        return position, position.clamp(low, high), scale
+
+    def parts(self, flat: Tensor) -> list[Tensor]:
+        """Views of a flat tensor, one per layer, in the shapes of the weights."""
+        return [part.view(conv.weight.shape) for part, conv in zip(flat.split(self.sizes), self.convs)]
+
+
+class _Annealed(torch.autograd.Function):
+    """All layers in one flat buffer: some twenty passes over the weights, whatever the number of layers."""
+
+    @staticmethod
+    def forward(ctx, rounding, temperature, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)  # a weight that nothing used gets no gradient
+        ctx.rounding, ctx.temperature = rounding, temperature
+        n = len(rounding.convs)
+        _, clipped, scale = rounding.positions(tensors[:n], tensors[n:])
+        value, _ = _steps(clipped, temperature)
+        return tuple(part.to(w.dtype) for part, w in zip(rounding.parts(value.mul_(scale)), tensors))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        rounding, n = ctx.rounding, len(grads)
+        weights, scales = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        position, clipped, _ = rounding.positions(weights, scales)
+        grad = torch.cat([widen(w.new_zeros(w.shape) if g is None else g).reshape(-1) for g, w in zip(grads, weights)])
+        value, slope = _steps(clipped, ctx.temperature)
+        by_weight = slope.mul_(position == clipped).mul_(grad)
+        by_scale = value.mul_(grad).sub_(position.mul_(by_weight))
+        found: list[Tensor | None] = [None] * 2 * n
+        for i, (by_w, by_s) in enumerate(zip(rounding.parts(by_weight), rounding.parts(by_scale))):
+            if grads[i] is not None:
+                found[i] = by_w.to(weights[i].dtype)
+                rows = by_s.reshape(scales[i].numel(), -1).sum(1)
+                found[n + i] = rows.mul_(rounding.convs[i].weight_quant.grad_scale(weights[i]))
+        return None, None, *found
+
+
+def _steps(position: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """floor(v) + h(f) of clipped positions, and h'(f)."""
+    lower = position.floor()
+    top = math.tanh(1 / (4 * temperature))
+    soft = (position - lower).sub_(0.5).div_(2 * temperature).tanh_()
+    slope = (1 - soft.square()).div_(4 * temperature * top)
+    return lower.add_(soft.div_(2 * top)).add_(0.5), slope
