@@ -201,6 +201,8 @@ def recipe(name: str, content: dict) -> list[str]:
     gain = [f"QC: {column}" if column == "by seed" else column for column in difference_head(content)]
     head = ["bits", "seeds", "calibrated alone", "without QC", "with QC", "best.pt", "of float", *gain, "minutes"]
     lines = header("The plugin's defaults", name, files)
+    if given := {k: v for run in files for k, v in run["options"].items() if k not in {"weight_bits", "act_bits"}}:
+        lines += [f"Not by default: {', '.join(f'{k}={v}' for k, v in given.items())}.", ""]
     lines += [
         "Bits are those of weights and activations, 8 at the edges. `best.pt` is the better of the two columns before "
         "it in each run, as the plugin keeps it. Minutes are of a run, with QC and all that the plugin measures.",

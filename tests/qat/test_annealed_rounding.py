@@ -51,7 +51,8 @@ def test_values_and_gradients_are_those_of_the_formula(model, t):
         assert torch.allclose(by_scale, conv.weight_quant.scale.grad * lsq, rtol=1e-9, atol=1e-12)
     v = model[1].weight / model[1].weight_quant.per_weight(model[1].weight)
     clipped = (v < -8) | (v > 7)
-    assert clipped.any() and not found[1][0][clipped].any() and found[1][0][~clipped].any()
+    assert clipped.any() and not found[1][0][clipped].any()
+    assert t == END or found[1][0][~clipped].any()  # a step has a slope next to a half alone
 
 
 def test_it_goes_from_clipping_to_rounding(model):

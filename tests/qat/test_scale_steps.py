@@ -83,7 +83,7 @@ def test_scales_get_a_group_of_their_own_and_the_rest_stays(case, name, iteratio
     for n in scales:
         index, settings = groups.pop(n)[0]
         assert index == last and settings["weight_decay"] == 0 and not settings.get("use_muon")
-        assert settings["lr"] == pytest.approx(smallest * options.get("scale_lr", 1.0), rel=1e-12)
+        assert settings["lr"] == pytest.approx(smallest * options.get("scale_lr", QCConfig().scale_lr), rel=1e-12)
         assert settings["param_group"] == "scale"
     assert groups == expected  # everything else: same group, same settings
     assert optimizer.param_groups[last].keys() == plain.param_groups[0].keys()  # complete, and nothing foreign
