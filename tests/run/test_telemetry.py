@@ -58,8 +58,8 @@ class BruteForce:
             seen.add(conv.act_quant)
             twin = self.twins[name]
             row[name] = [
-                conv.weight_quant.scale.item(),
-                twin.weight_quant.scale.item(),
+                conv.weight_quant.scale.mean().item(),
+                twin.weight_quant.scale.mean().item(),
                 conv.act_quant.scale.item() if own else np.nan,
                 twin.act_quant.scale.item() if own else np.nan,
                 (change != 0).mean(),
