@@ -115,7 +115,10 @@ def test_a_run_anneals_then_rounds(train, monkeypatch):
     monkeypatch.setattr(TrainedWeights, "hand_out", lambda self: seen.append(None) or hard(self))
     train(
         {"rounding": "annealed"},
-        {"on_train_epoch_end": lambda trainer: best.append(trainer.stopper.best_epoch)},
+        {
+            "on_train_start": lambda trainer: setattr(trainer.stopper, "best_fitness", 1.0),  # no epoch is better
+            "on_train_epoch_end": lambda trainer: best.append(trainer.stopper.best_epoch),
+        },
         epochs=4,
         patience=1,
         nbs=8,  # every batch is a step

@@ -43,7 +43,7 @@ class AnnealedRounding:
     """
 
     def __init__(self, weights: TrainedWeights):
-        self.convs, self.sizes = weights.convs, weights.sizes
+        self.convs, self.sizes, self.by_layer = weights.convs, weights.sizes, weights.by_layer
         rows = [(q.scale.numel(), q.quant_min, q.quant_max) for q in weights.quants]  # a row shares a scale
         device = weights.codes.device
         self.counts = torch.tensor([n // r for n, (r, *_) in zip(self.sizes, rows) for _ in range(r)], device=device)
@@ -77,10 +77,6 @@ class AnnealedRounding:
         position = torch.cat([widen(w).reshape(-1) for w in weights]).div_(scale)
         return position, position.clamp(low, high), scale
 
-    def parts(self, flat: Tensor) -> list[Tensor]:
-        """Views of a flat tensor, one per layer, in the shapes of the weights."""
-        return [part.view(conv.weight.shape) for part, conv in zip(flat.split(self.sizes), self.convs)]
-
 
 class _Annealed(torch.autograd.Function):
     """All layers in one flat buffer: some twenty passes over the weights, whatever the number of layers."""
@@ -93,7 +89,7 @@ class _Annealed(torch.autograd.Function):
         n = len(rounding.convs)
         _, clipped, scale = rounding.positions(tensors[:n], tensors[n:])
         value, _ = _steps(clipped, temperature)
-        return tuple(part.to(w.dtype) for part, w in zip(rounding.parts(value.mul_(scale)), tensors))
+        return tuple(part.to(w.dtype) for part, w in zip(rounding.by_layer(value.mul_(scale)), tensors))
 
     @staticmethod
     def backward(ctx, *grads):
@@ -101,11 +97,12 @@ class _Annealed(torch.autograd.Function):
         weights, scales = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
         position, clipped, _ = rounding.positions(weights, scales)
         grad = torch.cat([widen(w.new_zeros(w.shape) if g is None else g).reshape(-1) for g, w in zip(grads, weights)])
-        value, slope = _steps(clipped, ctx.temperature)
+        value, soft = _steps(clipped, ctx.temperature)
+        slope = (1 - soft.square_()).div_(4 * ctx.temperature * _top(ctx.temperature))
         by_weight = slope.mul_(position == clipped).mul_(grad)
         by_scale = value.mul_(grad).sub_(position.mul_(by_weight))
         found: list[Tensor | None] = [None] * 2 * n
-        for i, (by_w, by_s) in enumerate(zip(rounding.parts(by_weight), rounding.parts(by_scale))):
+        for i, (by_w, by_s) in enumerate(zip(rounding.by_layer(by_weight), rounding.by_layer(by_scale))):
             if grads[i] is not None:
                 found[i] = by_w.to(weights[i].dtype)
                 rows = by_s.reshape(scales[i].numel(), -1).sum(1)
@@ -114,9 +111,12 @@ class _Annealed(torch.autograd.Function):
 
 
 def _steps(position: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """floor(v) + h(f) of clipped positions, and h'(f)."""
+    """floor(v) + h(f) of clipped positions, and the tanh in it."""
     lower = position.floor()
-    top = math.tanh(1 / (4 * temperature))
     soft = (position - lower).sub_(0.5).div_(2 * temperature).tanh_()
-    slope = (1 - soft.square()).div_(4 * temperature * top)
-    return lower.add_(soft.div_(2 * top)).add_(0.5), slope
+    return lower.add_(soft / (2 * _top(temperature))).add_(0.5), soft
+
+
+def _top(temperature: float) -> float:
+    """The tanh at f = 1."""
+    return math.tanh(1 / (4 * temperature))
