@@ -41,7 +41,7 @@ VARIANTS = {
     "Brevitas": "4 bits, learned scales, signed activations",
 }
 OURS = {
-    "LSQ": dict(bits=4, act_offset=False, ema_decay=0.0, teacher="off"),
+    "LSQ": dict(bits=4, act_offset=False, rounding="nearest", ema_decay=0.0, teacher="off"),
     "LSQ+ EMA": dict(bits=4, teacher="off"),
     "LSQ+ EMA, taught": dict(bits=4),
     "LSQ+ EMA, no telemetry": dict(bits=4, telemetry=False, teacher="off"),

@@ -64,10 +64,11 @@ PAPER_CORRECTIONS = {  # per, scale, shift
 PAPER_DECAYS = {0.0: 20.6, 0.9: 21.5, 0.99: 22.1, 0.999: 22.1, 0.9999: 22.1}
 
 WIDTHS = 4, 3  # of Table 1
+NEAREST = {"rounding": "nearest"}  # the paper's methods are about what such rounding does
 METHODS = {
-    "LSQ": {"ema_decay": 0.0},
-    "dampening": {"ema_decay": 0.0, "dampening_weight": 0.1},
-    "EMA": {"ema_decay": 0.99},
+    "LSQ": {**NEAREST, "ema_decay": 0.0},
+    "dampening": {**NEAREST, "ema_decay": 0.0, "dampening_weight": 0.1},
+    "EMA": {**NEAREST, "ema_decay": 0.99},
 }
 
 
@@ -79,7 +80,7 @@ def method(name: str, bits: int) -> Cell:
 def decay(value: float) -> Cell:
     """A cell of Table 3; those of Table 1 serve where they are the same."""
     shared = {options["ema_decay"]: method(name, 4) for name, options in METHODS.items() if name != "dampening"}
-    return shared.get(value) or Cell(f"EMA-4bit-decay{value}", {"bits": 4, "ema_decay": value})
+    return shared.get(value) or Cell(f"EMA-4bit-decay{value}", {"bits": 4, **NEAREST, "ema_decay": value})
 
 
 def correction(per: str, scale: bool, shift: bool) -> Cell:

@@ -203,6 +203,7 @@ def test_the_tables_on_coco(tmp_path):
     """A row of the recipe, an ordering of Table 1 with its interval, soft rounding; none without cells."""
     one = {"data": "d.yaml", "weights": "w.pt", "model": "yolov5n", "steps": 6, "versions": {}, "seconds": 120}
     one |= {"images": {"train": 24, "val": 8}, "kept": "qc"}
+    one |= {"options": {"weight_bits": 4, "act_bits": 8, "label_weight": 0.0}}
     states = {
         "pretrained": {"trained": 0.4},
         "calibrated-W4A8": {"qat": 0.1},
@@ -222,6 +223,7 @@ def test_the_tables_on_coco(tmp_path):
     assert pair in coco.compared()
     content["differences"][measured.label(*pair)] = {"interval": [4.0, 6.0]}
     page = record.page(coco.HEAD, {"d-yolov5n": content}, *coco.TABLES).splitlines()
+    assert "Not by default: label_weight=0.0." in page
     assert "| W4A8 | 1 | 10.0 | 36.0 | 38.0 | 38.0 | 95.0% | +2.0 | +2.00 | - | - | noise | 2 |" in page
     assert "| float | - | 32 | 1 | 40.0 | 100.0% | 50.0 | 28.0 |" in page
     assert "| LSQ | ✗ | 4 | 1 | 20.0 | 50.0% | 50.0 | 20.6 |" in page
