@@ -50,7 +50,27 @@ REFUSED = {
     "bn_reestimate": FLAG,
     "telemetry": FLAG,
     "skip": ("non-empty strings", ["", ("",), ("a", 3), (None,), b"model", 5, None]),
-    "layer_bits": ("", [None, 5, "a:6", [("a", 6)], {"": 4}, {3: 4}, {"a": 1}, {"a": 9}, {"a": 4.0}, {"a": True}]),
+    "layer_bits": (
+        "",
+        [
+            None,
+            5,
+            "a:6",
+            [("a", 6)],
+            {"": 4},
+            {3: 4},
+            {"a": 1},
+            {"a": 9},
+            {"a": 4.0},
+            {"a": True},
+            {"a": "4"},
+            {"a": ""},
+            {"a": "W9"},
+            {"a": "W4A1"},
+            {"a": "A8W4"},
+            {"a": "W"},
+        ],
+    ),
 }
 CASES = [(name, accepted, value) for name, (accepted, values) in REFUSED.items() for value in values]
 
@@ -86,6 +106,7 @@ def test_layer_bits_refusal_names_the_pattern(value):
         ("correction_epochs", 1), ("calibration_batches", 1000),
         ("scale_init", "lsq"), ("correction", "tensor"), ("correction", "off"),
         ("skip", ()), ("skip", ("a", "b.*")), ("layer_bits", {"a.*": 2, "b": 8}),
+        ("layer_bits", {"a": "W4A8", "b": "A8", "c": "W2"}),
     ],
 )  # fmt: skip
 def test_accepted_values_are_kept(name, value):
@@ -141,6 +162,8 @@ def test_body_bits(options, expected):
     ("skip", "[ab].x,c.[01]", ("[ab].x", "c.[01]")), ("skip", "a,model.[01]", ("a", "model.[01]")),
     ("skip", "[model.[01], b]", ("model.[01]", "b")), ("skip", "['[ab].x', '*.[cd]']", ("[ab].x", "*.[cd]")),
     ("layer_bits", "", {}), ("layer_bits", "model.24.*:6", {"model.24.*": 6}),
+    ("layer_bits", "a:W4A8,b:a8, c: W6", {"a": "W4A8", "b": "A8", "c": "W6"}),
+    ("layer_bits", "{'a': 'A8'}", {"a": "A8"}),
     ("layer_bits", "a:6, b.*: 2", {"a": 6, "b.*": 2}), ("layer_bits", "{'a': 6, 'b': 3}", {"a": 6, "b": 3}),
 ])  # fmt: skip
 def test_text_is_read_by_the_options_type(name, text, value):
@@ -155,7 +178,8 @@ def test_text_is_read_by_the_options_type(name, text, value):
     ("dampening_weight", "none"), ("dampening_weight", "-1"), ("freeze_threshold", "0"), ("bn_reestimate", "yes"),
     ("correction_epochs", "1.5"), ("calibration_batches", "0"), ("scale_init", "max"), ("correction", "on"),
     ("layer_bits", "6"), ("layer_bits", "a:"), ("layer_bits", "a:b"), ("layer_bits", ":6"), ("layer_bits", "a:9"),
-    ("layer_bits", "a:-4"), ("layer_bits", "a:²"), ("layer_bits", "a:" + "9" * 5000),
+    ("layer_bits", "a:-4"), ("layer_bits", "a:W4A9"),
+    ("layer_bits", "a:wa"), ("layer_bits", "a:²"), ("layer_bits", "a:" + "9" * 5000),
 ])  # fmt: skip
 def test_text_of_the_wrong_type_or_range_is_refused_by_name(name, text):
     with pytest.raises(QCError, match=name):
@@ -181,6 +205,7 @@ def test_defaults_survive_a_round_trip():
     assert QCConfig.from_options(QCConfig().to_dict()) == QCConfig()
 
 
+WIDTHS = st.integers(2, 8) | st.from_regex(r"\A(W[2-8])?A[2-8]\Z|\AW[2-8]\Z")
 configs = st.builds(
     QCConfig,
     rounding=st.just("nearest"),
@@ -211,7 +236,7 @@ configs = st.builds(
     correction_lr=st.floats(1e-6, 100),
     calibration_batches=st.integers(1, 99),
     skip=st.lists(st.text(min_size=1)).map(tuple),
-    layer_bits=st.dictionaries(st.text(min_size=1), st.integers(2, 8)),
+    layer_bits=st.dictionaries(st.text(min_size=1), WIDTHS),
 )
 
 
@@ -226,7 +251,7 @@ def test_to_dict_is_json_and_round_trips(config):
 plain_patterns = st.text("abc.*?0123456789", min_size=1, max_size=12)
 
 
-@given(configs, st.lists(plain_patterns), st.dictionaries(plain_patterns, st.integers(2, 8)))
+@given(configs, st.lists(plain_patterns), st.dictionaries(plain_patterns, WIDTHS))
 @settings(max_examples=100, deadline=None)
 def test_every_value_can_be_given_as_text(config, skip, layer_bits):
     config = replace(config, skip=skip, layer_bits=layer_bits)

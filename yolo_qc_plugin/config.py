@@ -85,7 +85,8 @@ class QCConfig:
         calibration_batches: Training batches that start the activation scales, at least 1.
         telemetry: Record scales, code flips and oscillation at each optimizer step, in qc/telemetry.parquet.
         skip: Names or patterns (fnmatch) of convolutions to leave in float, e.g. ("model.9.*",).
-        layer_bits: Name or pattern -> width of weights and activations there, e.g. {"model.24.*": 6}.
+        layer_bits: Name or pattern -> width of weights and activations there, e.g. {"model.24.*": 6}, or of one of the
+            two, as "W6", "A8" or "W4A8". Where several match, the last that names a width sets it.
 
     Raises:
         QCError: Where an option is out of its range; the message names it and what is accepted.
@@ -121,7 +122,7 @@ class QCConfig:
     calibration_batches: int = option(8, whole(1))
     telemetry: bool = option(True, FLAG)
     skip: tuple[str, ...] = option((), PATTERNS)
-    layer_bits: Mapping[str, int] = option({}, widths(WIDTH))
+    layer_bits: Mapping[str, int | str] = option({}, widths(WIDTH))
 
     def __post_init__(self):
         for name, kind in self.kinds().items():
@@ -153,7 +154,7 @@ class QCConfig:
         `preset`, a name of PRESETS, fills the fields that are not given. The config holds the values, not the name.
 
         Text is read as data: numbers, true/false, none, comma-separated patterns for `skip`, and comma-separated
-        `pattern:bits` for `layer_bits`.
+        `pattern:width` for `layer_bits`.
 
         Raises:
             QCError: On an unknown name (listing those accepted) or a value that is not of the option's type.

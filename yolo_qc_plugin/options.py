@@ -100,15 +100,44 @@ PATTERNS = Kind(  # one may be given alone
 
 
 def widths(width: Kind) -> Kind:
-    """Name or pattern -> width, kept as a copy; as text pattern:width, separated by commas."""
+    """Name or pattern -> width: a number, or text as "W4A8", "W6" or "A8"; kept as a copy, as text pattern:width."""
 
-    def read(text: str) -> dict[str, int]:
-        pairs = (part.rsplit(":", 1) for part in _parts(text))
-        return {pattern.strip(" '\""): int(bits) for pattern, bits in pairs}  # without a colon, a ValueError too
+    def read(text: str) -> dict[str, int | str]:
+        pairs = [part.rsplit(":", 1) for part in _parts(text)]
+        return {pattern.strip(" '\""): _number_or_text(bits) for pattern, bits in pairs}  # ValueError without a colon
+
+    def store(name: str, value: int | str) -> int | str:
+        if not isinstance(value, str):
+            return width.check(name, value)
+        try:
+            fits = all(bits is None or width.fits(bits) for bits in split_widths(value))
+        except ValueError:
+            fits = False
+        accepted = f"{width.accepted}, or such widths of weights and activations as 'W4A8', 'W6' or 'A8'"
+        return value.strip().upper() if fits else refuse(name, value, accepted)
 
     return Kind(
-        "names or patterns with their widths, e.g. {'model.24.*': 6}, or as text model.24.*:6",
+        "names or patterns with their widths, e.g. {'model.24.*': 6, 'model.1.conv': 'W4A8'}, or as text model.24.*:6",
         read,
         lambda v: isinstance(v, Mapping) and all(isinstance(p, str) and p for p in v),
-        lambda name, v: {pattern: width.check(f"{name}[{pattern!r}]", bits) for pattern, bits in v.items()},
+        lambda name, v: {pattern: store(f"{name}[{pattern!r}]", bits) for pattern, bits in v.items()},
     )
+
+
+def _number_or_text(text: str) -> int | str:
+    """The number that text stands for, if any."""
+    try:
+        return int(text)
+    except ValueError:
+        return text.strip(" '\"")
+
+
+def split_widths(value: int | str) -> tuple[int | None, int | None]:
+    """(weight bits, activation bits) of a width as `widths` keeps it, None where it names none; else a ValueError."""
+    if isinstance(value, int):
+        return value, value
+    found = re.fullmatch(r"(?=.)(?:w([0-9]))?(?:a([0-9]))?", value.strip(), re.ASCII | re.IGNORECASE)
+    if not found:
+        raise ValueError(value)
+    weight_bits, act_bits = found.groups()
+    return int(weight_bits) if weight_bits else None, int(act_bits) if act_bits else None

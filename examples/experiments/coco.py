@@ -43,6 +43,7 @@ HEAD = [
 ]
 
 START = Cell("pretrained", None, "start")
+TRAINED_ON = Cell("float", None)  # from the same start with the same recipe: what is lost by training, not by rounding
 RECIPE = {f"W{w}A{a}": {"weight_bits": w, "act_bits": a} for w, a in ((8, 8), (4, 8), (4, 4), (3, 3))}
 TRAINED = "W4A8", "W4A4", "W3A3"
 
@@ -115,7 +116,7 @@ def calibrated(width: str) -> Cell:
 def cells(kind: str) -> list[Cell]:
     """The cells of a table."""
     if kind == "recipe":
-        return [START, *map(calibrated, RECIPE), *(Cell(width, RECIPE[width]) for width in TRAINED)]
+        return [START, TRAINED_ON, *map(calibrated, RECIPE), *(Cell(width, RECIPE[width]) for width in TRAINED)]
     if kind == "ablation":
         return [START, *ablated()]
     if kind == "granularity":
@@ -192,14 +193,32 @@ def softer(bits: int) -> tuple[State, State]:
 
 def recipe(name: str, content: dict) -> list[str]:
     """What a model keeps with the plugin's defaults."""
-    float_ap = points(results(content["cells"], START.name), "trained", "ap")
+    floats = {
+        title: points(results(content["cells"], cell.name), "trained", "ap")
+        for title, cell in {"float": START, "float trained on": TRAINED_ON}.items()
+    }
     trained = {width: results(content["cells"], width) for width in TRAINED}
     files = [run for runs in trained.values() for run in runs.values()]
-    if not (files and float_ap):
+    if not (files and floats["float"]):
         return []
-    whole = statistics.mean(float_ap.values())
+    wholes = {title: statistics.mean(found.values()) for title, found in floats.items() if found}
+
+    def shares(ap: float) -> str:
+        return " | ".join(f"{100 * ap / whole:.1f}%" for whole in wholes.values())
+
     gain = [f"QC: {column}" if column == "by seed" else column for column in difference_head(content)]
-    head = ["bits", "seeds", "calibrated alone", "without QC", "with QC", "best.pt", "of float", *gain, "minutes"]
+    columns_of_shares = [f"of {title}" for title in wholes]
+    head = [
+        "bits",
+        "seeds",
+        "calibrated alone",
+        "without QC",
+        "with QC",
+        "best.pt",
+        *columns_of_shares,
+        *gain,
+        "minutes",
+    ]
     lines = header("The plugin's defaults", name, files)
     if given := {k: v for run in files for k, v in run["options"].items() if k not in {"weight_bits", "act_bits"}}:
         lines += [f"Not by default: {', '.join(f'{k}={v}' for k, v in given.items())}.", ""]
@@ -208,19 +227,21 @@ def recipe(name: str, content: dict) -> list[str]:
         "it in each run, as the plugin keeps it. Minutes are of a run, with QC and all that the plugin measures.",
         "",
         *table_head(head),
-        f"| float | {len(float_ap)} | | | | {whole:.1f} | 100% {'| ' * (len(gain) + 1)}|",
     ]
+    for title, whole in wholes.items():
+        shown = mean_and_spread(floats[title].values())
+        lines.append(f"| {title} | {len(floats[title])} | | | | {shown} | {shares(whole)} {'| ' * (len(gain) + 1)}|")
     for width in RECIPE:
         runs, start = trained.get(width, {}), results(content["cells"], calibrated(width).name)
         kept = {seed: 100 * run["metrics"][run["kept"]]["ap"] for seed, run in runs.items()}
         columns = [points(start, "qat", "ap"), points(runs, "qat", "ap"), points(runs, "qc", "ap"), kept]
         if any(columns):
             shown = [mean_and_spread(column.values()) if column else "" for column in columns]
-            share = statistics.mean((kept or columns[0]).values()) / whole
+            of_float = shares(statistics.mean((kept or columns[0]).values()))
             minutes = f"{statistics.mean(run['seconds'] for run in runs.values()) / 60:.0f}" if runs else ""
             by = difference(content, (width, "qc"), (width, "qat"), "ap") or " | ".join([""] * len(gain))
             seeds = len(runs or start)
-            lines.append(f"| {width} | {seeds} | {' | '.join(shown)} | {100 * share:.1f}% | {by} | {minutes} |")
+            lines.append(f"| {width} | {seeds} | {' | '.join(shown)} | {of_float} | {by} | {minutes} |")
     return lines
 
 

@@ -132,6 +132,21 @@ def test_patterns_choose_layers(small):
     assert type(model.get_submodule("model.2.cv1.conv")) is WideConv2d
 
 
+def test_patterns_name_weights_and_activations_apart(small):
+    model = copy.deepcopy(small)
+    widths = {
+        "model.1.*": "A8",
+        "model.[34].*": "W3",
+        "model.3.conv": "W2A6",
+        "model.4.cv1.conv": "A5",
+        "model.0.*": "W4",
+    }
+    done = put_in(model, False, bits=4, layer_bits=widths)
+    named = ("model.1.conv", "model.3.conv", "model.4.cv1.conv", "model.4.cv2.conv", "model.0.conv", "model.5.conv")
+    assert [done.quantized[n] for n in named] == [(4, 8), (2, 6), (3, 5), (3, 4), (4, 8), (4, 4)]
+    assert {n: (m.weight_quant.bits, m.act_quant.bits) for n, m in quant_convs(model)} == done.quantized
+
+
 REFUSED = {
     "skip matches nothing": (dict(skip=("model.0.conv", "model.99.*")), "skip='model.99.\\*' matches no convolution"),
     "layer_bits matches nothing": (dict(layer_bits={"nowhere": 4}), "layer_bits='nowhere' matches no.*model.0.conv"),

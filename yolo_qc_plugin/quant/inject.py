@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..config import QCConfig, QCError
+from ..options import split_widths
 from .activations import QuantActivation, quant_activations
 from .layers import Deployed, QuantConv2d, is_quantized, quant_convs
 from .modules import evaluating, hooked, replace_modules
@@ -76,9 +77,10 @@ def inject(
         if name in keep_float or any(fnmatchcase(name, p) for p in config.skip):
             continue
         plan[name] = (config.edge_bits, config.edge_bits) if name in edges else config.body_bits
-        for pattern, bits in config.layer_bits.items():
+        for pattern, widths in config.layer_bits.items():
             if fnmatchcase(name, pattern):
-                plan[name] = (bits, bits)
+                (weight_bits, act_bits), (named_weight, named_act) = plan[name], split_widths(widths)
+                plan[name] = named_weight or weight_bits, named_act or act_bits
     if not plan:
         raise QCError(f"QC: skip={list(config.skip)} leaves no convolution to quantize.")
 
