@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "host": {"config", "files", "quant", "qat", "deploy"},
     "run": {"config", "files", "quant", "qat", "deploy", "host"},
     "data": {"config", "files"},
-    "tools": {"config", "files", "quant", "qat", "deploy", "host", "run"},
+    "tools": {"config", "files", "keys", "quant", "qat", "deploy", "host", "run"},
     "cli": {"config", "keys", "startup", "data", "tools", "run"},
     "_build": set(),
 }

@@ -91,6 +91,10 @@ COMMANDS = {
         "label photographs by a trained model and write a data set to train on",
         [Form("run.labels", "label", "format_labels", json=True)],
     ),
+    "options": (
+        "every option of a run: default, what it takes, meaning",
+        [Form("tools.options", "options", str)],
+    ),
     "digits": (
         "compose a data set from pixels that installed packages ship",
         [Form("data.digits", "compose", str)],

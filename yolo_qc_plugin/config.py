@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
-from .options import FLAG, PATTERNS, Kind, QCError, choice, number, option, or_none, refuse, whole, widths
+from .options import FLAG, PATTERNS, Kind, QCError, choice, number, option, or_none, refuse, split_widths, whole, widths
 
 MIN_BITS, MAX_BITS = 2, 8
 WIDTH = whole(MIN_BITS, MAX_BITS)
@@ -48,7 +49,8 @@ class QCConfig:
         bits: Width of weights and activations, 2 to 8.
         weight_bits: Width of weights where it differs from `bits`, 2 to 8.
         act_bits: Width of activations where it differs from `bits`, 2 to 8.
-        edge_bits: Width of the first convolution and of the head's bare output convolutions, 2 to 8.
+        edge_bits: Width of the first convolution, of the head's bare output convolutions and of the last of mask
+            prototypes, 2 to 8.
         output_bits: Width of the convolutions' outputs in the finished model, 2 to 8, or None to leave them in float.
             Integer kernels give 8-bit outputs; the grid is set after QAT, before the correction.
         per_channel: One weight scale per output channel instead of one per tensor.
@@ -59,7 +61,8 @@ class QCConfig:
         relative_steps: Take an adaptive optimizer's steps on weights in proportion to the size of their layer's.
         rounding: Of weights in training: "annealed" hardens over nine tenths of the run, "nearest" rounds with
             straight-through gradients (LSQ).
-        ema_decay: Constant decay of the EMA of weights, scales and offsets, in [0, 1); 0 is plain LSQ.
+        ema_decay: Constant decay of the EMA of weights, scales and offsets, in [0, 1), in place of Ultralytics' own; 0
+            is plain LSQ.
         dampening_weight: Final weight of the loss that draws weights to their grid points (oscillation dampening), at
             least 0; 0 is off.
         freeze_threshold: Final frequency of oscillation above which a weight's code is fixed (iterative weight
@@ -78,7 +81,7 @@ class QCConfig:
         correction_scale: Learn QC's scale gamma.
         correction_shift: Learn QC's shift beta.
         correction_epochs: Epochs of QC over the training loader, at least 1.
-        correction_lr: Learning rate of QC (Adam), above 0.
+        correction_lr: Learning rate of QC (Adam, by a cosine to 0), above 0.
         labels: Where labels come from: "data", the data set; or "teacher", where a photograph has no label file there,
             from the float model that training starts from, whose predictions they are.
         label_confidence: Least confidence of a prediction that becomes a label, in (0, 1).
@@ -142,6 +145,15 @@ class QCConfig:
     def body_bits(self) -> tuple[int, int]:
         """(weight bits, activation bits) of a convolution that is neither an edge nor named in `layer_bits`."""
         return self.weight_bits or self.bits, self.act_bits or self.bits
+
+    def bits_of(self, name: str, edge: bool) -> tuple[int, int]:
+        """(weight bits, activation bits) of a convolution by its name and whether it is an edge."""
+        found = (self.edge_bits, self.edge_bits) if edge else self.body_bits
+        for pattern, given in self.layer_bits.items():
+            if fnmatchcase(name, pattern):
+                weight_bits, act_bits = split_widths(given)
+                found = weight_bits or found[0], act_bits or found[1]
+        return found
 
     def to_dict(self) -> dict:
         """Plain values only, ready for JSON."""

@@ -58,9 +58,14 @@ def keys_of(function: Callable) -> dict[str, Key]:
 
 def documented(thing: Any) -> dict[str, str]:
     """Argument -> the first sentence on it in the docstring of a function or class."""
+    return {name: re.split(r"(?<=\.) ", text)[0] for name, text in described(thing).items()}
+
+
+def described(thing: Any) -> dict[str, str]:
+    """Argument -> what the docstring of a function or class says on it."""
     section = (inspect.getdoc(thing) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.M)
-    return {name: re.split(r"(?<=\.) ", " ".join(text.split()))[0] for name, text in entries}
+    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def _types(hint: Any) -> list[Any]:

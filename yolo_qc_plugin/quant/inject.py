@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ..config import QCConfig, QCError
-from ..options import split_widths
 from .activations import QuantActivation, quant_activations
 from .layers import Deployed, QuantConv2d, is_quantized, quant_convs
 from .modules import evaluating, hooked, replace_modules
@@ -72,15 +71,8 @@ def inject(
                     f"QC: {option}={pattern!r} matches no convolution; names look like {', '.join(list(convs)[:3])}."
                 )
 
-    plan: dict[str, tuple[int, int]] = {}
-    for name in convs:
-        if name in keep_float or any(fnmatchcase(name, p) for p in config.skip):
-            continue
-        plan[name] = (config.edge_bits, config.edge_bits) if name in edges else config.body_bits
-        for pattern, widths in config.layer_bits.items():
-            if fnmatchcase(name, pattern):
-                (weight_bits, act_bits), (named_weight, named_act) = plan[name], split_widths(widths)
-                plan[name] = named_weight or weight_bits, named_act or act_bits
+    skipped = {name for name in convs if name in keep_float or any(fnmatchcase(name, p) for p in config.skip)}
+    plan = {name: config.bits_of(name, name in edges) for name in convs if name not in skipped}
     if not plan:
         raise QCError(f"QC: skip={list(config.skip)} leaves no convolution to quantize.")
 
@@ -90,7 +82,7 @@ def inject(
     }
     replace_modules(model, twins)
     keep_wide(model)
-    return Injection(plan, tuple(name for name in convs if name not in plan))
+    return Injection(plan, tuple(name for name in convs if name in skipped))
 
 
 @torch.no_grad()
