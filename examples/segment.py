@@ -12,9 +12,9 @@ from yolo_qc_plugin import add_qc_callbacks
 
 
 def main(weights: str = "yolo11n-seg.pt", data: str = "coco8-seg.yaml", epochs: int = 10, imgsz: int = 640) -> None:
-    """Train with the preset `best` (weights of 4 bits, activations of 8) and print the accuracy of boxes and masks."""
+    """Train for CPUs (weights of 4 bits, activations of 8) and print the accuracy of boxes and masks."""
     model = YOLO(weights)
-    add_qc_callbacks(model, bits=4, preset="best")
+    add_qc_callbacks(model, bits=4, target="cpu")
     model.train(data=data, epochs=int(epochs), imgsz=int(imgsz), optimizer="Adam", lr0=1e-3, warmup_bias_lr=0.0)
     found = YOLO(model.trainer.best).val(data=data, imgsz=int(imgsz))
     print(f"{model.trainer.best}: mAP50-95 of boxes {found.box.map:.3f}, of masks {found.seg.map:.3f}")

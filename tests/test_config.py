@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from yolo_qc_plugin.config import PRESETS, QCConfig, QCError
+from yolo_qc_plugin.config import PRESETS, TARGETS, QCConfig, QCError
 
 NAN, INF = float("nan"), float("inf")
 NAMES = [f.name for f in fields(QCConfig)]
@@ -20,6 +20,7 @@ WEIGHT = ("at least 0", [-0.1, NAN, INF, -INF, True, "0.1", None])
 COUNT = ("at least 1", [0, -1, 1.0, 1.5, True, "1", None, INF])
 FLAG = ("True or False", [0, 1, None, "true", "yes", 1.0])
 REFUSED = {
+    "target": ("'cpu' or 'tensorrt' or 'litert' or 'fpga', or None", ["", "CPU", "gpu", True, 8, ["cpu"]]),
     "bits": (BITS[0], [*BITS[1], None]),
     "edge_bits": (BITS[0], [*BITS[1], None]),
     "weight_bits": BITS,
@@ -105,6 +106,7 @@ def test_layer_bits_refusal_names_the_pattern(value):
         ("scale_lr", 1e-9), ("scale_lr", 3), ("correction_lr", 1e9),
         ("correction_epochs", 1), ("calibration_batches", 1000),
         ("scale_init", "lsq"), ("correction", "tensor"), ("correction", "off"),
+        ("target", None), ("target", "cpu"), ("target", "litert"), ("target", "fpga"),
         ("skip", ()), ("skip", ("a", "b.*")), ("layer_bits", {"a.*": 2, "b": 8}),
         ("layer_bits", {"a": "W4A8", "b": "A8", "c": "W2"}),
     ],
@@ -156,6 +158,7 @@ def test_body_bits(options, expected):
     ("freeze_threshold", "0.01", 0.01), ("freeze_threshold", "none", None),
     ("bn_reestimate", "true", True), ("telemetry", "false", False), ("correction_epochs", "2", 2),
     ("calibration_batches", "16", 16),
+    ("target", "none", None), ("target", " cpu ", "cpu"),
     ("skip", "", ()), ("skip", "model.9.*", ("model.9.*",)), ("skip", "a, b.*", ("a", "b.*")),
     ("skip", "[a,b]", ("a", "b")), ("skip", "('a', \"b\",)", ("a", "b")), ("skip", "a.[01].b", ("a.[01].b",)),
     ("skip", "model.[01]", ("model.[01]",)),
@@ -209,6 +212,7 @@ WIDTHS = st.integers(2, 8) | st.from_regex(r"\A(W[2-8])?A[2-8]\Z|\AW[2-8]\Z")
 configs = st.builds(
     QCConfig,
     rounding=st.just("nearest"),
+    target=st.sampled_from([None, "cpu", "litert", "fpga"]),
     bits=st.integers(2, 8),
     weight_bits=st.none() | st.integers(2, 8),
     act_bits=st.none() | st.integers(2, 8),
@@ -325,12 +329,37 @@ def test_the_papers_preset_is_what_it_states():
     assert starred == replace(config, edge_bits=4)
 
 
-def test_a_preset_for_deployment():
-    best = QCConfig.from_options({"preset": "best"})
-    assert best.per_channel and best.output_bits == 8 and best.body_bits == (4, 8)
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_target_fills_what_is_not_given(target):
+    filled = QCConfig.from_options({"target": f" {target} "})
+    assert filled == QCConfig(target=target, **TARGETS[target].fills)
+    assert filled.symmetric == (target == "tensorrt")
+    given = QCConfig.from_options({"target": target, "per_channel": "false", "bits": "3", "act_bits": "5"})
+    assert not given.per_channel and given.body_bits == (3, 5)
+    of_paper = QCConfig.from_options({"target": target, "preset": "paper"})  # which comes before
+    assert of_paper == QCConfig(**{**TARGETS[target].fills, **PRESETS["paper"], "target": target})
 
 
-@pytest.mark.parametrize("preset", ["", "Paper", "paper,best", None, ["paper"], 1])
+def test_targets_of_cpus():
+    config = QCConfig.from_options({"target": "cpu"})
+    assert config.per_channel and config.output_bits == 8 and config.act_offset and config.body_bits == (4, 8)
+
+
+def test_without_a_target_the_options_decide_alone():
+    assert QCConfig.from_options({}) == QCConfig() and QCConfig().target is None and not QCConfig().symmetric
+    stored = QCConfig().to_dict()
+    del stored["target"]  # as a checkpoint of an earlier version has it
+    assert QCConfig.from_options(stored) == QCConfig()
+
+
+@pytest.mark.parametrize("option,value,accepted", [("act_offset", "true", "False"), ("output_bits", "8", "None")])
+def test_what_a_target_cannot_bear_is_refused_by_name(option, value, accepted):
+    with pytest.raises(QCError, match=rf"{option}=.* is not accepted; give {accepted} with target='tensorrt'"):
+        QCConfig.from_options({"target": "tensorrt", option: value})
+    QCConfig.from_options({"target": "fpga", option: value})
+
+
+@pytest.mark.parametrize("preset", ["", "Paper", "paper,best", "best", None, ["paper"], 1])
 def test_an_unknown_preset_is_refused(preset):
-    with pytest.raises(QCError, match=r"preset=.*'paper' or 'best'"):
+    with pytest.raises(QCError, match=r"preset=.*give 'paper'"):
         QCConfig.from_options({"preset": preset})

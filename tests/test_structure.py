@@ -26,7 +26,8 @@ PACKAGE = Path(yolo_qc_plugin.__file__).parent
 # folder, or file beside the folders -> those that it may import beside itself
 MAY_IMPORT = {
     "options": set(),
-    "config": {"options"},
+    "targets": set(),
+    "config": {"options", "targets"},
     "files": set(),
     "keys": set(),
     "cfg": {"config"},
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "_build": set(),
 }
 WITHOUT_ULTRALYTICS = {
-    "options", "config", "files", "keys", "cfg", "startup", "quant", "qat", "deploy", "cli", "_build",
+    "options", "targets", "config", "files", "keys", "cfg", "startup", "quant", "qat", "deploy", "cli", "_build",
 }  # fmt: skip
 LATE = {"startup"}  # imports what a command needs when it runs; all others import at the top of the file
 

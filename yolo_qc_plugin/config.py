@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from .options import FLAG, PATTERNS, Kind, QCError, choice, number, option, or_none, refuse, split_widths, whole, widths
+from .targets import TARGETS, Target
 
 MIN_BITS, MAX_BITS = 2, 8
 WIDTH = whole(MIN_BITS, MAX_BITS)
@@ -33,8 +34,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "correction_epochs": 1,
         "correction_lr": 1e-4,  # its fall to 0 by a cosine is ours
     },
-    # beside the defaults; docs/results/presets.md has the runs
-    "best": {"act_bits": 8},  # no runtime on a CPU or GPU computes narrower activations faster
 }
 
 
@@ -46,6 +45,9 @@ class QCConfig:
     `distill_features` have been set since, by trials on photographs of COCO that no page records yet.
 
     Args:
+        target: What the model is to run on: "cpu", "tensorrt", "litert" or "fpga". `from_options` fills the options
+            that are not given by what pays there, what cannot run there is refused, and exports write what runs there.
+            None: the options decide alone.
         bits: Width of weights and activations, 2 to 8.
         weight_bits: Width of weights where it differs from `bits`, 2 to 8.
         act_bits: Width of activations where it differs from `bits`, 2 to 8.
@@ -95,6 +97,7 @@ class QCConfig:
         QCError: Where an option is out of its range; the message names it and what is accepted.
     """
 
+    target: str | None = option(None, or_none(choice(*TARGETS)))
     bits: int = option(4, WIDTH)
     weight_bits: int | None = option(None, or_none(WIDTH, " for `bits`"))
     act_bits: int | None = option(None, or_none(WIDTH, " for `bits`"))
@@ -135,6 +138,10 @@ class QCConfig:
             refuse("correction", self.correction, accepted)
         if self.rounding == "annealed" and (self.dampening_weight or self.freeze_threshold):
             refuse("rounding", self.rounding, "'nearest' with dampening_weight or freeze_threshold")
+        for name, values in self.runs_on.bears.items() if self.runs_on else ():
+            if getattr(self, name) not in values:
+                accepted = f"{' or '.join(map(repr, values))} with target={self.target!r}"
+                refuse(name, getattr(self, name), accepted)
 
     @classmethod
     def kinds(cls) -> dict[str, Kind]:
@@ -155,6 +162,16 @@ class QCConfig:
                 found = weight_bits or found[0], act_bits or found[1]
         return found
 
+    @property
+    def runs_on(self) -> Target | None:
+        """What `target` names."""
+        return TARGETS[self.target] if self.target else None
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the target wants symmetric grids (see `Target`)."""
+        return self.runs_on is not None and self.runs_on.symmetric
+
     def to_dict(self) -> dict:
         """Plain values only, ready for JSON."""
         return {**asdict(self), "skip": list(self.skip)}
@@ -163,7 +180,8 @@ class QCConfig:
     def from_options(cls, options: Mapping[str, Any]) -> QCConfig:
         """Build a config from named options whose values may be text, as on a command line.
 
-        `preset`, a name of PRESETS, fills the fields that are not given. The config holds the values, not the name.
+        `preset`, a name of PRESETS, fills the fields that are not given, and `target` those that are left. The config
+        holds the preset's values, not its name.
 
         Text is read as data: numbers, true/false, none, comma-separated patterns for `skip`, and comma-separated
         `pattern:width` for `layer_bits`.
@@ -171,11 +189,8 @@ class QCConfig:
         Raises:
             QCError: On an unknown name (listing those accepted) or a value that is not of the option's type.
         """
-        options = dict(options)
-        values = {}
-        if "preset" in options:
-            values = PRESETS[choice(*PRESETS).check("preset", options.pop("preset"))]
-        kinds = cls.kinds()
+        options, kinds = dict(options), cls.kinds()
+        preset = PRESETS[choice(*PRESETS).check("preset", options.pop("preset"))] if "preset" in options else {}
         if unknown := [name for name in options if name not in kinds]:
             near = [m for name in unknown for m in get_close_matches(name, kinds, n=2)]
             hint = f" Did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
@@ -183,4 +198,5 @@ class QCConfig:
                 f"QC: unknown option {', '.join(repr(n) for n in unknown)}.{hint} Accepted: preset, {', '.join(kinds)}."
             )
         given = {name: kinds[name].parse(v) if isinstance(v, str) else v for name, v in options.items()}
-        return cls(**{**values, **given})
+        target = kinds["target"].check("target", given.get("target"))
+        return cls(**{**(TARGETS[target].fills if target else {}), **preset, **given})

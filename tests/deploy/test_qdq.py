@@ -28,7 +28,8 @@ from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.deploy.codes import compare_codes
 from yolo_qc_plugin.deploy.exported import RUNTIMES, Exported
 from yolo_qc_plugin.deploy.fold import deployed_convs
-from yolo_qc_plugin.deploy.qdq import ONNX_KINDS, write_qdq
+from yolo_qc_plugin.deploy.graph import write_graph
+from yolo_qc_plugin.deploy.pack import pack_weights
 from yolo_qc_plugin.deploy.snap import snap
 from yolo_qc_plugin.host import architecture
 from yolo_qc_plugin.host.record import QuantRecord
@@ -39,6 +40,8 @@ from yolo_qc_plugin.startup.command import wrap_entrypoint
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
+
+KINDS = ("packed", "int8", "int4")  # what CPUs run; the others have files of their own
 
 # A layer's deviation from the exact value, relative to the sum of its terms' magnitudes: some 16 roundings of FP32,
 # for sums of up to 2,000 terms in an order of the runtime's choice.
@@ -104,6 +107,9 @@ class Graph:
                 self.float_convs += 1
                 continue
             name = weight.input[0].removesuffix(".weight_codes")
+            if cast := self.sources.get(weight.input[0]):
+                assert (cast.op_type, cast.attribute[0].i) == ("Cast", onnx.TensorProto.INT8)
+                self.values[weight.input[0]] = self.values[cast.input[0]]
             quantize = self.sources[x.input[0]]
             assert (quantize.op_type, x.op_type) == ("QuantizeLinear", "DequantizeLinear")
             assert quantize.input[1:] == x.input[1:] and name not in self.inputs
@@ -269,7 +275,9 @@ def write_onnx(stack, x, kind, file):
     """Deploy a stack in place, write its ONNX file, and return it."""
     architecture.deploy_model(stack)
     torch.onnx.export(stack, x, file, dynamo=False, opset_version=18)
-    write_qdq(file, deployed_convs(stack), kind)
+    write_graph(file, deployed_convs(stack), kind)
+    if kind == "packed":
+        pack_weights(file)
     return file
 
 
@@ -285,7 +293,7 @@ def test_three_forms_of_a_stack_agree(tmp_path_factory, blocks, options, output_
         wanted = double(x.double())
         architecture.deploy_model(double)
         assert deviation(double(x.double()), wanted) < DOUBLE
-    for kind in ONNX_KINDS:
+    for kind in KINDS:
         deployed = copy.deepcopy(stack)
         check_both(write_onnx(deployed, x, kind, tmp_path_factory.mktemp("stack") / "stack.onnx"), deployed, x)
 
@@ -310,7 +318,7 @@ def test_the_comparison_sees_a_changed_number(tmp_path, name):
         check_both(file, stack, x)
 
 
-@pytest.mark.parametrize("kind", ONNX_KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weight", [0.0, 1e-10])
 def test_a_dead_channel_keeps_its_shift(tmp_path, kind, weight):
     """Batch norm's weight is 0 or nearly so; what the channel gives is batch norm's bias."""
@@ -339,7 +347,7 @@ def test_what_onnx_runtime_1_32_would_not_load(tmp_path, act, options):
 def test_no_code_lies_outside_the_grid(tmp_path, bits, act, bounds):
     """Codes of few bits use the top of their container alone, for inputs that reach far below the grid too."""
     stack, x = stack_of([{**ONE, "act": act, "quantized": False}] * 2, dict(bits=bits), 8, "off", 0)
-    for kind in ONNX_KINDS:
+    for kind in KINDS:
         deployed = copy.deepcopy(stack)
         graph = Graph(onnx.load(write_onnx(deployed, x, kind, tmp_path / "stack.onnx")))
         top = 15 if kind == "int4" else 255
@@ -442,13 +450,13 @@ def family(checkpoint):
     @cache
     def write(yaml, kind):
         path = checkpoint(yaml, **FAMILIES[yaml][0])
-        file = export(path, kind if kind != "int8" else None, **FAMILIES[yaml][1])  # int8 is the default
+        file = export(path, kind if kind != "packed" else None, **FAMILIES[yaml][1])  # packed is the default
         return path, shutil.move(file, f"{file}.{kind}.onnx")
 
     return write
 
 
-@pytest.mark.parametrize("kind", ONNX_KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("yaml", FAMILIES)
 def test_exported_families(family, yaml, kind):
     """The file is valid, holds the checkpoint's integers, and every layer computes what PyTorch's does."""
@@ -464,9 +472,10 @@ def test_exported_families(family, yaml, kind):
     assert graph.inputs.keys() == deployed_convs(model).keys()
     signed = 0
     for name, m in deployed_convs(model).items():
-        (initializer,) = (i for i in graph.model.graph.initializer if i.name == f"{name}.weight_codes")
-        packed = kind == "int4" and m.bits <= 4
-        written = m.positive_scale(*((-8, 7) if packed else (-128, 127)))[0]  # channels that are off hold zeros
+        (initializer,) = (i for i in graph.model.graph.initializer if i.name.startswith(f"{name}.weight_codes"))
+        written = m.positive_scale(*((-8, 7) if kind == "int4" and m.bits <= 4 else (-128, 127)))[0]  # off: zeros
+        fits = written.min() >= -8 and written.max() <= 7  # a negated -8 does not
+        packed = kind != "int8" and fits and (kind == "packed" or m.bits <= 4)
         large = written.abs().max() > 64  # a sum of two products with 255 leaves 16 bits
         wide = onnx.TensorProto.UINT8 if large else onnx.TensorProto.INT8
         assert m.bits > 7 or not large
@@ -478,18 +487,21 @@ def test_exported_families(family, yaml, kind):
             assert torch.equal(graph.constant(f"{name}.sign").flatten(), sign.double())
             sign = torch.ones_like(sign)
         (node,) = graph.readers[f"{name}.weight_codes"]
+        assert (initializer.name != f"{name}.weight_codes") == (kind == "packed" and packed)
         assert len(node.input) == (3 if large else 2)
         zero_point = graph.constant(node.input[2]).unique() if large else torch.zeros(1)
         weight = graph.constant(f"{name}.weight_codes") - zero_point
         assert torch.equal(weight, codes[name].double() * sign.view(-1, 1, 1, 1)) and (zero_point == 128 * large).all()
         assert torch.equal(graph.constant(f"{name}.weight_scale"), m.scale.abs().double())
-    assert signed > 0 or kind == "int8" or options.get("scale_init") != "mse"
+    assert signed > 0 or kind != "int4" or options.get("scale_init") != "mse"
 
     check_both(file, model, torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("yaml,kind", [("yolov5n.yaml", "int8"), ("yolov5n.yaml", "int4"), ("yolov8n.yaml", "int8")])
+@pytest.mark.parametrize("yaml,kind", [
+    ("yolov5n.yaml", "packed"), ("yolov5n.yaml", "int8"), ("yolov5n.yaml", "int4"), ("yolov8n.yaml", "packed"),
+])  # fmt: skip
 def test_all_codes_agree_end_to_end(family, yaml, kind, runtime):
     """Of snapped models, whose activation function is SiLU, without attention: no code differs from PyTorch's."""
     if runtime == "openvino":
@@ -505,13 +517,15 @@ def test_all_codes_agree_end_to_end(family, yaml, kind, runtime):
     assert found["changed_end_to_end"] == found["changed"] == found["steps"] == 0, found
 
 
-def test_integer_kernels(family, tmp_path):
+@pytest.mark.parametrize("kind", ["packed", "int8"])
+def test_integer_kernels(family, tmp_path, kind):
     """ONNX Runtime computes every convolution whose output is quantized by an integer kernel."""
-    _, file = family("yolov5n.yaml", "int8")
+    _, file = family("yolov5n.yaml", kind)
     session(onnx.load(file), optimized_model_filepath=str(tmp_path / "optimised.onnx"))
     ops = [n.op_type for n in onnx.load(tmp_path / "optimised.onnx").graph.node]
     floats = sum(op in {"Conv", "FusedConv", "NhwcFusedConv"} for op in ops)
     assert ops.count("QLinearConv") == 75 - 6 and floats == 6 + 1  # the head's bare convolutions, and DFL's
+    assert "Cast" not in ops  # folded
 
 
 def metadata(file):
@@ -522,11 +536,11 @@ def metadata(file):
 
 
 @pytest.mark.parametrize("kind,arguments", [
-    *((kind, dict(dynamic=True)) for kind in ONNX_KINDS),
-    ("int8", dict(simplify=True)),
+    *((kind, dict(dynamic=True)) for kind in KINDS),
+    ("packed", dict(simplify=True)),
     ("int8", dict(batch=2)),
-    ("int8", dict(imgsz=(96, 64))),
-    ("int8", dict(nms=True, conf=0.01)),
+    ("packed", dict(imgsz=(96, 64))),
+    ("packed", dict(nms=True, conf=0.01)),
     ("int4", dict(nms=True, conf=0.01, simplify=True, batch=2)),
     ("int4", dict(opset=18)),
 ], ids=str)  # fmt: skip
@@ -546,20 +560,22 @@ def test_options_of_the_host(checkpoint, kind, arguments):
         assert all(torch.isfinite(r.boxes.data).all() for r in results)
 
 
-def test_int4_with_nms_and_an_old_opset(checkpoint):
+@pytest.mark.parametrize("kind", ["packed", "int4"])
+def test_4_bit_types_with_nms_and_an_old_opset(checkpoint, kind):
     """Opsets below 18 cannot be renamed 21: ReduceMax takes its axes otherwise."""
-    with pytest.raises(QCError, match="opset=17 is too old for the int4 kind; accepted: 18 and later"):
-        export(checkpoint("small", **MSE), "int4", nms=True, opset=17)
+    accepted = r"18 and later \(callbacks=qc qc_onnx=int8 takes 13 and later\)"
+    with pytest.raises(QCError, match=f"opset=17 is too old for the {kind} kind; accepted: {accepted}"):
+        export(checkpoint("small", **MSE), kind, nms=True, opset=17)
 
 
 @pytest.mark.parametrize("arguments,message", [
-    *((dict(format=f), f"format='{f}' cannot carry the quantizers of this model; accepted: onnx, openvino, torchscript")
-      for f in ("ncnn", "engine", "coreml", "tflite", "saved_model", "imx", "NCNN")),
+    *((dict(format=f), f"format='{f}' cannot carry the quantizers of this model; accepted: onnx, openvino, torch")
+      for f in ("ncnn", "coreml", "saved_model", "imx", "NCNN")),
     (dict(quantize=8), "quantize=8 would quantize this model a second time"),
     (dict(quantize=16), "quantize=16 would quantize this model a second time"),
     (dict(int8=True), "quantize=8 would quantize this model a second time"),
     (dict(half=True), "quantize=16 would quantize this model a second time"),
-    (dict(opset=12), "opset=12 is too old for the int8 kind; accepted: 13 and later"),
+    (dict(opset=12, kind="int8"), "opset=12 is too old for the int8 kind; accepted: 13 and later"),
 ], ids=str)  # fmt: skip
 def test_exports_that_are_refused(checkpoint, arguments, message):
     with pytest.raises(QCError, match=message):
@@ -588,14 +604,14 @@ def command(line):
 
 def test_the_command_line_chooses_the_kind(checkpoint):
     path = checkpoint("small", **MSE)
-    for options, opset in (("callbacks=qc qc_onnx=int4", 21), ("callbacks=qc", 18), ("", 18)):
+    for options, opset in (("callbacks=qc qc_onnx=int8", 18), ("callbacks=qc", 21), ("", 21)):
         path.with_suffix(".onnx").unlink(missing_ok=True)
         command(f"export model={path} format=onnx imgsz=64 device=cpu simplify=False {options}")
         assert onnx.load(path.with_suffix(".onnx")).opset_import[0].version == opset
 
 
 @pytest.mark.parametrize("options,message", [
-    ("qc_onnx=int2", "onnx='int2' is not accepted; give 'int8' or 'int4'"),
+    ("qc_onnx=int2", "onnx='int2' is not accepted; give 'packed' or 'int8' or 'int4' or 'tensorrt' or 'qonnx'"),
     ("qc_bits=4", "qc_bits is of training; export takes qc_onnx"),
     ("qc_onnx=int4", "is not quantized; callbacks=qc exports checkpoints trained with it"),
 ])  # fmt: skip
@@ -609,7 +625,7 @@ def test_command_lines_that_are_refused(checkpoint, options, message):
 
 
 def test_kinds_that_are_refused(checkpoint, tmp_path):
-    with pytest.raises(QCError, match="onnx='int2' is not accepted; give 'int8' or 'int4'"):
+    with pytest.raises(QCError, match="onnx='int2' is not accepted; give 'packed' or 'int8' or 'int4' or"):
         choose_onnx_kind(YOLO("yolov5n.yaml"), "int2")
     with pytest.raises(QCError, match="is not quantized"):
         export(checkpoint("yolov5n.yaml", quantize=False), "int4")

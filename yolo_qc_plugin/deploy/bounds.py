@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+from .nodes import attributes
 from .trace import QUANTIZE
 
 SILU_MIN = -0.28097  # the least x * round(256 * sigmoid(x)) / 256, at x = -1.2844; a little below SiLU's own
@@ -30,12 +31,10 @@ class LowerBounds:
         return self._found[name]
 
     def _find(self, node) -> float:
-        from onnx import helper
-
         if node is None:
             return -math.inf
         op, inputs = node.op_type, list(node.input)
-        a = {p.name: helper.get_attribute_value(p) for p in node.attribute}
+        a = attributes(node)
         if op == QUANTIZE:
             return (a["quant_min"] - a["zero_point"]) * a["scale"]
         if op == "LeakyRelu" and a["alpha"] > 0:

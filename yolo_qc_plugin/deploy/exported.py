@@ -11,6 +11,7 @@ import numpy as np
 
 from ..config import QCError
 from .fold import DeployedConv2d
+from .kinds import check_runtime
 from .nodes import links
 
 RUNTIMES = ("onnxruntime", "onnxruntime, not optimised", "openvino")
@@ -72,7 +73,8 @@ class Exported:
             if weight is None or dequantize is None or {weight.op_type, dequantize.op_type} != {"DequantizeLinear"}:
                 continue
             layer = weight.input[0].removesuffix(".weight_codes")
-            self.weights[layer] = weight.input[0]
+            cast = sources.get(weight.input[0])  # of the packed kind
+            self.weights[layer] = weight.input[0] if cast is None else cast.input[0]
             self.codes[layer] = dequantize.input[0], int(self.values[dequantize.input[2]])
             for n in readers.get(conv.output[0], []):
                 if n.op_type == "QuantizeLinear":
@@ -131,7 +133,11 @@ class Exported:
 
 
 def session(model: bytes, name: str) -> Run:
-    """A session of a runtime, one of RUNTIMES, with a serialized model."""
+    """A session of a runtime, one of RUNTIMES, with a serialized model.
+
+    Raises:
+        QCError: If ONNX Runtime is too old for the model.
+    """
     if name == "openvino":
         import io
 
@@ -139,6 +145,7 @@ def session(model: bytes, name: str) -> Run:
 
         compiled = ov.compile_model(ov.Core().read_model(io.BytesIO(model)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         return lambda images: [np.array(v) for v in compiled([images]).to_tuple()]
+    check_runtime("packed" if b"_codes_packed" in model else "int8")
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -17,6 +17,13 @@ def links(graph) -> tuple[dict, dict[str, list]]:
     return sources, readers
 
 
+def attributes(node) -> dict:
+    """Name -> value of a node's attributes."""
+    from onnx import helper
+
+    return {p.name: helper.get_attribute_value(p) for p in node.attribute}
+
+
 class Writer:
     """Writes nodes and constants.
 
@@ -30,6 +37,10 @@ class Writer:
     def __init__(self, graph):
         self.graph, self.nodes = graph, []
         self._written: set[str] = set()  # names of constants, and of those that a node dequantizes
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a constant of that name has been written, or one that a node makes of constants."""
+        return name in self._written
 
     def add(self, op: str, inputs: list[str], output: str, **attributes) -> None:
         """Write a node."""
@@ -51,7 +62,7 @@ class Writer:
             kind = TensorProto.FLOAT if kind is None else kind
             value = as_tensor(value).detach().cpu()
             if kind in {TensorProto.INT4, TensorProto.UINT4}:
-                raw = _pack4(value)
+                raw = pack4(value)
             else:
                 raw = value.numpy().astype(helper.tensor_dtype_to_np_dtype(kind)).tobytes()
             self.graph.initializer.append(helper.make_tensor(name, kind, value.shape, raw, raw=True))
@@ -70,7 +81,7 @@ class Writer:
         return name
 
 
-def _pack4(codes: Tensor) -> bytes:
+def pack4(codes: Tensor) -> bytes:
     """Two codes a byte, the first in the low half, as ONNX stores 4-bit types."""
     nibbles = codes.flatten().to(int16).numpy() & 15
     if nibbles.size % 2:

@@ -23,20 +23,21 @@ from ultralytics.nn.tasks import BaseModel, torch_safe_load
 from ultralytics.utils.export import engine, openvino
 from ultralytics.utils.torch_utils import unwrap_model
 
-from ..config import QCError
 from ..deploy.fold import deployed_convs
-from ..deploy.qdq import ONNX_KINDS, check_kind, write_qdq
+from ..deploy.graph import write_graph
+from ..deploy.kinds import check_kind
+from ..deploy.pack import pack_weights
 from ..files import AtomicPath
 from ..qat.scale_steps import separate_scales
 from ..quant.layers import is_quantized, scale_parameters
 from . import compat, log
 from .architecture import deploy_model
+from .exporting import in_one_line, kind_of, prepare_export
 from .record import QuantRecord, own_record, record_of, strip
 
 ON_MODEL_SETUP = "on_model_setup"  # an event of ours, see `_announce_model`
 ON_DATASET = "on_dataset"  # and one before the data set is read, see `_announce_dataset`
 OPENVINO_OPSET = 18  # of the ONNX graph on the way to OpenVINO
-EXPORT_FORMATS = ("onnx", "openvino", "torchscript")  # those that carry the quantizers, see docs/deployment.md
 
 Resume = Callable[[BaseTrainer, QuantRecord], None]
 
@@ -181,18 +182,14 @@ def _fuse_quantized(original: Callable) -> Callable:
 
 def _check_export(original: Callable) -> Callable:
     def __call__(self, model):
-        if is_quantized(model) or deployed_convs(model):
-            if self.args.format.lower() not in EXPORT_FORMATS:
-                raise QCError(
-                    f"QC: format={self.args.format!r} cannot carry the quantizers of this model; accepted: "
-                    f"{', '.join(EXPORT_FORMATS)}. (For a float model, export the checkpoint that this one began with.)"
-                )
-            if self.args.quantize not in {None, 32}:
-                raise QCError(
-                    f"QC: quantize={self.args.quantize!r} would quantize this model a second time; leave it out. Its "
-                    f"own widths are exported; callbacks=qc qc_onnx={'|'.join(ONNX_KINDS)} chooses the ONNX container."
-                )
-        return original(self, model)
+        with in_one_line():
+            if not (is_quantized(model) or deployed_convs(model)):
+                return original(self, model)
+            kind = prepare_export(self, model)
+            file = original(self, model)
+            if kind == "packed" and str(file).endswith(".onnx"):
+                log.info(pack_weights(file))
+            return file
 
     return __call__
 
@@ -202,10 +199,10 @@ def _write_integers(original: Callable) -> Callable:
         layers = deployed_convs(model)
         if not layers:
             return original(model, im, output_file, opset, *args, **kwargs)
-        kind = next((m.qc_onnx for m in model.modules() if hasattr(m, "qc_onnx")), ONNX_KINDS[0])
+        kind = kind_of(model)
         check_kind(kind, opset)
         result = original(model, im, output_file, opset, *args, **kwargs)
-        log.info(write_qdq(result, layers, kind))
+        log.info(write_graph(result, layers, kind))
         return result
 
     return torch2onnx
@@ -222,6 +219,8 @@ def _convert_integers(original: Callable) -> Callable:
             file = engine.torch2onnx(
                 model, im, f"{folder}/model.onnx", OPENVINO_OPSET, dynamic=axes if dynamic else None
             )
+            if kind_of(model) == "packed":
+                pack_weights(file)
             return ov.convert_model(file)
 
     return torch2openvino

@@ -201,7 +201,7 @@ def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConf
         model: An `ultralytics.YOLO` object with a float model (of a task in `architecture.MODELS`), or a trainer that
             has not started.
         config: The options; or give them by name:
-        **options: Fields of `QCConfig`, e.g. bits=4, with preset="paper" or "best" for those not given.
+        **options: Fields of `QCConfig`, e.g. bits=4; target= and preset="paper" give values to those not given.
 
     Returns:
         The config in force.

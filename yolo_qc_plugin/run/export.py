@@ -5,26 +5,40 @@ from __future__ import annotations
 
 from ..config import QCError
 from ..deploy.fold import deployed_convs
-from ..deploy.qdq import ONNX_KINDS, check_kind
+from ..deploy.kinds import check_kind
 
 
-def export_events(onnx: str = ONNX_KINDS[0]) -> dict:
+class ChosenKind:
+    """A callback for an export that names the kind of ONNX graph, and refuses a float model.
+
+    Args:
+        onnx: One of deploy.kinds.ONNX_KINDS, or None for that of the model's target.
+
+    Attributes:
+        qc_onnx: The kind, which `host.exporting` reads before the export begins.
+    """
+
+    def __init__(self, onnx: str | None):
+        if onnx is not None:
+            check_kind(onnx)
+        self.qc_onnx = onnx
+
+    def __call__(self, exporter) -> None:
+        """Refuse a model that is not quantized."""
+        if not deployed_convs(exporter.model):
+            raise QCError(f"QC: {exporter.file} is not quantized; callbacks=qc exports checkpoints trained with it.")
+
+
+def export_events(onnx: str | None = None) -> dict:
     """Event name -> callback for an export.
 
     Args:
-        onnx: Kind of ONNX graph, "int8" or "int4".
+        onnx: Kind of ONNX graph, one of deploy.kinds.ONNX_KINDS, or None for that of the model's target.
 
     Raises:
         QCError: On another kind.
     """
-    check_kind(onnx)
-
-    def on_export_start(exporter) -> None:
-        if not deployed_convs(exporter.model):
-            raise QCError(f"QC: {exporter.file} is not quantized; callbacks=qc exports checkpoints trained with it.")
-        exporter.model.qc_onnx = onnx
-
-    return {"on_export_start": on_export_start}
+    return {"on_export_start": ChosenKind(onnx)}
 
 
 def choose_onnx_kind(model, kind: str) -> None:
@@ -32,7 +46,8 @@ def choose_onnx_kind(model, kind: str) -> None:
 
     Args:
         model: An `ultralytics.YOLO` object with a quantized model.
-        kind: "int8" (8-bit containers, for speed) or "int4" (packed 4-bit weights, for size).
+        kind: "packed" (small and fast), "int8" (for older runtimes), "int4" (for converters that look for 4-bit types),
+            "tensorrt", or "qonnx" (for FPGAs); docs/deployment.md says which runs where.
 
     Raises:
         QCError: On another kind.

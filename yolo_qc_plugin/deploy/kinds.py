@@ -1,0 +1,114 @@
+# yolo_qc_plugin, AGPL-3.0
+"""What an export of a quantized model may write: formats, and kinds of ONNX graph.
+
+Kinds of graph, by their containers (deploy.qdq and deploy.qonnx write them):
+
+    packed    INT4 weights of up to 4 bits, which a Cast makes INT8: as small as int4 and as fast as int8.
+    int8      8-bit containers alone, for runtimes that do not fold such a Cast.
+    int4      4-bit containers for weights and activations of up to 4 bits, for converters that look for them.
+    tensorrt  INT8 alone, every zero point 0.
+    qonnx     Quant nodes of the true widths, for FINN and hls4ml.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+
+from ..config import TARGETS, QCError
+
+INT4_OPSET = 21  # the first with 4-bit types
+INT8_OPSET = 13  # the first whose DequantizeLinear takes one scale per channel
+SAME_OPSET = 18  # nodes of our traces mean the same from here to INT4_OPSET
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of ONNX graph.
+
+    Attributes:
+        min_opset: The least opset to trace with.
+        runtime: The first ONNX Runtime that runs it as it is meant.
+    """
+
+    min_opset: int = INT8_OPSET
+    runtime: tuple[int, int] = (1, 20)
+
+
+ONNX_KINDS = {
+    "packed": Kind(SAME_OPSET, runtime=(1, 23)),
+    "int8": Kind(),
+    "int4": Kind(SAME_OPSET),
+    "tensorrt": Kind(),
+    "qonnx": Kind(),
+}
+# format of `yolo export` -> the kinds of graph that it can be made from, the target's own or else the first; none where
+# no ONNX graph is on the way
+FORMATS: dict[str, tuple[str, ...]] = {
+    "onnx": tuple(ONNX_KINDS),
+    "openvino": ("packed", "int8"),
+    "torchscript": (),
+    "engine": ("tensorrt",),
+}
+
+ALIASES = {"trt": "engine", "tensorrt": "engine"}  # names that Ultralytics takes for another
+
+
+def canonical(format: str) -> str:
+    """A format's own name, in small letters."""
+    return ALIASES.get(format.lower(), format.lower())
+
+
+def choose_kind(format: str, target: str | None, asked: str | None) -> str | None:
+    """The kind of graph that an export writes, or None where it writes none.
+
+    Args:
+        format: Of `yolo export`.
+        target: What the model was trained for, or None.
+        asked: The kind that the user named, or None.
+
+    Raises:
+        QCError: On a format that cannot carry the quantizers, an unknown kind, or one that the format is not made from.
+    """
+    if canonical(format) not in FORMATS:
+        raise QCError(
+            f"QC: format={format!r} cannot carry the quantizers of this model; accepted: {', '.join(FORMATS)}. "
+            "(For a float model, export the checkpoint that this one began with.)"
+        )
+    if asked is not None:
+        check_kind(asked)
+    kinds = FORMATS[canonical(format)]
+    if asked is not None and asked not in kinds:
+        accepted = f"give {' or '.join(map(repr, kinds))}" if kinds else "leave it out"
+        raise QCError(f"QC: onnx={asked!r} is not accepted with format={format!r}; {accepted}.")
+    own = TARGETS[target].onnx if target else None
+    return asked or (own if own in kinds else next(iter(kinds), None))
+
+
+def check_kind(kind: str, opset: int | None = None) -> None:
+    """Refuse an unknown kind, or an opset below that which the kind needs.
+
+    Raises:
+        QCError: Naming what is accepted.
+    """
+    if kind not in ONNX_KINDS:
+        raise QCError(f"QC: onnx={kind!r} is not accepted; give {' or '.join(map(repr, ONNX_KINDS))}.")
+    least = ONNX_KINDS[kind].min_opset
+    if opset is not None and opset < least:
+        older = " (callbacks=qc qc_onnx=int8 takes 13 and later)" if least > INT8_OPSET else ""
+        raise QCError(f"QC: opset={opset} is too old for the {kind} kind; accepted: {least} and later{older}.")
+
+
+def check_runtime(kind: str) -> None:
+    """Refuse an installed ONNX Runtime that does not run a kind as it is meant.
+
+    Raises:
+        QCError: Naming the version that is needed, and the kind for older ones.
+    """
+    found, needed = metadata.version("onnxruntime"), ONNX_KINDS[kind].runtime
+    if tuple(map(int, found.split(".")[:2])) < needed:
+        older = "; or export with callbacks=qc qc_onnx=int8, which older ones run" if kind == "packed" else ""
+        raise QCError(
+            f"QC: ONNX Runtime {found} is too old for the {kind} kind; install onnxruntime>="
+            f"{'.'.join(map(str, needed))}{older}."
+        )

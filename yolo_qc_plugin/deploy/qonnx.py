@@ -1,0 +1,59 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The QONNX graph of a deployed model: `Quant` nodes of the true widths, for the tools of FPGAs (FINN, hls4ml).
+
+Quant(x, scale, zero point, width) is scale * (clip(round(x / scale + zero point), low, high) - zero point), with low
+and high of that many bits. Weights are floats, code * scale, with such a node behind them, whose codes are the trained
+ones.
+https://github.com/fastmachinelearning/qonnx/blob/main/docs/qonnx-custom-ops/quant_op.md
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .fold import DeployedConv2d
+from .rewrite import Rewriter
+
+QONNX_DOMAIN = "qonnx.custom_op.general"
+
+
+class QONNX(Rewriter):
+    """The qonnx kind."""
+
+    def quantize(self, name: str, node, a: dict) -> str:
+        """One Quant, unsigned where no code is negative."""
+        bits = (a["quant_max"] - a["quant_min"]).bit_length()
+        self._quant(node.input[0], name, a["scale"], a["zero_point"], bits, signed=a["quant_min"] < 0)
+        return name
+
+    def convolve(self, node, layer: DeployedConv2d) -> None:
+        """Quant of the weight, one scale per output channel, then Conv with a float bias."""
+        codes, scale = self._codes(layer)
+        weight = f"{layer.name}.weight"
+        by_channel = scale.view(-1, 1, 1, 1)
+        if f"{weight}_float" not in self.writer:  # a layer that the model runs twice has one weight
+            self.writer.constant(f"{weight}_float", codes * by_channel)
+            self._quant(f"{weight}_float", weight, by_channel, 0.0, layer.bits, signed=True)
+        bias = self.writer.constant(f"{layer.name}.bias", layer.shift.detach().float())
+        self.writer.add("Conv", [node.input[0], weight, bias], node.output[0], **self.geometry(layer))
+
+    def summary(self) -> str:
+        """Layers by width of weight and input."""
+        widths = sorted({(m.bits, m.act_quant.bits) for m in self.layers.values()})
+        return f"{len(self.layers)} convolutions (qonnx) of {', '.join(f'W{w}A{a}' for w, a in widths)}"
+
+    def _quant(self, x: str, name: str, scale, zero_point: float, bits: int, signed: bool) -> None:
+        grid = [
+            self.writer.constant(f"{name}_scale", scale),
+            self.writer.constant(f"{name}_zero_point", zero_point),
+            self.writer.constant(f"{name}_bits", float(bits)),
+        ]
+        attributes = dict(signed=int(signed), narrow=0, rounding_mode="ROUND")
+        self.writer.add("Quant", [x, *grid], name, domain=QONNX_DOMAIN, **attributes)
+
+    @staticmethod
+    def _codes(layer: DeployedConv2d) -> tuple[Tensor, Tensor]:
+        """Codes and scale; a scale is negative where a negated code would not fit the width."""
+        half = 2 ** (layer.bits - 1)
+        codes, scale, sign = layer.positive_scale(-half, half - 1)
+        return codes.float(), (scale if sign is None else scale * sign).detach().float()

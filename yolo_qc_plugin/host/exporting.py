@@ -1,0 +1,91 @@
+# yolo_qc_plugin, AGPL-3.0
+"""What is decided before Ultralytics exports a quantized model: whether it can, and what the file will hold."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import QCError
+from ..deploy.kinds import canonical, check_kind, choose_kind
+from ..deploy.symmetric import check_symmetric
+from .record import record_of
+
+PROGRAMS = {"yolo", "ultralytics"}  # console scripts of Ultralytics
+NEEDS = {  # format -> packages without which nothing of it is written, and how one gets them
+    "onnx": (("onnx",), "pip install 'yolo-qc-plugin[export]'"),
+    "openvino": (("onnx", "openvino"), "pip install 'yolo-qc-plugin[export]'"),
+    "engine": (("onnx", "tensorrt"), "pip install 'yolo-qc-plugin[export]' tensorrt"),
+}
+
+
+def prepare_export(exporter: Any, model: nn.Module) -> str | None:
+    """Refuse what a quantized model cannot be exported to, and let the exporter choose the kind of graph.
+
+    Args:
+        exporter: Ultralytics' Exporter, before it has begun.
+        model: Quantized, or in the deployed form already.
+
+    Returns:
+        The kind, or None where no graph is on the way.
+
+    Raises:
+        QCError: Naming the argument, what it was, and what is accepted.
+    """
+    args, record = exporter.args, record_of(model)
+    format = canonical(args.format)
+    callbacks = exporter.callbacks.get("on_export_start", [])
+    asked = next((c.qc_onnx for c in reversed(callbacks) if hasattr(c, "qc_onnx")), None)
+    kind = choose_kind(args.format, record.config.get("target") if record else None, asked)
+    if args.quantize not in {None, 32}:
+        raise QCError(
+            f"QC: quantize={args.quantize!r} would quantize this model a second time; leave it out. Its own widths are "
+            "exported; callbacks=qc qc_onnx=... chooses the ONNX container."
+        )
+    if kind:
+        check_kind(kind, args.opset)
+    if kind == "tensorrt":
+        check_symmetric(model)
+    packages, install = NEEDS.get(format, ((), ""))
+    if missing := [name for name in packages if not find_spec(name)]:
+        raise QCError(f"QC: format={format!r} needs {' and '.join(missing)}, which is not installed: {install}.")
+    if format == "engine" and not torch.cuda.is_available():
+        raise QCError("QC: format='engine' is built on the GPU that it is to run on; this machine has none for torch.")
+    exporter.callbacks = {**exporter.callbacks, "on_export_start": [*callbacks, partial(_begin, kind=kind)]}
+    return kind
+
+
+def _begin(exporter: Any, kind: str | None) -> None:
+    """Tell the tracing of the kind, and the builder of an engine that the graph has all ranges."""
+    exporter.model.qc_onnx = kind
+    if canonical(exporter.args.format) == "engine":
+        exporter.qat = True  # Ultralytics' word for a model that needs no calibration
+        # before TensorRT 11 a flag allows INT8; from then on the graph alone says it, and the argument would have
+        # ModelOpt rewrite it
+        exporter.args.quantize = 8 if int(metadata.version("tensorrt").split(".")[0]) < 11 else None
+
+
+def kind_of(model: nn.Module) -> str:
+    """The kind of graph that the export in progress writes of a model, which may be wrapped for its NMS."""
+    return next(m.qc_onnx for m in model.modules() if hasattr(m, "qc_onnx"))
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Let a refusal end the program `yolo` with one line and exit status 1; anywhere else it stays an exception."""
+    try:
+        yield
+    except QCError as error:
+        name = Path(sys.argv[0]).name.removesuffix(".exe").removesuffix("-script.py")
+        if name not in PROGRAMS:
+            raise
+        raise SystemExit(str(error)) from None

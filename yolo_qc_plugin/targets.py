@@ -1,0 +1,40 @@
+# yolo_qc_plugin, AGPL-3.0
+"""What a model is to run on: what training must respect for it, and which ONNX graph is written of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """A place to run.
+
+    Attributes:
+        fills: Option -> its value where it is not given.
+        bears: Option -> the values that can run there; others are refused. Options that are not named can have any.
+        onnx: The kind of graph that `format=onnx` writes (see deploy.kinds).
+        symmetric: Whether codes are to be signed and symmetric, in [-127, 127] for weights, the inputs of residual sums
+            quantized, and what is concatenated on one grid.
+    """
+
+    fills: Mapping[str, Any]
+    onnx: str
+    bears: Mapping[str, tuple] = field(default_factory=dict)
+    symmetric: bool = False
+
+
+TARGETS: dict[str, Target] = {
+    # no runtime there computes activations of fewer than 8 bits faster; docs/deployment.md has the reasons and sources
+    "cpu": Target({"per_channel": True, "act_bits": 8}, onnx="packed"),
+    "tensorrt": Target(
+        {"per_channel": True, "act_bits": 8, "act_offset": False, "output_bits": None},
+        onnx="tensorrt",
+        bears={"act_offset": (False,), "output_bits": (None,)},
+        symmetric=True,
+    ),
+    "litert": Target({"per_channel": True, "act_bits": 8}, onnx="packed"),
+    "fpga": Target({"per_channel": True, "act_offset": False, "output_bits": None}, onnx="qonnx"),
+}
