@@ -28,6 +28,7 @@ _STORED = {
     "ActQuantizer": "quant.quantizer",
     "WeightQuantizer": "quant.quantizer",
     "ChannelAffine": "quant.layers",
+    "Tap": "quant.taps",
     "QuantActivation": "quant.activations",
     "QuantSiLU": "quant.activations",
     "WideBatchNorm2d": "quant.precision",

@@ -26,9 +26,10 @@ from ultralytics.data.utils import check_det_dataset
 from yolo_qc_plugin.config import QCConfig
 from yolo_qc_plugin.host import architecture
 from yolo_qc_plugin.quant.calibrate import calibrate
-from yolo_qc_plugin.quant.inject import inject, share_quantizers
+from yolo_qc_plugin.quant.inject import inject
 from yolo_qc_plugin.quant.layers import quant_convs
 from yolo_qc_plugin.quant.modules import replace_modules
+from yolo_qc_plugin.quant.share import share_quantizers
 from yolo_qc_plugin.run.callbacks import attach
 
 # a stage of the backbone or neck; of a head, each branch at each stride

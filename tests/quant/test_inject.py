@@ -14,10 +14,11 @@ from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.host.architecture import blank_image, edge_convs, fixed_convs
 from yolo_qc_plugin.qat.correction import insert_correction
 from yolo_qc_plugin.quant.calibrate import calibrate, quantizers_off
-from yolo_qc_plugin.quant.inject import inject, remove, share_quantizers
+from yolo_qc_plugin.quant.inject import inject, remove
 from yolo_qc_plugin.quant.layers import QuantConv2d, quant_convs
 from yolo_qc_plugin.quant.observers import SampleObserver
 from yolo_qc_plugin.quant.precision import WideConv2d
+from yolo_qc_plugin.quant.share import share_quantizers
 
 MODELS = ["yolov5n.yaml", "yolov8n.yaml", "yolo11n.yaml", "yolo26n.yaml"]
 

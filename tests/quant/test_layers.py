@@ -14,9 +14,9 @@ from ultralytics import YOLO
 from yolo_qc_plugin import QCConfig
 from yolo_qc_plugin.quant import functional, inject
 from yolo_qc_plugin.quant.activations import QuantActivation
-from yolo_qc_plugin.quant.inject import share_quantizers
 from yolo_qc_plugin.quant.layers import ChannelAffine, QuantConv2d, is_quantized, quant_convs, scale_parameters
 from yolo_qc_plugin.quant.precision import keep_wide, undo_keep_wide
+from yolo_qc_plugin.quant.share import share_quantizers
 
 CONVS = {
     "plain": lambda: nn.Conv2d(4, 6, 3),

@@ -56,12 +56,12 @@ class Rewriter(ABC):
     def _once(self, node) -> str:
         """The name of the quantized tensor; one that is on the grid already is not quantized again."""
         x, grid = node.input[0], attributes(node)
-        key = (x, *self.grid(node, grid))
-        if key not in self._quantized:
+        same = self.grid(node, grid)
+        if (x, same) not in self._quantized:
             self.quantizers += 1
-            name = self._quantized[key] = self.quantize(node.output[0], node, grid)
-            self._quantized[(name, *key[1:])] = name
-        return self._quantized[key]
+            name = self._quantized[x, same] = self.quantize(node.output[0], node, grid)
+            self._quantized[name, same] = name
+        return self._quantized[x, same]
 
     def layer(self, node) -> DeployedConv2d:
         """The convolution that a marker stands for."""

@@ -11,10 +11,11 @@ from ultralytics.nn.tasks import BaseModel, ClassificationModel, DetectionModel,
 from ultralytics.utils.torch_utils import fuse_conv_and_bn, fuse_deconv_and_bn, unwrap_model
 
 from ..config import QCError
-from ..deploy.fold import deploy_activation, deploy_conv
+from ..deploy.fold import FixedQuantizer, deploy_activation, deploy_conv
 from ..quant.activations import quant_activations
 from ..quant.layers import QuantConv2d, quant_convs
 from ..quant.modules import evaluating, replace_modules
+from ..quant.taps import taps
 
 MODELS = {  # task -> the model that is accepted; subclasses (RT-DETR, World, YOLOE) are not
     "detect": DetectionModel,
@@ -45,6 +46,8 @@ def deploy_model(model: nn.Module) -> None:
             m.forward = m.forward_fuse
     replace_modules(model, {m: deploy_conv(m, None, name) for name, m in quant_convs(model)})
     replace_modules(model, {m: deploy_activation(m) for _, m in quant_activations(model)})
+    for _, tap in taps(model):
+        tap.act_quant = FixedQuantizer(tap.act_quant)
 
 
 def output_blocks(model: nn.Module) -> list[Conv]:
@@ -52,12 +55,18 @@ def output_blocks(model: nn.Module) -> list[Conv]:
 
     Blocks that add branches up before their activation (Conv2, RepConv, RepVGGDW) have no such place.
     """
-    sums = {id(b) for m in model.modules() if isinstance(m, (RepConv, RepVGGDW)) for b in m.modules()}
+    sums = sums_of_branches(model)
     return [
         m
         for m in model.modules()
         if isinstance(m, Conv) and not isinstance(m, Conv2) and isinstance(m.conv, QuantConv2d) and id(m) not in sums
     ]
+
+
+def sums_of_branches(model: nn.Module) -> set[int]:
+    """Ids of the modules within blocks that add branches up before their activation function."""
+    blocks = [m for m in model.modules() if isinstance(m, (RepConv, RepVGGDW))]
+    return {id(branch) for m in blocks for branch in m.modules() if branch is not m}
 
 
 def student(model: nn.Module) -> BaseModel:

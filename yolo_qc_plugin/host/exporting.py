@@ -76,7 +76,7 @@ def _begin(exporter: Any, kind: str | None) -> None:
 
 def kind_of(model: nn.Module) -> str:
     """The kind of graph that the export in progress writes of a model, which may be wrapped for its NMS."""
-    return next(m.qc_onnx for m in model.modules() if hasattr(m, "qc_onnx"))
+    return next(str(m.qc_onnx) for m in model.modules() if hasattr(m, "qc_onnx"))
 
 
 @contextmanager

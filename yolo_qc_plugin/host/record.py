@@ -27,6 +27,7 @@ from ..quant.activations import QuantActivation, QuantSiLU
 from ..quant.layers import ChannelAffine, QuantConv2d
 from ..quant.precision import WIDE
 from ..quant.quantizer import ActQuantizer, WeightQuantizer
+from ..quant.taps import Tap
 
 FORMAT = 1  # raise it when older plugins would misread a checkpoint
 
@@ -69,7 +70,17 @@ class QuantRecord:
 
 
 torch.serialization.add_safe_globals(
-    [QuantRecord, *WIDE.values(), QuantConv2d, QuantActivation, QuantSiLU, ChannelAffine, WeightQuantizer, ActQuantizer]
+    [
+        QuantRecord,
+        *WIDE.values(),
+        QuantConv2d,
+        QuantActivation,
+        QuantSiLU,
+        ChannelAffine,
+        WeightQuantizer,
+        ActQuantizer,
+        Tap,
+    ]
 )
 
 

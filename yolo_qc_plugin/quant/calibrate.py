@@ -14,6 +14,7 @@ from .layers import quant_convs
 from .modules import evaluating, hooked
 from .observers import SampleObserver
 from .quantizer import ActQuantizer, Quantizer
+from .taps import taps
 
 
 @contextmanager
@@ -47,9 +48,8 @@ def calibrate(
     Raises:
         RuntimeError: If a quantized convolution did not run on the batches.
     """
-    convs = dict(quant_convs(model))
-    with quantizers_off(q for m in convs.values() for q in (m.weight_quant, m.act_quant)):
-        inputs = act_quantizers(model)
+    convs, inputs = dict(quant_convs(model)), act_quantizers(model)
+    with quantizers_off([*(m.weight_quant for m in convs.values()), *inputs.values()]):
         seen = observe(model, inputs, batches, forward)
     for name, quant in inputs.items():
         if not seen[name].samples:
@@ -78,8 +78,8 @@ def calibrate_outputs(model: nn.Module, batches: Iterable[object], forward: Call
 
 
 def act_quantizers(model: nn.Module) -> dict[str, ActQuantizer]:
-    """Quantizers of the convolutions' inputs; a shared one once, by its last reader's name."""
-    last = {m.act_quant: name for name, m in quant_convs(model)}
+    """Quantizers of the convolutions' inputs and of taps; a shared one once, by its last reader's name."""
+    last = {m.act_quant: name for name, m in [*taps(model), *quant_convs(model)]}
     return {name: quant for quant, name in last.items()}
 
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import QCConfig, QCError
 from .activations import QuantActivation, quant_activations
 from .layers import Deployed, QuantConv2d, is_quantized, quant_convs
-from .modules import evaluating, hooked, replace_modules
+from .modules import replace_modules
 from .precision import keep_wide, undo_keep_wide
+from .taps import untap
 
 
 @dataclass(frozen=True)
@@ -77,50 +77,12 @@ def inject(
         raise QCError(f"QC: skip={list(config.skip)} leaves no convolution to quantize.")
 
     twins = {
-        convs[name]: QuantConv2d.from_float(convs[name], w, a, config.per_channel, config.act_offset)
+        convs[name]: QuantConv2d.from_float(convs[name], w, a, config.per_channel, config.act_offset, config.symmetric)
         for name, (w, a) in plan.items()
     }
     replace_modules(model, twins)
     keep_wide(model)
     return Injection(plan, tuple(name for name in convs if name in skipped))
-
-
-@torch.no_grad()
-def share_quantizers(model: nn.Module, image: torch.Tensor) -> int:
-    """Give convolutions that read one tensor one quantizer of it, in place; to be done before calibration.
-
-    In an exported graph the tensor is then quantized once, and its producer becomes an integer operation if one
-    quantizer is all that reads it. In training each convolution quantizes it, on the same grid. Quantizers of different
-    widths stay apart.
-
-    Those that read the image are not learned but fixed to the range [0, 1]: 8-bit codes are then the bytes it was made
-    of, and backward ends there (at the image, the gradient that a scale would need takes a sixteenth of the step).
-
-    Args:
-        model: Injected model.
-        image: What the model takes, of any size; it runs on it once, in eval mode.
-
-    Returns:
-        Number of quantizers that went.
-    """
-    readers: dict[tuple, list[QuantConv2d]] = {}
-    kept = []  # alive, lest two tensors have one id in turn
-
-    def note(conv: QuantConv2d, args: tuple) -> None:
-        kept.append(args[0])
-        readers.setdefault((id(args[0]), conv.act_quant.bits), []).append(conv)
-
-    with hooked(m.register_forward_pre_hook(note) for _, m in quant_convs(model)), evaluating(model):
-        model(image)
-    gone = 0
-    for (tensor, _), (first, *others) in readers.items():
-        if tensor == id(image):
-            first.act_quant.set_signed(False)
-            first.act_quant.fix(1 / first.act_quant.quant_max)
-        for conv in others:
-            gone += conv.act_quant is not first.act_quant
-            conv.act_quant = first.act_quant
-    return gone
 
 
 def remove(model: nn.Module) -> int:
@@ -138,6 +100,7 @@ def remove(model: nn.Module) -> int:
     replace_modules(model, twins)
     replace_modules(model, {m: m.act for _, m in quant_activations(model)})
     undo_keep_wide(model)
+    untap(model)
     return len(twins)
 
 

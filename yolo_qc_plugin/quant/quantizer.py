@@ -80,9 +80,20 @@ class WeightQuantizer(Quantizer):
     """Signed, symmetric, per tensor (channels=1) or per output channel.
 
     LSQ's gradient scale counts the weights that share a scale.
+
+    Args:
+        bits: Width, 2 to 8.
+        channels: Length of the scale.
+        int8: Leave out -128, the code of 8 bits that has no positive counterpart.
     """
 
     __module__ = "yolo_qc_plugin"  # by which checkpoints name it
+
+    def __init__(self, bits: int, channels: int = 1, int8: bool = False):
+        super().__init__(bits, channels)
+        if int8 and bits == 8:
+            self.quant_range[0] += 1
+            self._read_range()
 
     def forward(self, weight: Tensor) -> Tensor:
         """Fake-quantize a weight of shape (out, ...)."""
@@ -125,6 +136,7 @@ class ActQuantizer(Quantizer):
     Args:
         bits: Width, 2 to 8.
         offset: Learn an offset.
+        int8: Never choose the unsigned range of 8 bits, whose codes do not fit into INT8.
 
     Attributes:
         offset: Parameter of shape (1,), FP32, or None.
@@ -132,8 +144,11 @@ class ActQuantizer(Quantizer):
 
     __module__ = "yolo_qc_plugin"  # by which checkpoints name it
 
-    def __init__(self, bits: int, offset: bool):
+    int8 = False  # of checkpoints written before there was the choice
+
+    def __init__(self, bits: int, offset: bool, int8: bool = False):
         super().__init__(bits, signed=not offset)
+        self.int8 = int8
         self.offset = nn.Parameter(torch.zeros(1)) if offset else None
 
     @property
@@ -166,7 +181,7 @@ class ActQuantizer(Quantizer):
             method: "mse" or "lsq".
         """
         if self.offset is None:
-            self.set_signed(low < 0)
+            self.set_signed(low < 0 or (self.int8 and self.bits == 8))
             self._start_scale(values[None], method)
         elif method == "lsq":
             self.offset.fill_(min(low, 0.0))

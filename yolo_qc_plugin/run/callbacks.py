@@ -15,7 +15,9 @@ from ..host import architecture, compat, log, patches
 from ..host.distillation import check_teacher
 from ..host.distributed import alone
 from ..host.record import QuantRecord
-from ..quant.inject import inject, share_quantizers
+from ..quant.inject import inject
+from ..quant.share import share_quantizers
+from ..quant.taps import tap_sums
 from . import start
 from .finish import finish, saying_what_is_safe
 from .labels import label_for_run, refuse_without_labels
@@ -99,7 +101,11 @@ class QCCallbacks:
         if trainer.args.distill_model:
             check_teacher(trainer.args.distill_model, model, config.distill_outputs > 0)
         injection = inject(model, config, architecture.edge_convs(model), architecture.fixed_convs(model))
-        shared = share_quantizers(model, architecture.blank_image(model))
+        image = architecture.blank_image(model)
+        if config.symmetric:
+            sums = tap_sums(model, image, config.body_bits[1], architecture.sums_of_branches(model))
+            log.info(f"{sums} residual sums with quantized inputs")
+        shared = share_quantizers(model, image, joined=config.symmetric)
         model.qc = QuantRecord(config.to_dict())
         if trainer.resume and checkpoint:
             earlier = self.state.take_average(checkpoint, model, trainer)
