@@ -79,7 +79,8 @@ def calibrate_outputs(model: nn.Module, batches: Iterable[object], forward: Call
 
 def act_quantizers(model: nn.Module) -> dict[str, ActQuantizer]:
     """Quantizers of the convolutions' inputs and of taps; a shared one once, by its last reader's name."""
-    last = {m.act_quant: name for name, m in [*taps(model), *quant_convs(model)]}
+    last: dict[ActQuantizer, str] = {tap.act_quant: name for name, tap in taps(model)}
+    last |= {conv.act_quant: name for name, conv in quant_convs(model)}
     return {name: quant for quant, name in last.items()}
 
 

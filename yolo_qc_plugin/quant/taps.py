@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,10 +19,12 @@ class Tap(KeepWide, nn.Module):
     """Quantizes what a block gives, or is given: a hook of the block, and its child.
 
     Attributes:
-        act_quant: ActQuantizer, which convolutions may share.
+        act_quant: ActQuantizer, which convolutions may share; in the deployed form one of plain numbers.
     """
 
     __module__ = "yolo_qc_plugin"  # by which checkpoints name it
+
+    act_quant: Any
 
     def __init__(self, act_quant: ActQuantizer):
         super().__init__()
@@ -47,12 +50,12 @@ def tap_sums(model: nn.Module, image: Tensor, bits: int, sums_of_branches: Colle
         Number of sums.
     """
     watched = Watched(model, image)
-    makers, sums = [], 0
+    makers: list[nn.Module] = []
+    sums = 0
     for pair in watched.sums:
-        found = [watched.maker(tensor) for tensor in pair]
-        if all(m is not None and id(m) not in sums_of_branches for m in found):
-            makers += found
-            sums += 1
+        found = [m for m in map(watched.maker, pair) if m is not None and id(m) not in sums_of_branches]
+        if len(found) == 2:
+            makers, sums = [*makers, *found], sums + 1
     pools = [m for m in model.modules() if type(m) is nn.MaxPool2d]
     for block in [*dict.fromkeys(makers), *pools]:
         tap = Tap(ActQuantizer(bits, offset=False, int8=True).to(image.device))
