@@ -8,9 +8,9 @@ from pathlib import Path
 
 from .fold import DeployedConv2d
 from .kinds import check_kind
-from .pack import raise_opset
+from .pack import pack_weights, raise_opset
 from .qdq import QDQ
-from .qonnx import QONNX, QONNX_DOMAIN
+from .qonnx import QONNX, QONNX_DOMAIN, write_shapes
 from .trace import DOMAIN
 
 
@@ -45,3 +45,16 @@ def write_graph(file: str | Path, layers: Mapping[str, DeployedConv2d], kind: st
     onnx.checker.check_model(model, full_check=kind != "qonnx")  # which ONNX's own inference does not see through
     onnx.save(model, file)
     return graph.summary()
+
+
+def finish_graph(file: str | Path, kind: str) -> str:
+    """Do, in place, what a kind needs last: what simplifies graphs at the export would undo it.
+
+    Returns:
+        One line that says what was done, empty where there is nothing to do.
+    """
+    if kind == "packed":
+        return pack_weights(file)
+    if kind == "qonnx":
+        write_shapes(file)
+    return ""

@@ -9,6 +9,9 @@ https://github.com/fastmachinelearning/qonnx/blob/main/docs/qonnx-custom-ops/qua
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 from torch import Tensor
 
 from .fold import DeployedConv2d
@@ -57,3 +60,31 @@ class QONNX(Rewriter):
         half = 2 ** (layer.bits - 1)
         codes, scale, sign = layer.positive_scale(-half, half - 1)
         return codes.float(), (scale if sign is None else scale * sign).detach().float()
+
+
+def write_shapes(file: str | Path) -> None:
+    """Write the type and shape of every tensor into a file of the qonnx kind, in place: tools that read it ask that.
+
+    They are those of a run, with an Identity for each Quant: inference by rules ends at nodes that it does not know,
+    and where sizes are computed.
+    """
+    import onnx
+    import onnxruntime
+
+    model, plain = onnx.load(file), onnx.load(file)
+    for node in (n for n in plain.graph.node if n.op_type == "Quant"):
+        node.CopyFrom(onnx.helper.make_node("Identity", [node.input[0]], node.output, name=node.name))
+    given = {o.name for o in plain.graph.output}
+    names = [name for n in plain.graph.node for name in n.output if name and name not in given]
+    plain.graph.output.extend(map(onnx.helper.make_empty_tensor_value_info, names))
+    image = plain.graph.input[0]
+    zeros = np.zeros([d.dim_value for d in image.type.tensor_type.shape.dim], np.float32)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(plain.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    types = onnx.helper.np_dtype_to_tensor_dtype
+    del model.graph.value_info[:]
+    for name, value in zip(names, session.run(names, {image.name: zeros})):
+        model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, types(value.dtype), value.shape))
+    onnx.save(model, file)

@@ -55,6 +55,10 @@ def prepare_export(exporter: Any, model: nn.Module) -> str | None:
         check_kind(kind, args.opset)
     if kind == "tensorrt":
         check_symmetric(model)
+    if kind == "qonnx" and args.dynamic:
+        raise QCError(
+            "QC: dynamic=True is not accepted for the qonnx kind, whose tools want fixed shapes; leave it out."
+        )
     packages, install = NEEDS.get(format, ((), ""))
     if missing := [name for name in packages if not find_spec(name)]:
         raise QCError(f"QC: format={format!r} needs {' and '.join(missing)}, which is not installed: {install}.")

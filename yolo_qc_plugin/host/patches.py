@@ -24,9 +24,8 @@ from ultralytics.utils.export import engine, openvino
 from ultralytics.utils.torch_utils import unwrap_model
 
 from ..deploy.fold import deployed_convs
-from ..deploy.graph import write_graph
+from ..deploy.graph import finish_graph, write_graph
 from ..deploy.kinds import check_kind
-from ..deploy.pack import pack_weights
 from ..files import AtomicPath
 from ..qat.scale_steps import separate_scales
 from ..quant.layers import is_quantized, scale_parameters
@@ -187,8 +186,8 @@ def _check_export(original: Callable) -> Callable:
                 return original(self, model)
             kind = prepare_export(self, model)
             file = original(self, model)
-            if kind == "packed" and str(file).endswith(".onnx"):
-                log.info(pack_weights(file))
+            if kind and str(file).endswith(".onnx") and (done := finish_graph(file, kind)):
+                log.info(done)
             return file
 
     return __call__
@@ -219,8 +218,7 @@ def _convert_integers(original: Callable) -> Callable:
             file = engine.torch2onnx(
                 model, im, f"{folder}/model.onnx", OPENVINO_OPSET, dynamic=axes if dynamic else None
             )
-            if kind_of(model) == "packed":
-                pack_weights(file)
+            finish_graph(file, kind_of(model))
             return ov.convert_model(file)
 
     return torch2openvino
