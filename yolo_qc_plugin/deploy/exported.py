@@ -15,6 +15,10 @@ from .kinds import check_runtime
 from .nodes import links
 
 RUNTIMES = ("onnxruntime", "onnxruntime, not optimised", "openvino")
+NOT_IN_OPENVINO = {  # kind -> why
+    "int4": "not tried: OpenVINO 2026.4 crashes on 4-bit activations",
+    "tensorrt": "not tried: made for TensorRT",
+}
 
 Run = Callable[[np.ndarray], list[np.ndarray]]  # images (b, 3, h, w) -> the graph's outputs
 
@@ -30,6 +34,7 @@ class Exported:
         batch: Images a batch to evaluate it with.
         fixed_batch: Images that it takes at once, 0 for any number.
         codes: Layer name -> (tensor of its input's codes, zero point).
+        kind: One of kinds.ONNX_KINDS.
         outputs: Layer name -> (tensor of its output's codes, scale, zero point), where the output is quantized.
         weights: Layer name -> tensor of its weight's codes.
         values: Constant name -> array.
@@ -82,8 +87,18 @@ class Exported:
                     self.outputs[layer] = n.output[0], float(scale), int(zero_point)
         if not self.codes:
             raise QCError(f"QC: onnx={path} has no quantized convolution; accepted: exports of a quantized checkpoint.")
-        self.int4 = any(self.values[z].dtype.name == "uint4" for n in nodes if n.op_type == "QuantizeLinear"
-                        for z in n.input[2:3])  # fmt: skip
+        self.kind = self._kind()
+
+    def _kind(self) -> str:
+        """One of kinds.ONNX_KINDS, from the nodes."""
+        containers = {
+            self.values[n.input[2]].dtype.name for n in self.model.graph.node if n.op_type == "QuantizeLinear"
+        }
+        if "int8" in containers:
+            return "tensorrt"
+        if any(name.endswith(".weight_codes_packed") for name in self.weights.values()):
+            return "packed"
+        return "int4" if "uint4" in containers or "int4" in {v.dtype.name for v in self.values.values()} else "int8"
 
     def match(self, layers: dict[str, DeployedConv2d]) -> None:
         """Refuse a file of another model."""
@@ -112,7 +127,7 @@ class Exported:
         """Why OpenVINO is not tried, or None."""
         if not installed:
             return "not installed"
-        return "not tried: OpenVINO 2026.4 crashes on 4-bit activations" if self.int4 else None
+        return NOT_IN_OPENVINO.get(self.kind)
 
     def with_codes(self) -> tuple[bytes, list[str]]:
         """The model with all codes as further outputs, and their names."""
@@ -121,11 +136,11 @@ class Exported:
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         names = list(dict.fromkeys([t for t, _ in self.codes.values()] + [t for t, *_ in self.outputs.values()]))
-        if self.int4:  # NumPy has no 4-bit type: read such codes as floats
+        if self.kind == "int4":  # NumPy has no 4-bit type: read such codes as floats
             model.graph.initializer.append(onnx.helper.make_tensor("one", onnx.TensorProto.FLOAT, [], [1.0]))
         for name in names:
             shown = name
-            if self.int4:
+            if self.kind == "int4":
                 shown = f"{name}_shown"
                 model.graph.node.append(onnx.helper.make_node("DequantizeLinear", [name, "one"], [shown]))
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(shown))

@@ -1,0 +1,220 @@
+# yolo_qc_plugin, AGPL-3.0
+"""TensorRT's rules, read from the nodes of each family's graph; and the model that keeps them is the one exported."""
+
+import copy
+import io
+from functools import cache
+
+import pytest
+import torch
+from test_fold import correct, images, randomize
+from torch import nn
+from ultralytics import YOLO
+from ultralytics.nn.modules import Conv
+from ultralytics.nn.tasks import DetectionModel, load_checkpoint
+
+from yolo_qc_plugin import choose_onnx_kind, model_yaml
+from yolo_qc_plugin.config import QCConfig, QCError
+from yolo_qc_plugin.deploy.codes import compare_codes
+from yolo_qc_plugin.deploy.exported import Exported
+from yolo_qc_plugin.deploy.fold import deployed_convs
+from yolo_qc_plugin.deploy.symmetric import obstacles
+from yolo_qc_plugin.host import architecture
+from yolo_qc_plugin.host.record import QuantRecord
+from yolo_qc_plugin.quant.calibrate import act_quantizers, calibrate
+from yolo_qc_plugin.quant.inject import inject, remove
+from yolo_qc_plugin.quant.layers import quant_convs
+from yolo_qc_plugin.quant.share import share_quantizers
+from yolo_qc_plugin.quant.taps import tap_sums, taps
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+# residual sums of which two blocks give the inputs; those within attention are no such sums
+SUMS = {
+    "yolov5n.yaml": 7, "yolov6n.yaml": 0, "yolov7-tiny.yaml": 0, "yolov8n.yaml": 6, "yolov9t.yaml": 0,
+    "yolov10n.yaml": 8, "yolo11n.yaml": 10, "yolo12n.yaml": 10, "yolo26n.yaml": 12,
+}  # fmt: skip
+
+
+def build(yaml, **options):
+    """A model of the target as training leaves it, and the number of its quantized sums."""
+    torch.manual_seed(0)
+    model = DetectionModel(model_yaml("yolov7-tiny") if "tiny" in yaml else yaml, nc=3, verbose=False)
+    randomize(model).eval()
+    config = QCConfig.from_options({"target": "tensorrt", "scale_init": "lsq", **options})
+    inject(model, config, architecture.edge_convs(model), architecture.fixed_convs(model))
+    image = architecture.blank_image(model)
+    sums = tap_sums(model, image, config.body_bits[1], architecture.sums_of_branches(model))
+    share_quantizers(model, image, joined=True)
+    calibrate(model, [images(2)], model, config.scale_init)
+    correct(model)
+    model.names, model.qc = {0: "red", 1: "white", 2: "platelet"}, QuantRecord(config.to_dict())
+    return model, sums
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Export a family: exported(yaml, **options) -> (checkpoint, file, number of sums)."""
+
+    @cache
+    def write(yaml, **options):
+        folder = tmp_path_factory.mktemp("family")
+        model, sums = build(yaml, **options)
+        path = folder / "model.pt"
+        torch.save({"model": model.half(), "train_args": {"imgsz": 64, "task": "detect"}}, path)
+        return path, YOLO(path).export(format="onnx", imgsz=64, device="cpu"), sums
+
+    return write
+
+
+class Graph:
+    """An ONNX graph as TensorRT's parser sees it: values of constants, writers and readers of tensors."""
+
+    def __init__(self, file):
+        self.nodes = list(onnx.load(file).graph.node)
+        self.values = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(file).graph.initializer}
+        self.writer = {out: n for n in self.nodes for out in n.output}
+        self.readers = {}
+        for n in self.nodes:
+            for name in n.input:
+                self.readers.setdefault(name, []).append(n)
+
+    def of(self, *ops):
+        return [n for n in self.nodes if n.op_type in ops]
+
+    def is_pair(self, name):
+        """Whether a tensor comes out of Q -> DQ."""
+        node = self.writer.get(name)
+        return node is not None and node.op_type == "DequantizeLinear" and node.input[0] in self.writer
+
+    def scales(self, name, seen=()):
+        """Scales of all Q that a tensor's values go into, through what moves values alone, forwards and backwards."""
+        if name in seen or name in self.values:
+            return set()
+        seen, found = {*seen, name}, set()
+        moves = {"Concat", "Split", "MaxPool", "Resize", "Slice"}
+        for n in self.readers.get(name, []):
+            if n.op_type == "QuantizeLinear":
+                found.add(float(self.values[n.input[1]]))
+            elif n.op_type in moves:
+                for out in n.output:
+                    found |= self.scales(out, seen)
+        return found
+
+
+@pytest.mark.parametrize("yaml", SUMS)
+def test_rules(exported, yaml):
+    path, file, sums = exported(yaml)
+    graph, model = Graph(file), load_checkpoint(path)[0].float()
+    quantizes, dequantizes = graph.of("QuantizeLinear"), graph.of("DequantizeLinear")
+
+    # INT8 alone, zero points 0, activations by one scale
+    assert quantizes and all(n.domain == "" for n in graph.nodes)
+    for n in quantizes:
+        zero_point = graph.values[n.input[2]]
+        assert (zero_point.dtype, zero_point.item(), graph.values[n.input[1]].size) == ("int8", 0, 1)
+    # weights: INT8 codes in [-127, 127], one scale per output channel, no zero point, DQ straight before the convolution
+    quantized = [n for n in graph.of("Conv") if graph.is_pair(n.input[0])]
+    assert len(quantized) == len(list(quant_convs(model))) > 20
+    for conv in quantized:
+        weight = graph.writer[conv.input[1]]
+        codes, scales = graph.values[weight.input[0]], graph.values[weight.input[1]]
+        assert (
+            weight.op_type == "DequantizeLinear" and len(weight.input) == 2 and graph.readers[conv.input[1]] == [conv]
+        )
+        assert codes.dtype == "int8" and abs(codes.astype(int)).max() <= 127 and scales.shape == codes.shape[:1]
+        assert graph.values[conv.input[2]].dtype == "float32"  # the bias
+    assert len(dequantizes) == len(quantizes) + len(quantized)
+    # batch norm is folded, and nothing lies between it and the activation function
+    assert not graph.of("BatchNormalization", "Max", "Min", "Clip")
+    acts = {f"{n}.conv": m.act for n, m in model.named_modules() if isinstance(m, Conv)}
+    for conv in quantized:
+        layer = graph.writer[conv.input[1]].input[0].removesuffix(".weight_codes")
+        after = {n.op_type for n in graph.readers.get(conv.output[0], [])}
+        assert "QuantizeLinear" not in after or isinstance(acts[layer], nn.Identity), layer
+    # both inputs of residual sums, and of pooling
+    adds = [n for n in graph.of("Add") if all(map(graph.is_pair, n.input))]
+    assert len(adds) == sums == SUMS[yaml]
+    assert all(graph.is_pair(n.input[0]) or graph.writer[n.input[0]].op_type == "MaxPool" for n in graph.of("MaxPool"))
+    # one scale for all that a concatenation joins
+    joined = [n for n in graph.of("Concat") if graph.scales(n.output[0])]
+    assert joined
+    for n in joined:
+        assert len(set.union(*(graph.scales(name) for name in [*n.input, *n.output]))) == 1, n.name
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_narrow_grids_are_bounded_within_int8(exported, bits):
+    """W4A4 and W2A2: a Clip to the grid before each Q of fewer than 8 bits."""
+    path, file, _ = exported("yolov5n.yaml", bits=bits, act_bits=bits)
+    graph, model = Graph(file), load_checkpoint(path)[0]
+    narrow = {q.scale.item(): q for q in act_quantizers(model).values() if q.bits < 8}
+    clips = graph.of("Clip")
+    assert len(clips) == len(narrow) > 20 or len(clips) > len(narrow)
+    for clip in clips:
+        (q,) = graph.readers[clip.output[0]]
+        scale = float(graph.values[q.input[1]])
+        low, high = (round(float(graph.values[name]) / scale) for name in clip.input[1:])
+        assert (low, high) == (narrow[scale].quant_min, narrow[scale].quant_max) and high - low == 2**bits - 1
+
+
+def test_codes_are_the_models(exported):
+    """Layer by layer; outputs are float, so that a value may lie at a threshold and go on from there."""
+    for options in ({}, {"act_bits": 4}):
+        path, file, _ = exported("yolov5n.yaml", **options)
+        model, _ = load_checkpoint(path)
+        model.float().fuse(verbose=False)
+        graph = Exported(file)
+        assert graph.kind == "tensorrt" and graph.differing_weights(deployed_convs(model)) == []
+        for runtime in ("onnxruntime", "onnxruntime, not optimised"):
+            found = compare_codes(model, graph, runtime, images(2))
+            assert found["steps"] <= 1 and found["changed"] < 1e-4, found
+
+
+def test_a_checkpoint_keeps_its_taps_and_remove_leaves_none(exported):
+    path, *_ = exported("yolov5n.yaml")
+    model, _ = load_checkpoint(path)
+    assert len(list(taps(model))) == 7 + 7 - 3 + 4  # chains of sums share one place: outputs, and one pooling
+    x = images()
+    with torch.no_grad():
+        wanted = model.float()(x)[0]
+        assert torch.equal(copy.deepcopy(model)(x)[0], wanted)
+        stored = io.BytesIO()
+        torch.save(model.half(), stored)
+        stored.seek(0)
+        assert torch.equal(torch.load(stored, weights_only=False).float()(x)[0], wanted)
+        for _, tap in taps(model):
+            tap.act_quant.enabled = False
+        assert not torch.equal(model.float()(x)[0], wanted)
+    remove(model)
+    assert not list(taps(model)) and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("options,reason", [
+    (dict(act_offset=True), r"the input of model.0.conv has codes from 0 to 255 around its zero point \(and \d+ more"),
+    (dict(act_offset=False), r"the input of model.0.conv has codes from 0 to 255"),
+])  # fmt: skip
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_checkpoint_of_another_target_is_refused(tmp_path, options, reason, fused):
+    model = DetectionModel("yolov5n.yaml", nc=3, verbose=False)
+    config = QCConfig.from_options({"target": "cpu", **options})
+    inject(model, config, architecture.edge_convs(model), architecture.fixed_convs(model))
+    share_quantizers(model, architecture.blank_image(model))
+    calibrate(model, [images(2)], model)
+    model.names, model.qc = {0: "red", 1: "white", 2: "platelet"}, QuantRecord(config.to_dict())
+    torch.save({"model": model.half(), "train_args": {"imgsz": 64, "task": "detect"}}, tmp_path / "model.pt")
+    yolo = YOLO(tmp_path / "model.pt")
+    if fused:
+        yolo.model.float().fuse(verbose=False)
+    choose_onnx_kind(yolo, "tensorrt")
+    with pytest.raises(QCError, match=f"{reason}.*train with callbacks=qc qc_target=tensorrt"):
+        yolo.export(format="onnx", imgsz=64, device="cpu")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_quantized_outputs_are_an_obstacle():
+    from test_fold import build as of_cpus
+
+    found = list(obstacles(of_cpus("yolov5n.yaml", outputs=True, act_offset=False)))
+    assert sum("activation function" in text for text in found) == 69
