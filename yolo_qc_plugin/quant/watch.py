@@ -54,8 +54,8 @@ class Watched(TorchFunctionMode):
         name, inputs = getattr(func, "__name__", "").strip("_"), list(_tensors(args))
         if name in JOINED | TAKEN:
             self.same.append([*inputs, *_tensors([out])])
-        if name in TAKEN:
-            self._whole |= {id(part): inputs[0] for part in _tensors([out])}
+        if name in TAKEN:  # contiguous may give the tensor itself
+            self._whole |= {id(part): inputs[0] for part in _tensors([out]) if part is not inputs[0]}
         elif name in SUMS and len(inputs) == 2 and inputs[0].dim() == 4 and inputs[0].shape == inputs[1].shape:
             self.sums.append((inputs[0], inputs[1]))
         return out
