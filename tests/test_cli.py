@@ -69,7 +69,7 @@ def test_eval_of_files(tmp_path, capsys):
     (["eval", "clip=maybe", "model=a", "data=b"], "clip='maybe' is not accepted; give true or false"),
     (["eval", "model"], "'model' is not accepted; give key=value with a key of model, data,"),
     (["eval", "annotations=a", "detections=b", "imgsz=3"], "'imgsz=3' is not accepted. Accepted: annotations, det"),
-    (["check", "model=a", "onnx=b"], "give model= and onnx= and data="),
+    (["check", "model=a", "file=b"], "give model= and file= and data="),
     (["correct", "correction=tensor"], "give model="),
     (["correct", "model=a", "correction_shape=1"], "Did you mean correction_s"),
     (["plot", "runs/a"], "'runs/a' is not accepted; give key=value with a key of runs, out, steps"),

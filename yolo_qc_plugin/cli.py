@@ -83,7 +83,7 @@ COMMANDS = {
         ],
     ),
     "check": (
-        "compare a checkpoint with its ONNX file; exit status 1 where they differ",
+        "compare a checkpoint with an exported file; exit status 1 where they differ",
         [Form("tools.check", "check", "format_check", json=True)],
     ),
     "plot": ("draw pictures of runs", [Form("tools.plot", "plot", "format_plot")]),

@@ -26,7 +26,7 @@ from ultralytics.nn.tasks import load_checkpoint
 from yolo_qc_plugin import choose_onnx_kind
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.deploy.codes import compare_codes
-from yolo_qc_plugin.deploy.exported import RUNTIMES, Exported
+from yolo_qc_plugin.deploy.exported import RUNTIMES, ExportedONNX
 from yolo_qc_plugin.deploy.fold import deployed_convs
 from yolo_qc_plugin.deploy.graph import write_graph
 from yolo_qc_plugin.deploy.pack import pack_weights
@@ -513,7 +513,7 @@ def test_all_codes_agree_end_to_end(family, yaml, kind, runtime):
     snap(model.float())
     model.fuse(verbose=False)
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
-    found = compare_codes(model, Exported(Path(file)), runtime, x)
+    found = compare_codes(model, ExportedONNX(Path(file)), runtime, x)
     assert found["changed_end_to_end"] == found["changed"] == found["steps"] == 0, found
 
 

@@ -11,13 +11,15 @@ import torch
 from test_fold import correct, images, randomize
 from torch import nn
 from ultralytics import YOLO
+from ultralytics.engine.exporter import Exporter
 from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
+from ultralytics.utils import torch_utils
 
 from yolo_qc_plugin import choose_onnx_kind, model_yaml
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.deploy.codes import compare_codes
-from yolo_qc_plugin.deploy.exported import Exported
+from yolo_qc_plugin.deploy.exported import ExportedONNX
 from yolo_qc_plugin.deploy.fold import deployed_convs
 from yolo_qc_plugin.deploy.symmetric import obstacles
 from yolo_qc_plugin.host import architecture
@@ -118,7 +120,7 @@ def test_rules(exported, yaml):
     for n in quantizes:
         zero_point = graph.values[n.input[2]]
         assert (zero_point.dtype, zero_point.item(), graph.values[n.input[1]].size) == ("int8", 0, 1)
-    # weights: INT8 codes in [-127, 127], one scale per output channel, no zero point, DQ straight before the convolution
+    # weights: INT8 codes in [-127, 127], one scale per output channel, no zero point, DQ just before the convolution
     quantized = [n for n in graph.of("Conv") if graph.is_pair(n.input[0])]
     assert len(quantized) == len(layers) > 20
     for conv in quantized:
@@ -147,6 +149,40 @@ def test_rules(exported, yaml):
         assert len(set.union(*(graph.scales(name) for name in [*n.input, *n.output]))) == 1, n.name
 
 
+def ultralytics_own(yaml, folder, monkeypatch):
+    """What Ultralytics' own QAT (qat=True) exports of the same float model; TensorRT is known to take it."""
+    monkeypatch.setattr(torch_utils, "check_requirements", lambda *_, **__: True)  # it would install
+    model = randomize(DetectionModel(yaml, nc=3, verbose=False)).eval()
+    model = torch_utils.prepare_qat(model, [images(2)], lambda batch: batch).requires_grad_(False)
+    model.names, model.task, model.pt_path = {0: "red", 1: "white", 2: "platelet"}, "detect", folder / "own.pt"
+    model.args = {"imgsz": 64, "data": ""}
+    return Exporter(overrides={"format": "onnx", "imgsz": 64, "device": "cpu", "opset": 18})(model)
+
+
+def places(graph):
+    """Operation -> names of the nodes of which all activations come out of Q -> DQ; convolutions by their weight's."""
+    found = {}
+    for n in graph.nodes:
+        if n.op_type == "Conv" and graph.is_pair(n.input[0]):
+            weight = graph.writer[n.input[1]]  # theirs quantize a float weight, where ours hold codes
+            name = graph.writer[weight.input[0]].input[0] if weight.input[0] in graph.writer else weight.input[0]
+            found.setdefault("Conv", set()).add(name.removesuffix("_codes").removesuffix(".weight"))
+        elif n.op_type not in {"Conv", "Split", "Slice", "QuantizeLinear"} and all(map(graph.is_pair, n.input)):
+            found.setdefault(n.op_type, set()).add(n.name)
+    return found
+
+
+@pytest.mark.parametrize("yaml", ["yolov5n.yaml", "yolov8n.yaml", "yolo11n.yaml"])
+def test_places_beside_those_of_ultralytics_own(exported, yaml, tmp_path, monkeypatch):
+    """Ours quantize the head's bare convolutions and residual sums besides; all else in the same places."""
+    pytest.importorskip("modelopt", reason="nvidia-modelopt, with which Ultralytics trains for TensorRT, is missing")
+    path, file, sums = exported(yaml)
+    ours, theirs = places(Graph(file)), places(Graph(ultralytics_own(yaml, tmp_path, monkeypatch)))
+    bare = architecture.edge_convs(load_checkpoint(path)[0]) - {"model.0.conv"}
+    assert ours["Conv"] - theirs["Conv"] == bare and theirs["Conv"] < ours["Conv"]
+    assert ours.pop("Conv") and theirs.pop("Conv") and len(ours.pop("Add")) == sums and ours == theirs
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_narrow_grids_are_bounded_within_int8(exported, bits):
     """W4A4 and W2A2: a Clip to the grid before each Q of fewer than 8 bits."""
@@ -168,7 +204,7 @@ def test_codes_are_the_models(exported):
         path, file, _ = exported("yolov5n.yaml", **options)
         model, _ = load_checkpoint(path)
         model.float().fuse(verbose=False)
-        graph = Exported(Path(file))
+        graph = ExportedONNX(Path(file))
         assert graph.kind == "tensorrt" and graph.differing_weights(deployed_convs(model)) == []
         for runtime in ("onnxruntime", "onnxruntime, not optimised"):
             found = compare_codes(model, graph, runtime, images(2))

@@ -41,7 +41,7 @@ def trained(digits, tmp_path_factory):
 def test_a_file_of_ours_passes(trained, digits, tmp_path, capsys):
     checkpoint, file = trained
     target = tmp_path / "check.json"
-    assert main(["check", f"model={checkpoint}", f"onnx={file}", f"data={digits}", f"json={target}", "images=4"]) == 0
+    assert main(["check", f"model={checkpoint}", f"file={file}", f"data={digits}", f"json={target}", "images=4"]) == 0
     assert "passed" in capsys.readouterr().out
     result = json.loads(target.read_text())
     assert result["weights"] == [] and result["images"] == 4 and result["imgsz"] == 64
@@ -113,7 +113,7 @@ def test_a_changed_file_fails(trained, digits, tmp_path, what):
     value.CopyFrom(onnx.numpy_helper.from_array(array, value.name))
     changed = tmp_path / "changed.onnx"
     onnx.save(model, changed)
-    assert main(["check", f"model={checkpoint}", f"onnx={changed}", f"data={digits}", "images=1"]) == 1
+    assert main(["check", f"model={checkpoint}", f"file={changed}", f"data={digits}", "images=1"]) == 1
     result = check(checkpoint, changed, digits, images=1)
     assert not result["passed"] and result["weights"] == (["model.2.cv1.conv"] if what == "weight_codes" else [])
     assert what == "weight_codes" or result["runtimes"][0]["steps"] > 1
@@ -147,7 +147,7 @@ def bad_files(trained, tmp_path):
 @pytest.mark.parametrize("kind", ["missing", "truncated", "text", "foreign", "torn checkpoint", "missing checkpoint"])
 def test_files_that_cannot_be_compared_get_one_message(trained, digits, tmp_path, capsys, kind):
     checkpoint, file = bad_files(trained, tmp_path)[kind]
-    assert main(["check", f"model={checkpoint}", f"onnx={file}", f"data={digits}"]) == 1
+    assert main(["check", f"model={checkpoint}", f"file={file}", f"data={digits}"]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "yolo-qc check" in line]
     assert len(lines) == 1 and str(checkpoint if "checkpoint" in kind else file) in lines[0]
 

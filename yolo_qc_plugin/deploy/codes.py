@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import QCError
 from ..quant.functional import to_codes
-from .exported import Exported, batched, session
+from .exported import Exported, batched
 from .fold import DeployedConv2d, deployed_convs
 
 
@@ -22,7 +22,7 @@ def compare_codes(model: nn.Module, graph: Exported, name: str, images: Tensor) 
     Args:
         model: In the deployed form.
         graph: What was exported of it.
-        name: One of exported.RUNTIMES.
+        name: One of the file's runtimes.
         images: Shape (n, 3, h, w), in 0..1.
 
     Returns:
@@ -33,11 +33,11 @@ def compare_codes(model: nn.Module, graph: Exported, name: str, images: Tensor) 
         QCError: If the file's outputs have other shapes than the model's.
     """
     instrumented, names = graph.with_codes()
-    run = batched(session(instrumented, name), graph.fixed_batch)
+    run = batched(graph.open(name, instrumented), graph.fixed_batch)
     total = changed = changed_end_to_end = steps = 0
     output = 0.0
     for image in images.split(graph.fixed_batch or 1):
-        count = len(graph.model.graph.output)
+        count = graph.output_count
         values = run(image.numpy())
         theirs = dict(zip(names, values[count:]))
         forced = _Codes(model, graph, theirs, force=True)
@@ -51,7 +51,7 @@ def compare_codes(model: nn.Module, graph: Exported, name: str, images: Tensor) 
         shapes = [tuple(v.shape) for v in mine], [v.shape for v in values[:count]]
         if shapes[0] != shapes[1]:
             raise QCError(
-                f"QC: onnx={graph.path} gives outputs of shape {shapes[1]}, the model {shapes[0]}; "
+                f"QC: file={graph.path} gives outputs of shape {shapes[1]}, the model {shapes[0]}; "
                 "accepted: files exported without nms=True."
             )
         output = max(output, *(float((a - torch.from_numpy(b)).abs().max()) for a, b in zip(mine, values)))
@@ -98,8 +98,10 @@ class _Codes:
 
     def _output(self, layer: DeployedConv2d, args, y):
         tensor, scale, zero_point = self.graph.outputs[layer.name]
-        theirs = torch.from_numpy(self.theirs[tensor].astype(np.int16)) - zero_point
-        self._count(to_codes(y, scale, None, -zero_point, 255 - zero_point), theirs)
+        found = self.theirs[tensor]
+        theirs = torch.from_numpy(found.astype(np.int16)) - zero_point
+        low = -128 if found.dtype == np.int8 else 0
+        self._count(to_codes(y, scale, None, low - zero_point, low + 255 - zero_point), theirs)
         return theirs * scale if self.force else None
 
     def _count(self, mine: Tensor, theirs: Tensor) -> None:

@@ -1,10 +1,12 @@
 # yolo_qc_plugin, AGPL-3.0
-"""An exported ONNX file: what it holds, and what a runtime makes of it."""
+"""An exported file: what it holds, and what a runtime makes of it. Here of ONNX."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,81 +26,51 @@ Run = Callable[[np.ndarray], list[np.ndarray]]  # images (b, 3, h, w) -> the gra
 
 
 class Exported:
-    """An ONNX file of ours: its shape, its quantizers, its weights.
-
-    Args:
-        path: Of the file.
+    """An exported file of ours, whatever its format: its shape, its quantizers, its weights.
 
     Attributes:
+        path: Of the file.
+        runtimes: Names of those that can run it, for `session`.
+        slow: Those of them with which no data set is run.
+        metadata: Ultralytics', as texts.
         imgsz: Side of its images in pixels, or [height, width] where these differ; of dynamic axes, as it was exported.
         batch: Images a batch to evaluate it with.
         fixed_batch: Images that it takes at once, 0 for any number.
         codes: Layer name -> (tensor of its input's codes, zero point).
-        kind: One of kinds.ONNX_KINDS.
         outputs: Layer name -> (tensor of its output's codes, scale, zero point), where the output is quantized.
+        output_count: Outputs of the graph.
         weights: Layer name -> tensor of its weight's codes.
-        values: Constant name -> array.
-
-    Raises:
-        QCError: If the file cannot be read, or was not exported from a quantized checkpoint.
+        values: Constant name -> array; weights are (out, in, height, width).
     """
 
-    def __init__(self, path: Path):
-        import onnx
-        from onnx import numpy_helper
+    slow: frozenset[str] = frozenset()
+    path: Path
+    runtimes: tuple[str, ...]
+    metadata: dict[str, str]
+    imgsz: int | list[int]
+    batch: int
+    fixed_batch: int
+    codes: dict[str, tuple[str, int]]
+    outputs: dict[str, tuple[str, float, int]]
+    output_count: int
+    weights: dict[str, str]
+    values: dict[str, np.ndarray]
 
-        self.path = path
-        if not path.is_file():
-            raise QCError(f"QC: onnx={path} does not exist.")
-        try:
-            self.model = onnx.load(path)
-            onnx.checker.check_model(self.model)
-            image = next(i for i in self.model.graph.input if i.name == "images")
-        except Exception as e:  # protobuf, checker and OS each have errors of their own
-            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            raise QCError(f"QC: onnx={path} is no ONNX model of Ultralytics: {reason}") from None
-        self.metadata = {p.key: p.value for p in self.model.metadata_props}
-        sides = [d.dim_value for d in image.type.tensor_type.shape.dim]
-        self.fixed_batch = sides[0]  # 0: any
-        try:
-            height, width = sides[2:] if all(sides[2:]) else json.loads(self.metadata["imgsz"])
-            self.imgsz = height if height == width else [height, width]
-            self.batch = self.fixed_batch or 16
-        except (KeyError, ValueError):
-            raise QCError(
-                f"QC: onnx={path} has no metadata of Ultralytics; accepted: files of `yolo export`."
-            ) from None
+    def obstacle(self, name: str) -> str | None:
+        """Why a runtime is not tried, or None."""
+        return None
 
-        nodes = self.model.graph.node
-        self.values = {i.name: numpy_helper.to_array(i) for i in self.model.graph.initializer}
-        sources, readers = links(self.model.graph)
-        self.codes, self.outputs, self.weights = {}, {}, {}
-        for conv in (n for n in nodes if n.op_type == "Conv"):
-            weight, dequantize = sources.get(conv.input[1]), sources.get(conv.input[0])
-            if weight is None or dequantize is None or {weight.op_type, dequantize.op_type} != {"DequantizeLinear"}:
-                continue
-            layer = weight.input[0].removesuffix(".weight_codes")
-            cast = sources.get(weight.input[0])  # of the packed kind
-            self.weights[layer] = weight.input[0] if cast is None else cast.input[0]
-            self.codes[layer] = dequantize.input[0], int(self.values[dequantize.input[2]])
-            for n in readers.get(conv.output[0], []):
-                if n.op_type == "QuantizeLinear":
-                    scale, zero_point = (self.values[name] for name in n.input[1:3])
-                    self.outputs[layer] = n.output[0], float(scale), int(zero_point)
-        if not self.codes:
-            raise QCError(f"QC: onnx={path} has no quantized convolution; accepted: exports of a quantized checkpoint.")
-        self.kind = self._kind()
+    def open(self, runtime: str, content: bytes | None = None) -> Run:
+        """The file, or what `with_codes` made of it, in a runtime; its outputs are as PyTorch gives them."""
+        raise NotImplementedError
 
-    def _kind(self) -> str:
-        """One of kinds.ONNX_KINDS, from the nodes."""
-        containers = {
-            self.values[n.input[2]].dtype.name for n in self.model.graph.node if n.op_type == "QuantizeLinear"
-        }
-        if "int8" in containers:
-            return "tensorrt"
-        if any(name.endswith(".weight_codes_packed") for name in self.weights.values()):
-            return "packed"
-        return "int4" if "uint4" in containers or "int4" in {v.dtype.name for v in self.values.values()} else "int8"
+    def with_codes(self) -> tuple[bytes, list[str]]:
+        """The model with all codes as further outputs, and their names."""
+        raise NotImplementedError
+
+    def cost(self) -> dict[str, float]:
+        """What tools for the format count in the file, where there is such a tool."""
+        return {}
 
     def match(self, layers: dict[str, DeployedConv2d]) -> None:
         """Refuse a file of another model."""
@@ -107,7 +79,7 @@ class Exported:
         if ours != theirs:
             odd = sorted(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n))
             raise QCError(
-                f"QC: onnx={self.path} was not exported from this model: they differ in {len(odd)} convolutions, "
+                f"QC: file={self.path} was not exported from this model: they differ in {len(odd)} convolutions, "
                 f"{', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}."
             )
 
@@ -123,11 +95,90 @@ class Exported:
                 differing.append(name)
         return differing
 
-    def openvino_obstacle(self, installed: bool) -> str | None:
-        """Why OpenVINO is not tried, or None."""
-        if not installed:
+
+class ExportedONNX(Exported):
+    """An ONNX file of ours.
+
+    Args:
+        path: Of the file.
+
+    Raises:
+        QCError: If the file cannot be read, or was not exported from a quantized checkpoint.
+    """
+
+    runtimes = RUNTIMES
+
+    def __init__(self, path: Path):
+        import onnx
+        from onnx import numpy_helper
+
+        self.path = path
+        if not path.is_file():
+            raise QCError(f"QC: file={path} does not exist.")
+        try:
+            self.model = onnx.load(path)
+            onnx.checker.check_model(self.model)
+            image = next(i for i in self.model.graph.input if i.name == "images")
+        except Exception as e:  # protobuf, checker and OS each have errors of their own
+            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            raise QCError(f"QC: file={path} is no ONNX model of Ultralytics: {reason}") from None
+        self.metadata = {p.key: p.value for p in self.model.metadata_props}
+        sides = [d.dim_value for d in image.type.tensor_type.shape.dim]
+        self.fixed_batch = sides[0]  # 0: any
+        try:
+            height, width = sides[2:] if all(sides[2:]) else json.loads(self.metadata["imgsz"])
+            self.imgsz = height if height == width else [height, width]
+            self.batch = self.fixed_batch or 16
+        except (KeyError, ValueError):
+            raise QCError(
+                f"QC: file={path} has no metadata of Ultralytics; accepted: files of `yolo export`."
+            ) from None
+
+        self.output_count = len(self.model.graph.output)
+        self.values = {i.name: numpy_helper.to_array(i) for i in self.model.graph.initializer}
+        self.codes, self.outputs, self.weights = {}, {}, {}
+        self._read(*links(self.model.graph))
+        if not self.codes:
+            raise QCError(f"QC: file={path} has no quantized convolution; accepted: exports of a quantized checkpoint.")
+
+    def _read(self, sources: dict, readers: dict) -> None:
+        """Find the convolutions' tensors."""
+        for conv in (n for n in self.model.graph.node if n.op_type == "Conv"):
+            weight, dequantize = sources.get(conv.input[1]), sources.get(conv.input[0])
+            if weight is None or dequantize is None or {weight.op_type, dequantize.op_type} != {"DequantizeLinear"}:
+                continue
+            layer = weight.input[0].removesuffix(".weight_codes")
+            cast = sources.get(weight.input[0])  # of the packed kind
+            self.weights[layer] = weight.input[0] if cast is None else cast.input[0]
+            self.codes[layer] = dequantize.input[0], int(self.values[dequantize.input[2]])
+            for n in readers.get(conv.output[0], []):
+                if n.op_type == "QuantizeLinear":
+                    scale, zero_point = (self.values[name] for name in n.input[1:3])
+                    self.outputs[layer] = n.output[0], float(scale), int(zero_point)
+
+    @cached_property
+    def kind(self) -> str:
+        """One of kinds.ONNX_KINDS, from the nodes."""
+        containers = {
+            self.values[n.input[2]].dtype.name for n in self.model.graph.node if n.op_type == "QuantizeLinear"
+        }
+        if "int8" in containers:
+            return "tensorrt"
+        if any(name.endswith(".weight_codes_packed") for name in self.weights.values()):
+            return "packed"
+        return "int4" if "uint4" in containers or "int4" in {v.dtype.name for v in self.values.values()} else "int8"
+
+    def obstacle(self, name: str) -> str | None:
+        """Why a runtime is not tried, or None."""
+        if name != "openvino":
+            return None
+        if not find_spec("openvino"):
             return "not installed"
         return NOT_IN_OPENVINO.get(self.kind)
+
+    def open(self, runtime: str, content: bytes | None = None) -> Run:
+        """The file, or what `with_codes` made of it, in a runtime."""
+        return session(content or self.path.read_bytes(), runtime)
 
     def with_codes(self) -> tuple[bytes, list[str]]:
         """The model with all codes as further outputs, and their names."""

@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Parity of a checkpoint and its exported ONNX file, on real images.
+"""Parity of a checkpoint and its exported file, on real images.
 
 Three comparisons for each runtime:
 
@@ -15,11 +15,7 @@ Three comparisons for each runtime:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +25,24 @@ from ultralytics import YOLO
 
 from ..config import QCError
 from ..deploy.codes import compare_codes
-from ..deploy.exported import RUNTIMES, Exported, Run, batched, session
+from ..deploy.exported import Exported, batched
+from ..deploy.exported_qonnx import open_onnx
 from ..deploy.fold import deployed_convs
 from ..host import log
-from ..quant.layers import is_quantized
 from ..run.report import figures_of
-from .evaluate import evaluate, load_model, validate
+from .checkpoints import load_checkpoint
+from .evaluate import evaluate, validate
+from .running import computed_by, on_runtime
 
 MAX_STEPS = 1  # largest difference of a code that passes, given the same input
 MAX_POINTS = 0.1  # largest difference of a task's main figures that passes, in points
+FORMATS = {".onnx": open_onnx}
 MAIN_FIGURES = ("AP", "map50_95", "mask_map50_95", "pose_map50_95", "top1")
 
 
 def check(
     model: str | Path,
-    onnx: str | Path,
+    file: str | Path,
     data: str | Path,
     *,
     images: int = 8,
@@ -51,11 +50,14 @@ def check(
     conf: float = 0.001,
     iou: float = 0.7,
 ) -> dict[str, Any]:
-    """Compare a checkpoint with its ONNX file in ONNX Runtime, with optimisations on and off, and in OpenVINO.
+    """Compare a checkpoint with a file exported from it, in the runtimes that run it.
+
+    An ONNX file is run in ONNX Runtime, with optimisations on and off, and in OpenVINO; one of the qonnx kind in ONNX
+    Runtime and in the qonnx package.
 
     Args:
         model: Checkpoint of a quantized model.
-        onnx: What `yolo export format=onnx` made of it (without nms=True).
+        file: What `yolo export` made of it (without nms=True).
         data: Data YAML, as Ultralytics accepts it.
         images: Images for the comparison of codes; figures are of the whole split.
         split: "train", "val" or "test".
@@ -63,33 +65,34 @@ def check(
         iou: Overlap from which non-maximum suppression drops the weaker box, 0..1.
 
     Returns:
-        "model", "onnx", "data", "imgsz", "images"; "weights", the names of layers whose integer weights differ;
+        "model", "file", "data", "imgsz", "images"; "weights", the names of layers whose integer weights differ;
         "checkpoint" and "pytorch" (deployed) with figures in 0..1 (AP and AP50 of detection, those of
         `report.figures_of` of other tasks); "runtimes", a list of dicts: name, the figures, points (largest difference
         of the main ones to "pytorch" in points), steps (largest, layer by layer), changed (share, layer by layer),
-        changed_end_to_end (share), output (largest difference end to end, in the outputs' own units), or name and
-        skipped (a reason); "passed".
+        changed_end_to_end (share), output (largest difference end to end, in the outputs' own units); of a runtime that
+        is too slow for a data set without the figures, of one that is not tried name and skipped (a reason); "cost",
+        what the qonnx package counts in a file of that kind (see `deploy.exported_qonnx`), else empty; "passed".
 
     Raises:
-        QCError: If a file is missing or cannot be read, or the ONNX file was not exported from a model like this one.
+        QCError: If a file is missing or cannot be read, or the file was not exported from a model like this one.
     """
-    graph = Exported(Path(onnx))
+    graph = _open(Path(file))
     yolo, fake_quantized = _load_quantized(model, graph)
     graph.match(deployed_convs(yolo.model))
     stash = _Stash(images)
     settings = dict(data=data, imgsz=graph.imgsz, batch=graph.batch, split=split, conf=conf, iou=iou, rect=False)
 
-    with _computed_by(yolo.model, stash.wrap):
+    with computed_by(yolo.model, stash.wrap):
         expected = _figures(yolo, settings)
-    with _computed_by(yolo.model, lambda _: fake_quantized):
+    with computed_by(yolo.model, lambda _: fake_quantized):
         trained = _figures(yolo, settings)
     sample = torch.cat(stash.batches)[:images]
     weights = graph.differing_weights(deployed_convs(yolo.model))
-    runtimes = [_compare(name, graph, yolo, sample, settings, expected) for name in RUNTIMES]
+    runtimes = [_compare(name, graph, yolo, sample, settings, expected) for name in graph.runtimes]
     judged = [r for r in runtimes if "skipped" not in r]
     return {
         "model": str(model),
-        "onnx": str(onnx),
+        "file": str(file),
         "data": str(data),
         "imgsz": graph.imgsz,
         "images": len(sample),
@@ -97,22 +100,35 @@ def check(
         "checkpoint": trained,
         "pytorch": expected,
         "runtimes": runtimes,
+        "cost": graph.cost(),
         "passed": not weights
         and _points(trained, expected) <= MAX_POINTS
-        and all(r["steps"] <= MAX_STEPS and r["points"] <= MAX_POINTS for r in judged),
+        and all(r["steps"] <= MAX_STEPS and r.get("points", 0) <= _limit(r["name"]) for r in judged),
     }
+
+
+def _open(path: Path) -> Exported:
+    if path.suffix not in FORMATS:
+        raise QCError(f"QC: file={path} is not accepted; give a file of `yolo export` in {' or '.join(FORMATS)}.")
+    return FORMATS[path.suffix](path)
+
+
+def _limit(runtime: str) -> float:
+    return MAX_POINTS
 
 
 def _compare(
     name: str, graph: Exported, yolo: YOLO, sample: Tensor, settings: dict[str, Any], expected: dict[str, float | None]
 ) -> dict[str, Any]:
     """One entry of "runtimes"."""
-    if name == "openvino" and (reason := graph.openvino_obstacle(bool(find_spec("openvino")))):
+    if reason := graph.obstacle(name):
         return {"name": name, "skipped": reason}
     log.info(name)
     codes = compare_codes(yolo.model, graph, name, sample)
-    run = batched(session(graph.path.read_bytes(), name), graph.fixed_batch)
-    with _computed_by(yolo.model, lambda _: partial(_run_on, run)):
+    if name in graph.slow:
+        return {"name": name, **codes}
+    run = batched(graph.open(name), graph.fixed_batch)
+    with computed_by(yolo.model, on_runtime(run)):
         found = _figures(yolo, settings)
     return {"name": name, **codes, **found, "points": _points(found, expected)}
 
@@ -143,31 +159,28 @@ def format_check(result: dict[str, Any]) -> str:
             rows.append((r["name"], r["skipped"]))
             continue
         shares = [f"{r[k]:.2e}" for k in ("changed", "changed_end_to_end")]
-        rows.append((r["name"], *figures(r), f"{r['points']:.2f}", str(r["steps"]), *shares))
-    lines = [f"{result['model']} and {result['onnx']} on {result['data']}, imgsz {result['imgsz']}"]
+        compared = [*figures(r), f"{r['points']:.2f}"] if "points" in r else ["" for _ in (*names, "difference")]
+        rows.append((r["name"], *compared, str(r["steps"]), *shares))
+    lines = [f"{result['model']} and {result['file']} on {result['data']}, imgsz {result['imgsz']}"]
     lines += ["".join([f"{head:<28}", *(f"{cell:>14}" for cell in cells)]).rstrip() for head, *cells in rows]
     lines.append(f"integer weights: {'differ in ' + ', '.join(result['weights']) if result['weights'] else 'equal'}")
+    if result["cost"]:
+        lines.append(", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in result["cost"].items()))
+    limits = max([_limit(r["name"]) for r in result["runtimes"]], default=MAX_POINTS)
     lines.append(
         f"{'passed' if result['passed'] else 'FAILED'} (accepted: {MAX_STEPS} step layer by layer over "
-        f"{result['images']} images, {MAX_POINTS} points of the main figures)"
+        f"{result['images']} images, {limits} points of the main figures)"
     )
     return "\n".join(lines)
 
 
 def _load_quantized(model: str | Path, graph: Exported) -> tuple[YOLO, nn.Module]:
     """The checkpoint in the deployed form, with the head that the file has, and itself."""
-    try:
-        yolo = load_model(model)
-    except FileNotFoundError as e:
-        raise QCError(f"QC: {e}") from None
-    except Exception as e:  # a truncated or foreign file: torch, zip and pickle errors alike
-        raise QCError(f"QC: model={model} cannot be read as a checkpoint: {e}") from None
-    if not isinstance(yolo.model, nn.Module) or not is_quantized(yolo.model):
-        raise QCError(f"QC: model={model} is not quantized; accepted: checkpoints trained with callbacks=qc.")
+    yolo = load_checkpoint("model", model, quantized=True)
     module: Any = yolo.model
     if "end2end" in graph.metadata and hasattr(module, "end2end"):
         module.end2end = graph.metadata["end2end"] == "True"
-    fake_quantized = deepcopy(module.float().eval())
+    fake_quantized = deepcopy(module)
     module.fuse(verbose=False)
     return yolo, fake_quantized
 
@@ -189,19 +202,3 @@ class _Stash:
             return forward(x, *args, **kwargs)
 
         return call
-
-
-@contextmanager
-def _computed_by(model: nn.Module, wrap) -> Iterator[None]:
-    """Let `wrap` of the model's forward compute its outputs, while Ultralytics validates it as ever."""
-    model.forward = wrap(type(model).forward.__get__(model))
-    try:
-        yield
-    finally:
-        del model.forward
-
-
-def _run_on(run: Run, x: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor, ...]:
-    """A runtime's outputs as Ultralytics' backends give them."""
-    values = tuple(map(torch.from_numpy, run(x.cpu().numpy())))
-    return values if len(values) > 1 else values[0]
