@@ -36,6 +36,10 @@ TARGETS: dict[str, Target] = {
         symmetric=True,
     ),
     "litert": Target({"per_channel": True, "act_bits": 8}, onnx="packed"),
-    # every bit is logic there, of activations too
-    "fpga": Target({"per_channel": True, "act_offset": False}, onnx="qonnx"),
+    # every bit is logic there, of activations too; FINN takes no zero points, which outputs' grids have
+    "fpga": Target(
+        {"per_channel": True, "act_offset": False, "output_bits": None},
+        onnx="qonnx",
+        bears={"act_offset": (False,), "output_bits": (None,)},
+    ),
 }

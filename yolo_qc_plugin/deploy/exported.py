@@ -109,6 +109,8 @@ class ExportedONNX(Exported):
     runtimes = RUNTIMES
 
     def __init__(self, path: Path):
+        if not find_spec("onnx"):
+            raise QCError(f"QC: file={path} needs onnx, which is not installed: pip install 'yolo-qc-plugin[export]'.")
         import onnx
         from onnx import numpy_helper
 

@@ -69,11 +69,8 @@ class ExportedQONNX(ExportedONNX):
 
     def obstacle(self, name: str) -> str | None:
         """Why a runtime is not tried, or None."""
-        if name != "qonnx":
-            return None
-        if not find_spec("qonnx"):
-            return "not installed: pip install 'yolo-qc-plugin[fpga]'"
-        return None if self.fixed_batch else "not tried: it runs no graph for batches of any size"
+        missing = name == "qonnx" and not find_spec("qonnx")
+        return "not installed: pip install 'yolo-qc-plugin[fpga]'" if missing else None
 
     def open(self, runtime: str, content: bytes | None = None) -> Run:
         """The file, or what `with_codes` made of it, in a runtime."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 
 from ..config import TARGETS, QCError
 
@@ -100,15 +101,25 @@ def check_kind(kind: str, opset: int | None = None) -> None:
 
 
 def check_runtime(kind: str) -> None:
-    """Refuse an installed ONNX Runtime that does not run a kind as it is meant.
+    """Refuse to run a kind without ONNX Runtime, or with one that does not run it as it is meant.
 
     Raises:
         QCError: Naming the version that is needed, and the kind for older ones.
     """
+    if not find_spec("onnxruntime"):
+        raise QCError("QC: ONNX Runtime is not installed: pip install 'yolo-qc-plugin[export]'.")
+    if reason := runtime_obstacle(kind):
+        raise QCError(f"QC: {reason}.")
+
+
+def runtime_obstacle(kind: str) -> str | None:
+    """Why the ONNX Runtime that is installed does not run a kind as it is meant, and what helps; None where it does."""
+    if not find_spec("onnxruntime"):
+        return None
     found, needed = metadata.version("onnxruntime"), ONNX_KINDS[kind].runtime
-    if tuple(map(int, found.split(".")[:2])) < needed:
-        older = "; or export with callbacks=qc qc_onnx=int8, which older ones run" if kind == "packed" else ""
-        raise QCError(
-            f"QC: ONNX Runtime {found} is too old for the {kind} kind; install onnxruntime>="
-            f"{'.'.join(map(str, needed))}{older}."
-        )
+    if tuple(map(int, found.split(".")[:2])) >= needed:
+        return None
+    older = "; or export with callbacks=qc qc_onnx=int8, which older ones run" if kind == "packed" else ""
+    return (
+        f"ONNX Runtime {found} is too old for the {kind} kind; install onnxruntime>={'.'.join(map(str, needed))}{older}"
+    )

@@ -23,8 +23,11 @@ QONNX_DOMAIN = "qonnx.custom_op.general"
 class QONNX(Rewriter):
     """The qonnx kind."""
 
+    moved = 0  # zero points other than 0
+
     def quantize(self, name: str, node, a: dict) -> str:
         """One Quant, unsigned where no code is negative."""
+        self.moved += a["zero_point"] != 0
         bits = (a["quant_max"] - a["quant_min"]).bit_length()
         self._quant(node.input[0], name, a["scale"], a["zero_point"], bits, signed=a["quant_min"] < 0)
         return name
@@ -43,7 +46,13 @@ class QONNX(Rewriter):
     def summary(self) -> str:
         """Layers by width of weight and input."""
         widths = sorted({(m.bits, m.act_quant.bits) for m in self.layers.values()})
-        return f"{len(self.layers)} convolutions (qonnx) of {', '.join(f'W{w}A{a}' for w, a in widths)}"
+        zero_points = (
+            f"; {self.moved} zero points other than 0, which FINN refuses: train with callbacks=qc qc_target=fpga"
+        )
+        return (
+            f"{len(self.layers)} convolutions (qonnx) of {', '.join(f'W{w}A{a}' for w, a in widths)}"
+            f"{zero_points if self.moved else ''}"
+        )
 
     def _quant(self, x: str, name: str, scale, zero_point: float, bits: int, signed: bool) -> None:
         grid = [

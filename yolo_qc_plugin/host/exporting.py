@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from ..config import QCError
-from ..deploy.kinds import canonical, check_kind, choose_kind
+from ..deploy.kinds import canonical, check_kind, choose_kind, runtime_obstacle
 from ..deploy.symmetric import check_symmetric
+from . import log
 from .record import record_of
 
 PROGRAMS = {"yolo", "ultralytics"}  # console scripts of Ultralytics
@@ -45,7 +46,8 @@ def prepare_export(exporter: Any, model: nn.Module) -> str | None:
     format = canonical(args.format)
     callbacks = exporter.callbacks.get("on_export_start", [])
     asked = next((c.qc_onnx for c in reversed(callbacks) if hasattr(c, "qc_onnx")), None)
-    kind = choose_kind(args.format, record.config.get("target") if record else None, asked)
+    target = record.config.get("target") if record else None
+    kind = choose_kind(args.format, target, asked)
     if args.quantize not in {None, 32}:
         raise QCError(
             f"QC: quantize={args.quantize!r} would quantize this model a second time; leave it out. Its own widths are "
@@ -64,6 +66,11 @@ def prepare_export(exporter: Any, model: nn.Module) -> str | None:
         raise QCError(f"QC: format={format!r} needs {' and '.join(missing)}, which is not installed: {install}.")
     if format == "engine" and not torch.cuda.is_available():
         raise QCError("QC: format='engine' is built on the GPU that it is to run on; this machine has none for torch.")
+    log.info(
+        f"{format}{f', {kind} kind' if kind else ''}, of a model trained for {target or 'no target in particular'}"
+    )
+    if format == "onnx" and (reason := runtime_obstacle(kind or "int8")):
+        log.warning(f"{reason}.")
     exporter.callbacks = {**exporter.callbacks, "on_export_start": [*callbacks, partial(_begin, kind=kind)]}
     return kind
 

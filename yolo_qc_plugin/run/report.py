@@ -181,6 +181,8 @@ def console_table(report: dict) -> str:
             mark = "  <- best.pt" if key == report["kept"] else ""
             figures = "".join(f"{metrics[key][name]:>12.4f}" for name, _ in columns)
             rows.append(f"{label:<14}{figures}{mb:>12.2f}{mark}")
+    if target := report["config"]["target"]:
+        rows.append(f"{'target':<14}{target:>12}")
     return "\n".join(rows)
 
 
