@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib import metadata
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from . import log
 from .record import record_of
 
 PROGRAMS = {"yolo", "ultralytics"}  # console scripts of Ultralytics
-NEEDS = {  # format -> packages without which nothing of it is written, and how one gets them
+NEEDS = {  # format, or kind -> packages without which nothing of it is written, and how one gets them
     "onnx": (("onnx",), "pip install 'yolo-qc-plugin[export]'"),
     "openvino": (("onnx", "openvino"), "pip install 'yolo-qc-plugin[export]'"),
+    "qonnx": (("onnx", "onnxruntime"), "pip install 'yolo-qc-plugin[fpga]'"),
     "engine": (("onnx", "tensorrt"), "pip install 'yolo-qc-plugin[export]' tensorrt"),
 }
 
@@ -61,7 +62,7 @@ def prepare_export(exporter: Any, model: nn.Module) -> str | None:
         raise QCError(
             "QC: dynamic=True is not accepted for the qonnx kind, whose tools want fixed shapes; leave it out."
         )
-    packages, install = NEEDS.get(format, ((), ""))
+    packages, install = NEEDS["qonnx"] if kind == "qonnx" else NEEDS.get(format, ((), ""))
     if missing := [name for name in packages if not find_spec(name)]:
         raise QCError(f"QC: format={format!r} needs {' and '.join(missing)}, which is not installed: {install}.")
     if format == "engine" and not torch.cuda.is_available():
@@ -82,7 +83,7 @@ def _begin(exporter: Any, kind: str | None) -> None:
         exporter.qat = True  # Ultralytics' word for a model that needs no calibration
         # before TensorRT 11 a flag allows INT8; from then on the graph alone says it, and the argument would have
         # ModelOpt rewrite it
-        exporter.args.quantize = 8 if int(metadata.version("tensorrt").split(".")[0]) < 11 else None
+        exporter.args.quantize = 8 if int(import_module("tensorrt").__version__.split(".")[0]) < 11 else None
 
 
 def kind_of(model: nn.Module) -> str:

@@ -1,0 +1,98 @@
+# yolo_qc_plugin, AGPL-3.0
+"""What an export will write is decided before it begins, and what cannot be written or run is said in one line."""
+
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from yolo_qc_plugin.config import QCConfig, QCError
+from yolo_qc_plugin.deploy import kinds
+from yolo_qc_plugin.deploy.kinds import ONNX_KINDS, check_runtime, choose_kind, runtime_obstacle
+from yolo_qc_plugin.host.exporting import in_one_line, prepare_export
+from yolo_qc_plugin.host.record import QuantRecord
+from yolo_qc_plugin.quant.calibrate import calibrate
+from yolo_qc_plugin.quant.inject import inject
+
+
+def exporter(format, **arguments):
+    """What of Ultralytics' Exporter is read."""
+    return SimpleNamespace(
+        args=SimpleNamespace(**{"format": format, "quantize": None, "opset": None, "dynamic": False, **arguments}),
+        callbacks={},
+    )
+
+
+def quantized(**options):
+    config = QCConfig.from_options(options)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)).eval()
+    inject(model, config, set(), set())
+    calibrate(model, [torch.rand(1, 3, 8, 8)], model)
+    model.qc = QuantRecord(config.to_dict())
+    return model
+
+
+@pytest.mark.parametrize("format,target,asked,kind", [
+    ("onnx", None, None, "packed"), ("onnx", "cpu", None, "packed"), ("onnx", "litert", None, "packed"),
+    ("onnx", "tensorrt", None, "tensorrt"), ("onnx", "fpga", None, "qonnx"), ("onnx", "fpga", "int8", "int8"),
+    ("ONNX", "cpu", "int4", "int4"), ("openvino", "tensorrt", None, "packed"), ("openvino", "cpu", "int8", "int8"),
+    ("engine", "tensorrt", None, "tensorrt"), ("trt", None, None, "tensorrt"), ("torchscript", "cpu", None, None),
+])  # fmt: skip
+def test_the_target_chooses_the_kind_and_the_user_another(format, target, asked, kind):
+    assert choose_kind(format, target, asked) == kind
+
+
+@pytest.mark.parametrize("format,asked,message", [
+    ("openvino", "int4", "onnx='int4' is not accepted with format='openvino'; give 'packed' or 'int8'"),
+    ("engine", "packed", "onnx='packed' is not accepted with format='engine'; give 'tensorrt'"),
+    ("torchscript", "int8", "onnx='int8' is not accepted with format='torchscript'; leave it out"),
+    ("paddle", None, "format='paddle' cannot carry the quantizers of this model; accepted: onnx, "),
+])  # fmt: skip
+def test_kinds_that_a_format_is_not_made_from(format, asked, message):
+    with pytest.raises(QCError, match=message):
+        choose_kind(format, None, asked)
+
+
+@pytest.mark.skipif(bool(find_spec("tensorrt")), reason="TensorRT is installed")
+@pytest.mark.parametrize("options,message", [
+    ({"target": "tensorrt"}, "format='engine' needs tensorrt, which is not installed: pip install 'yolo-qc-plugin"),
+    ({"target": "cpu"}, "TensorRT takes INT8 codes with zero points of 0, but .*; train with callbacks=qc qc_target=t"),
+])  # fmt: skip
+def test_an_engine_is_refused_before_any_work(options, message):
+    with pytest.raises(QCError, match=message):
+        prepare_export(exporter("engine"), quantized(**options))
+
+
+def test_the_line_of_an_export_names_kind_and_target(caplog):
+    prepare_export(exporter("onnx"), quantized(target="cpu"))
+    assert "onnx, packed kind, of a model trained for cpu" in caplog.text
+    prepare_export(exporter("onnx"), quantized())
+    assert "onnx, packed kind, of a model trained for no target in particular" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ONNX_KINDS)
+def test_an_older_onnx_runtime(kind, monkeypatch, caplog):
+    """It is told of at the export, where another machine may run the file, and refused where it is to run here."""
+    pytest.importorskip("onnxruntime")
+    assert runtime_obstacle(kind) is None
+    monkeypatch.setattr(kinds.metadata, "version", lambda name: "1.22.0")
+    if kind != "packed":
+        check_runtime(kind)
+        return
+    message = (
+        "ONNX Runtime 1.22.0 is too old for the packed kind; install onnxruntime>=1.23; or export with callbacks=qc"
+    )
+    with pytest.raises(QCError, match=f"{message} qc_onnx=int8"):
+        check_runtime(kind)
+    prepare_export(exporter("onnx"), quantized(target="cpu"))
+    assert f"{message} qc_onnx=int8" in caplog.text
+
+
+@pytest.mark.parametrize("program,raised", [("yolo", SystemExit), ("C:/yolo.exe", SystemExit), ("train.py", QCError)])
+def test_the_program_yolo_ends_with_one_line(program, raised, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program])
+    with pytest.raises(raised, match=r"^QC: no$"), in_one_line():
+        raise QCError("QC: no")
