@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from yolo_qc_plugin.cli import main
-from yolo_qc_plugin.config import PRESETS, QCConfig
+from yolo_qc_plugin.config import PRESETS, TARGETS, QCConfig
 from yolo_qc_plugin.tools.options import options
 
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
@@ -18,7 +18,8 @@ def test_every_option_and_preset_has_a_row():
     rows = [
         line.split("|")[1].strip(" `") for line in PAGE.read_text(encoding="utf-8").splitlines() if line[:3] == "| `"
     ]
-    assert rows == [*QCConfig.kinds(), *(f"preset={name}" for name in PRESETS)]
+    filling = [*(f"target={name}" for name in TARGETS), *(f"preset={name}" for name in PRESETS)]
+    assert rows == [*QCConfig.kinds(), *filling]
 
 
 def test_the_console_tells_defaults_and_whole_meanings(capsys):

@@ -5,22 +5,22 @@ from __future__ import annotations
 
 from textwrap import wrap
 
-from ..config import PRESETS, QCConfig
+from ..config import PRESETS, TARGETS, QCConfig
 from ..keys import described
 
 WIDTH = 100  # of lines on the console
 HEAD = """# Options
 
 Written by `yolo-qc options markdown=true` from the docstring of `QCConfig`. On the command line of `yolo` an option is
-`qc_<name>=<value>`, in Python a keyword of `add_qc_callbacks` or a field of `QCConfig`. `preset=NAME` gives values to
-the options that are not given.
+`qc_<name>=<value>`, in Python a keyword of `add_qc_callbacks` or a field of `QCConfig`. `preset=NAME` and
+`target=NAME` give values to the options that are not given.
 
 | option | default | meaning |
 |---|---|---|"""
 
 
 def options(markdown: bool = False) -> str:
-    """Every option of a run and every preset.
+    """Every option of a run, every target and every preset.
 
     Args:
         markdown: Write the page docs/options.md in place of a text for the console.
@@ -30,7 +30,10 @@ def options(markdown: bool = False) -> str:
     """
     default, meanings = QCConfig(), described(QCConfig)
     rows = [(name, _word(getattr(default, name)), meanings[name]) for name in QCConfig.kinds()]
-    rows += [(f"preset={name}", "", ", ".join(f"{k}={_word(v)}" for k, v in PRESETS[name].items())) for name in PRESETS]
+    given = {f"target={k}": target.fills for k, target in TARGETS.items()} | {
+        f"preset={k}": PRESETS[k] for k in PRESETS
+    }
+    rows += [(name, "", ", ".join(f"{k}={_word(v)}" for k, v in values.items())) for name, values in given.items()]
     if markdown:
         escaped = ((name, value, text.replace("|", r"\|")) for name, value, text in rows)
         return "\n".join([HEAD, *(f"| `{name}` | {value} | {text} |" for name, value, text in escaped)])
