@@ -19,8 +19,9 @@ from record import made, versions
 from ultralytics import YOLO
 
 from yolo_qc_plugin import choose_onnx_kind
-from yolo_qc_plugin.deploy.qdq import ONNX_KINDS
 from yolo_qc_plugin.tools.check import check, format_check
+
+KINDS = "packed", "int8", "int4"  # those that a runtime here runs
 
 
 def measure(checkpoint: Path, name: str, args: argparse.Namespace) -> dict:
@@ -29,7 +30,7 @@ def measure(checkpoint: Path, name: str, args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "best.pt"
         shutil.copy(checkpoint, copy)
-        for kind in ONNX_KINDS:
+        for kind in KINDS:
             yolo = YOLO(copy)
             choose_onnx_kind(yolo, kind)
             file = yolo.export(format="onnx", imgsz=args.imgsz, device="cpu")
@@ -51,8 +52,8 @@ def page(record: dict) -> str:
         f"{record['images']} images.",
         "",
     ]
-    runtimes = [("int8", "onnxruntime"), ("int8", "onnxruntime, not optimised"), ("int8", "openvino")]
-    runtimes += [("int4", "onnxruntime"), ("int4", "onnxruntime, not optimised")]
+    kinds = [kind for kind in KINDS if kind in results[0]]
+    runtimes = [(kind, row["name"]) for kind in kinds for row in results[0][kind]["runtimes"] if "AP" in row]
     columns = [
         "model",
         "checkpoint",
@@ -62,7 +63,7 @@ def page(record: dict) -> str:
     ]
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for result in results:
-        base = result["int8"]
+        base = result[kinds[0]]
         figures = [base["checkpoint"]["AP"], base["pytorch"]["AP"]]
         cells = [f"{100 * v:.2f}" for v in figures]
         for kind, runtime in runtimes:
@@ -74,7 +75,7 @@ def page(record: dict) -> str:
             cells.append(f"{100 * row['AP']:.2f} [{row['changed']:.0e}]")
         cells.append(f"{100 * (max(figures) - min(figures)):.2f}")
         lines.append(f"| {result['name']} | {' | '.join(cells)} |")
-    sizes = ", ".join(f"{kind} {results[0][kind]['mb']:.2f} MB" for kind in ONNX_KINDS)
+    sizes = ", ".join(f"{kind} {results[0][kind]['mb']:.2f} MB" for kind in kinds)
     return "\n".join([*lines, "", f"Files of {results[0]['name']}: {sizes}.", ""])
 
 

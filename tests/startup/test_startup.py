@@ -135,7 +135,10 @@ def test_hook_wraps_the_entry_point_of_yolo(site):
     assert on["finders"] == 0, "the finder has to go once its work is done"
     assert on["loaders"] == ["SourceFileLoader"] * 2, "the module has to look like any other"
     named = site.report("yolo", YOLO, "train", "model=yolov7-tiny.yaml")
-    ours = {f"yolo_qc_plugin{name}" for name in ("", ".startup", ".startup.command", ".config", ".options", ".cfg")}
+    ours = {
+        f"yolo_qc_plugin{name}"
+        for name in ("", ".startup", ".startup.command", ".config", ".options", ".targets", ".cfg")
+    }
     assert named["entrypoint"] == "yolo_qc_plugin.startup.command"
     assert set(named["modules"]) == {"_yolo_qc_startup", *ours}
     off = site.report("yolo", YOLO, "train", "callbacks=qc", YOLO_QC_HOOK="0")

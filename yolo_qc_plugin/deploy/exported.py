@@ -106,7 +106,7 @@ class ExportedONNX(Exported):
         QCError: If the file cannot be read, or was not exported from a quantized checkpoint.
     """
 
-    runtimes = RUNTIMES
+    runtimes: tuple[str, ...] = RUNTIMES
 
     def __init__(self, path: Path):
         if not find_spec("onnx"):
