@@ -219,7 +219,9 @@ def test_every_imported_package_is_declared():
     third_party = found - set(sys.stdlib_module_names)
     assert {"torch", "cv2", "polars", "sklearn"} <= third_party
     distributions = metadata.packages_distributions()
-    missing = {m for m in third_party if not declared & {d.lower() for d in distributions.get(m, [m])}}
+    missing = {
+        m for m in third_party if not declared & {d.lower() for d in distributions.get(m, [m.replace("_", "-")])}
+    }
     assert not missing
 
 

@@ -15,6 +15,7 @@ _PUBLIC = {
     "QCConfig": "config",
     "add_qc_callbacks": "run.callbacks",
     "choose_onnx_kind": "run.export",
+    "choose_litert_kind": "run.export",
     "correct": "run.standalone",
     "QuantConv2d": "quant.layers",
     "remove": "quant.inject",

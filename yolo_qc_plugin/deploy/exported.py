@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""An exported file: what it holds, and what a runtime makes of it. Here of ONNX."""
+"""An exported file: what it holds, and what a runtime makes of it. Here of ONNX; LiteRT's is in `litert.exported`."""
 
 from __future__ import annotations
 

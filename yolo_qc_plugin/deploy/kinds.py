@@ -49,6 +49,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "onnx": tuple(ONNX_KINDS),
     "openvino": ("packed", "int8"),
     "torchscript": (),
+    "litert": (),
     "engine": ("tensorrt",),
 }
 

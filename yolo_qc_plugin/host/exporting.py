@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -17,6 +17,7 @@ from torch import nn
 
 from ..config import QCError
 from ..deploy.kinds import canonical, check_kind, choose_kind, runtime_obstacle
+from ..deploy.litert.graph import LITERT_KINDS
 from ..deploy.symmetric import check_symmetric
 from . import log
 from .record import record_of
@@ -26,6 +27,7 @@ NEEDS = {  # format, or kind -> packages without which nothing of it is written,
     "onnx": (("onnx",), "pip install 'yolo-qc-plugin[export]'"),
     "openvino": (("onnx", "openvino"), "pip install 'yolo-qc-plugin[export]'"),
     "qonnx": (("onnx", "onnxruntime"), "pip install 'yolo-qc-plugin[fpga]'"),
+    "litert": (("onnx", "ai_edge_litert"), "pip install 'yolo-qc-plugin[litert]'"),
     "engine": (("onnx", "tensorrt"), "pip install 'yolo-qc-plugin[export]' tensorrt"),
 }
 
@@ -46,9 +48,13 @@ def prepare_export(exporter: Any, model: nn.Module) -> str | None:
     args, record = exporter.args, record_of(model)
     format = canonical(args.format)
     callbacks = exporter.callbacks.get("on_export_start", [])
-    asked = next((c.qc_onnx for c in reversed(callbacks) if hasattr(c, "qc_onnx")), None)
+    onnx, litert = (_asked(callbacks, name) for name in ("qc_onnx", "qc_litert"))
     target = record.config.get("target") if record else None
-    kind = choose_kind(args.format, target, asked)
+    kind = choose_kind(args.format, target, onnx)
+    if litert and format != "litert":
+        raise QCError(f"QC: litert={litert!r} is not accepted with format={args.format!r}; leave it out.")
+    if format == "litert" and args.nms is False:
+        raise QCError("QC: nms=False puts a top-k into the graph, which format='litert' cannot carry; leave it out.")
     if args.quantize not in {None, 32}:
         raise QCError(
             f"QC: quantize={args.quantize!r} would quantize this model a second time; leave it out. Its own widths are "
@@ -67,18 +73,26 @@ def prepare_export(exporter: Any, model: nn.Module) -> str | None:
         raise QCError(f"QC: format={format!r} needs {' and '.join(missing)}, which is not installed: {install}.")
     if format == "engine" and not torch.cuda.is_available():
         raise QCError("QC: format='engine' is built on the GPU that it is to run on; this machine has none for torch.")
+    litert = litert or LITERT_KINDS[0]
+    written = litert if format == "litert" else kind
     log.info(
-        f"{format}{f', {kind} kind' if kind else ''}, of a model trained for {target or 'no target in particular'}"
+        f"{format}{f', {written} kind' if written else ''}, of a model trained for {target or 'no target in particular'}"
     )
     if format == "onnx" and (reason := runtime_obstacle(kind or "int8")):
         log.warning(f"{reason}.")
-    exporter.callbacks = {**exporter.callbacks, "on_export_start": [*callbacks, partial(_begin, kind=kind)]}
+    begin = partial(_begin, kind=kind, litert=litert)
+    exporter.callbacks = {**exporter.callbacks, "on_export_start": [*callbacks, begin]}
     return kind
 
 
-def _begin(exporter: Any, kind: str | None) -> None:
+def _asked(callbacks: Sequence[Any], name: str) -> str | None:
+    """The kind that the user named last, or None."""
+    return next((getattr(c, name) for c in reversed(callbacks) if getattr(c, name, None)), None)
+
+
+def _begin(exporter: Any, kind: str | None, litert: str) -> None:
     """Tell the tracing of the kind, and the builder of an engine that the graph has all ranges."""
-    exporter.model.qc_onnx = kind
+    exporter.model.qc_onnx, exporter.model.qc_litert = kind, litert
     if canonical(exporter.args.format) == "engine":
         exporter.qat = True  # Ultralytics' word for a model that needs no calibration
         # before TensorRT 11 a flag allows INT8; from then on the graph alone says it, and the argument would have
@@ -86,9 +100,9 @@ def _begin(exporter: Any, kind: str | None) -> None:
         exporter.args.quantize = 8 if int(import_module("tensorrt").__version__.split(".")[0]) < 11 else None
 
 
-def kind_of(model: nn.Module) -> str:
+def kind_of(model: nn.Module, name: str = "qc_onnx") -> str:
     """The kind of graph that the export in progress writes of a model, which may be wrapped for its NMS."""
-    return next(str(m.qc_onnx) for m in model.modules() if hasattr(m, "qc_onnx"))
+    return next(str(getattr(m, name)) for m in model.modules() if hasattr(m, name))
 
 
 @contextmanager

@@ -9,9 +9,12 @@ is not supported opens checkpoints, with a warning, and is refused for training.
 from __future__ import annotations
 
 import inspect
+import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -20,12 +23,14 @@ from ultralytics.engine.exporter import Exporter
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.modules import Detect
 from ultralytics.nn.tasks import BaseModel, torch_safe_load
-from ultralytics.utils.export import engine, openvino
+from ultralytics.utils.export import engine, litert, openvino
 from ultralytics.utils.torch_utils import unwrap_model
 
 from ..deploy.fold import deployed_convs
 from ..deploy.graph import finish_graph, write_graph
 from ..deploy.kinds import check_kind
+from ..deploy.litert.graph import write_litert
+from ..deploy.litert.translation import OPSET as LITERT_OPSET
 from ..files import AtomicPath
 from ..qat.scale_steps import separate_scales
 from ..quant.layers import is_quantized, scale_parameters
@@ -224,6 +229,26 @@ def _convert_integers(original: Callable) -> Callable:
     return torch2openvino
 
 
+def _translate_integers(original: Callable) -> Callable:
+    def torch2litert(model, im, file, quantize=None, calibration_dataset=None, metadata=None, prefix=""):
+        layers = deployed_convs(model)
+        if not layers:
+            return original(model, im, file, quantize, calibration_dataset, metadata, prefix)
+        kind = kind_of(model, "qc_litert")
+        about, target = metadata or {}, Path(file).with_suffix(".tflite")
+        if about.get("task") != "classify" and not about.get("end2end"):  # as LiteRT's backend expects it
+            shape = about.get("kpt_shape")
+            model = engine._NormalizeCoords(model, *im.shape[2:], about.get("task"), len(about.get("names", {})), shape)
+        with TemporaryDirectory() as folder:
+            traced = inspect.unwrap(engine.torch2onnx)(model, im, f"{folder}/model.onnx", LITERT_OPSET)
+            log.info(write_litert(traced, target, layers, kind))
+        with zipfile.ZipFile(target, "a", zipfile.ZIP_DEFLATED) as archive:  # where that backend reads it
+            archive.writestr("metadata.json", json.dumps(about))
+        return str(target)
+
+    return torch2litert
+
+
 # Each says why no callback can do it.
 
 # Every way into inference calls it, and it would fold batch norm into weights, which moves their codes.
@@ -234,6 +259,7 @@ def _opening(resume: Resume) -> tuple[Patch, ...]:
     """What opening a checkpoint takes beside `fuse`."""
     onnx = "model im output_file opset input_names output_names dynamic"
     ov = "model im output_dir dynamic quantize calibration_dataset int8_detect prefix"
+    tflite = "model im file quantize calibration_dataset metadata prefix"
     return (
         # No event lies between the making of the model and that of the optimizer, the EMA and the DDP wrapper; and a
         # resumed run need not name the plugin.
@@ -244,6 +270,8 @@ def _opening(resume: Resume) -> tuple[Patch, ...]:
         Patch(engine, "torch2onnx", onnx, _write_integers),
         # OpenVINO is to convert that ONNX graph, not a trace of the model.
         Patch(openvino, "torch2openvino", ov, _convert_integers),
+        # Its converter would calibrate the model a second time.
+        Patch(litert, "torch2litert", tflite, _translate_integers),
     )
 
 

@@ -1,27 +1,32 @@
 # yolo_qc_plugin, AGPL-3.0
-"""The kind of ONNX graph that an export writes, where the user chooses one."""
+"""The kind of graph that an export writes, where the user chooses one."""
 
 from __future__ import annotations
 
 from ..config import QCError
 from ..deploy.fold import deployed_convs
 from ..deploy.kinds import check_kind
+from ..deploy.litert.graph import check_litert_kind
 
 
 class ChosenKind:
-    """A callback for an export that names the kind of ONNX graph, and refuses a float model.
+    """A callback for an export that names the kind of graph, and refuses a float model.
 
     Args:
         onnx: One of deploy.kinds.ONNX_KINDS, or None for that of the model's target.
+        litert: One of deploy.litert.graph.LITERT_KINDS, or None for the first.
 
     Attributes:
-        qc_onnx: The kind, which `host.exporting` reads before the export begins.
+        qc_onnx: The kind of ONNX graph, which `host.exporting` reads before the export begins.
+        qc_litert: The kind of LiteRT graph, which it reads too.
     """
 
-    def __init__(self, onnx: str | None):
+    def __init__(self, onnx: str | None = None, litert: str | None = None):
         if onnx is not None:
             check_kind(onnx)
-        self.qc_onnx = onnx
+        if litert is not None:
+            check_litert_kind(litert)
+        self.qc_onnx, self.qc_litert = onnx, litert
 
     def __call__(self, exporter) -> None:
         """Refuse a model that is not quantized."""
@@ -29,16 +34,13 @@ class ChosenKind:
             raise QCError(f"QC: {exporter.file} is not quantized; callbacks=qc exports checkpoints trained with it.")
 
 
-def export_events(onnx: str | None = None) -> dict:
-    """Event name -> callback for an export.
-
-    Args:
-        onnx: Kind of ONNX graph, one of deploy.kinds.ONNX_KINDS, or None for that of the model's target.
+def export_events(onnx: str | None = None, litert: str | None = None) -> dict:
+    """Event name -> callback for an export; arguments as of `ChosenKind`.
 
     Raises:
         QCError: On another kind.
     """
-    return {"on_export_start": ChosenKind(onnx)}
+    return {"on_export_start": ChosenKind(onnx, litert)}
 
 
 def choose_onnx_kind(model, kind: str) -> None:
@@ -58,4 +60,23 @@ def choose_onnx_kind(model, kind: str) -> None:
         >>> model.export(format="onnx")
     """
     for event, callback in export_events(kind).items():
+        model.add_callback(event, callback)
+
+
+def choose_litert_kind(model, kind: str) -> None:
+    """Choose the kind of graph that `model.export(format="litert")` writes of a quantized model.
+
+    Args:
+        model: An `ultralytics.YOLO` object with a quantized model.
+        kind: "int4" (packed weights of up to 4 bits, for size) or "int8" (a byte for every weight, for speed).
+
+    Raises:
+        QCError: On another kind.
+
+    Examples:
+        >>> from yolo_qc_plugin import choose_litert_kind
+        >>> choose_litert_kind(model, "int8")
+        >>> model.export(format="litert")
+    """
+    for event, callback in export_events(litert=kind).items():
         model.add_callback(event, callback)

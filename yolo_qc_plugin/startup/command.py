@@ -49,8 +49,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[QCConfig | dict | None, l
     if not names:
         return None, rest
     if {"export", "mode=export"} & set(rest):
-        if of_training := sorted(options.keys() - {"onnx"}):
-            raise QCError(f"QC: {', '.join(OPTION + k for k in of_training)} is of training; export takes qc_onnx.")
+        if of_training := sorted(options.keys() - {"onnx", "litert"}):
+            given = ", ".join(OPTION + k for k in of_training)
+            raise QCError(f"QC: {given} is of training; export takes qc_onnx and qc_litert.")
         return options, rest
     if not {"train", "mode=train"} & set(rest):
         raise QCError(

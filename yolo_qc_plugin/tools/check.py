@@ -28,6 +28,7 @@ from ..deploy.codes import compare_codes
 from ..deploy.exported import Exported, batched
 from ..deploy.exported_qonnx import open_onnx
 from ..deploy.fold import deployed_convs
+from ..deploy.litert.exported import LITERT_RUNTIMES, ExportedLiteRT
 from ..host import log
 from ..run.report import figures_of
 from .checkpoints import load_checkpoint
@@ -36,7 +37,8 @@ from .running import computed_by, on_runtime
 
 MAX_STEPS = 1  # largest difference of a code that passes, given the same input
 MAX_POINTS = 0.1  # largest difference of a task's main figures that passes, in points
-FORMATS = {".onnx": open_onnx}
+MAX_POINTS_LITERT = 0.3  # its built-in kernels round a product twice
+FORMATS = {".onnx": open_onnx, ".tflite": ExportedLiteRT}
 MAIN_FIGURES = ("AP", "map50_95", "mask_map50_95", "pose_map50_95", "top1")
 
 
@@ -53,7 +55,7 @@ def check(
     """Compare a checkpoint with a file exported from it, in the runtimes that run it.
 
     An ONNX file is run in ONNX Runtime, with optimisations on and off, and in OpenVINO; one of the qonnx kind in ONNX
-    Runtime and in the qonnx package.
+    Runtime and in the qonnx package. A LiteRT file is run with XNNPACK and by LiteRT's built-in kernels.
 
     Args:
         model: Checkpoint of a quantized model.
@@ -114,7 +116,7 @@ def _open(path: Path) -> Exported:
 
 
 def _limit(runtime: str) -> float:
-    return MAX_POINTS
+    return MAX_POINTS_LITERT if runtime in LITERT_RUNTIMES else MAX_POINTS
 
 
 def _compare(

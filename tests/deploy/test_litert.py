@@ -1,0 +1,291 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The LiteRT files: the checkpoint's integers, PyTorch's codes in every layer, Ultralytics' own use of the file."""
+
+import math
+import shutil
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_fold import build
+from ultralytics import YOLO
+from ultralytics.nn.tasks import load_checkpoint
+
+from yolo_qc_plugin import choose_litert_kind
+from yolo_qc_plugin.config import QCConfig, QCError
+from yolo_qc_plugin.deploy.codes import compare_codes
+from yolo_qc_plugin.deploy.fold import deployed_convs
+from yolo_qc_plugin.deploy.litert.exported import LITERT_RUNTIMES, ExportedLiteRT
+from yolo_qc_plugin.deploy.litert.flatbuffer import Flatbuffer, Grid
+from yolo_qc_plugin.deploy.litert.graph import LITERT_KINDS
+from yolo_qc_plugin.deploy.litert.layout import Geometry, Tensor, regrouped
+from yolo_qc_plugin.deploy.litert.weights import rounds_twice
+from yolo_qc_plugin.host import patches
+from yolo_qc_plugin.host.record import QuantRecord
+
+pytest.importorskip("onnx")
+interpreter = pytest.importorskip("ai_edge_litert.interpreter")
+
+SMALL = """
+nc: 3
+backbone:
+  - [-1, 1, Conv, [16, 3, 2]]
+  - [-1, 1, Conv, [16, 3, 2]]
+  - [-1, 1, RepConv, [16, 16]]
+  - [-1, 1, C3, [32]]
+  - [-1, 1, Conv, [64, 3, 2]]
+  - [-1, 1, SPPF, [64, 5]]
+  - [-1, 1, Conv, [64, 3, 2]]
+  - [-1, 1, DWConv, [64, 3, 1]]
+head:
+  - [-1, 1, ConvTranspose, [64, 2, 2]]
+  - [[-1, 5], 1, Concat, [1]]
+  - [[9, 7], 1, Detect, [nc]]
+"""
+FAMILIES = {  # (YAML, options of build)
+    "small": ("small", dict(outputs=True, scale_init="mse")),  # of which a code of -8 has no negative in INT4
+    "small, float outputs": ("small", dict(outputs=False)),
+    "yolov5n": ("yolov5n.yaml", dict(outputs=True, per_channel=True, act_bits=8)),
+    "yolov8n": ("yolov8n.yaml", dict(outputs=True)),
+    "yolo11n": ("yolo11n.yaml", dict(outputs=True, act_offset=False)),
+    "yolo26n": ("yolo26n.yaml", dict(outputs=True)),
+}
+SNAPPED = [name for name in FAMILIES if "float" not in name]
+# Shares of codes that LiteRT's built-in kernels may move by one step. Twice rounded, a multiplier below 1 / 2^s errs in
+# 2^-(s + 1) of all sums at most; those of YOLOs are some hundredths.
+MOVED = 0.05
+DECODED = 1e-3  # pixels of 64, behind equal codes
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Write a quantized checkpoint as training does: checkpoint(name) -> path."""
+    folder = tmp_path_factory.mktemp("litert")
+    (folder / "small.yaml").write_text(SMALL)
+
+    @cache
+    def write(name):
+        yaml, options = FAMILIES[name]
+        model = build(str(folder / "small.yaml") if yaml == "small" else yaml, **options)
+        model.names = {0: "red", 1: "white", 2: "platelet"}
+        model.qc = QuantRecord(QCConfig().to_dict())
+        path = folder / f"model{len(list(folder.iterdir()))}.pt"  # Ultralytics renames a yolov5n.pt
+        torch.save({"model": model, "train_args": {"imgsz": 64, "task": "detect"}}, path)
+        return path
+
+    return write
+
+
+def export(path, kind=None, **arguments):
+    """The stock export."""
+    yolo = YOLO(path)
+    if kind:
+        choose_litert_kind(yolo, kind)
+    return Path(yolo.export(**{"format": "litert", "imgsz": 64, "device": "cpu", **arguments}))
+
+
+@pytest.fixture(scope="module")
+def family(checkpoint):
+    """Export a family: family(name, kind) -> (checkpoint, LiteRT file)."""
+
+    @cache
+    def write(name, kind):
+        path = checkpoint(name)
+        file = export(path, kind if kind != "int4" else None)  # int4 is the default
+        return path, Path(shutil.move(file, file.with_suffix(f".{kind}.tflite")))
+
+    return write
+
+
+def deployed(path):
+    model, _ = load_checkpoint(path)
+    model.end2end = False
+    return model.float().fuse(verbose=False)
+
+
+@pytest.mark.parametrize("name", SNAPPED)
+def test_xnnpack_gives_pytorchs_codes(family, name):
+    """All of them, end to end, in the file whose weights are INT8."""
+    path, file = family(name, "int8")
+    found = compare_codes(deployed(path), ExportedLiteRT(file), LITERT_RUNTIMES[0], images(2))
+    assert found["changed_end_to_end"] == found["changed"] == found["steps"] == 0, found
+    assert found["output"] < DECODED
+
+
+@pytest.mark.parametrize("name,kind,runtime", [
+    *((name, "int4", LITERT_RUNTIMES[0]) for name in FAMILIES), ("yolov5n", "int8", LITERT_RUNTIMES[1]),
+])  # fmt: skip
+def test_built_in_kernels_are_a_step_off_at_most(family, name, kind, runtime):
+    path, file = family(name, kind)
+    found = compare_codes(deployed(path), ExportedLiteRT(file), runtime, images(2))
+    assert found["steps"] <= 1 and found["changed"] < MOVED, found
+
+
+@pytest.mark.parametrize("kind", LITERT_KINDS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_file_holds_the_checkpoints_integers(family, name, kind):
+    path, file = family(name, kind)
+    graph, layers = ExportedLiteRT(file), deployed_convs(deployed(path))
+    graph.match(layers)
+    assert graph.differing_weights(layers) == []
+    schema, tensors = graph.schema, {t.name.decode(): t for t in graph.graph.tensors}
+    for layer_name, layer in layers.items():
+        tensor = tensors[f"{layer_name}.weight_codes"]
+        four = kind == "int4" and layer.bits <= 4 and layer.positive_scale(-8, 7)[2] is None
+        assert tensor.type == (schema.TensorType.INT4 if four else schema.TensorType.INT8)
+        stored = graph.model.buffers[tensor.buffer].data
+        assert len(stored) == ((layer.weight_codes.numel() + 1) // 2 if four else layer.weight_codes.numel())
+        scale = torch.from_numpy(tensor.quantization.scale.copy())
+        assert torch.equal(scale, layer.positive_scale(-8 if four else -128, 7 if four else 127)[1].float())
+    packed = any(t.type == schema.TensorType.INT4 for t in tensors.values())
+    assert packed == (kind == "int4" and name != "small")  # whose every layer has a code that INT4 cannot negate
+
+
+def test_constants_are_aligned(family):
+    """TensorFlow Lite for Microcontrollers reads them in place."""
+    _, file = family("small", "int4")
+    content, graph = file.read_bytes(), ExportedLiteRT(file)
+    weights = [t.buffer for t in graph.graph.tensors if t.name.endswith(b".weight_codes")]
+    large = [np.asarray(graph.model.buffers[i].data, np.uint8).tobytes() for i in weights]
+    assert len(large) > 20 and all(content.index(data) % 16 == 0 for data in large)
+
+
+def images(count, size=(64, 64)):
+    return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("arguments", [{}, dict(batch=2), dict(imgsz=(96, 64))], ids=str)
+def test_ultralytics_predicts_by_the_file(checkpoint, arguments):
+    """What it finds is what the checkpoint finds, in the names of the checkpoint."""
+    path = checkpoint("small")
+    file = export(path, "int8", **arguments)
+    size, batch = arguments.get("imgsz", 64), arguments.get("batch", 1)
+    image = np.random.default_rng(0).integers(0, 255, (96, 64, 3), np.uint8)
+    settings = dict(imgsz=size, conf=0.01, device="cpu", verbose=False, rect=False)
+    found, wanted = (YOLO(f).predict([image] * batch, **settings) for f in (file, path))
+    assert len(found) == len(wanted) == batch and len(wanted[0].boxes) > 0
+    for a, b in zip(found, wanted):
+        assert a.names == {0: "red", 1: "white", 2: "platelet"}
+        torch.testing.assert_close(a.boxes.data, b.boxes.data, rtol=1e-3, atol=1e-2)
+
+
+def test_exports_that_are_refused(checkpoint, monkeypatch):
+    path = checkpoint("small")
+    with pytest.raises(QCError, match="litert='int2' is not accepted; give 'int4' or 'int8'"):
+        choose_litert_kind(YOLO(path), "int2")
+    with pytest.raises(QCError, match="nms=False puts a top-k into the graph"):
+        export(path, nms=False)
+    with pytest.raises(QCError, match="quantize=8 would quantize this model a second time"):
+        export(path, quantize=8)
+    monkeypatch.setattr(patches, "find_spec", lambda name: None if name == "ai_edge_litert" else True)
+    with pytest.raises(QCError, match=r"format=litert needs ai_edge_litert; pip install 'yolo-qc-plugin\[litert\]'"):
+        export(path)
+
+
+@pytest.mark.parametrize("content,message", [
+    (None, "does not exist"),
+    (b"not a model", "is no LiteRT model of Ultralytics"),
+    ("half", "is no LiteRT model of Ultralytics"),
+    ("without metadata", "is no LiteRT model of Ultralytics"),
+    ("float", "has no quantized convolution"),
+], ids=str)  # fmt: skip
+def test_files_that_are_refused(family, tmp_path, content, message):
+    _, file = family("small", "int8")
+    bad = tmp_path / "bad.tflite"
+    if content == "float":
+        import zipfile
+
+        flat = Flatbuffer("foreign")
+        x = flat.tensor("x", [1, 3, 64, 64])
+        bad.write_bytes(flat.finish([x], [flat.add("RELU", [x], flat.tensor("y", [1, 3, 64, 64]))]))
+        with zipfile.ZipFile(file) as old, zipfile.ZipFile(bad, "a") as new:
+            new.writestr("metadata.json", old.read("metadata.json"))
+    elif content is not None:
+        whole = file.read_bytes()
+        cut = {"half": whole[: len(whole) // 2], "without metadata": whole[: whole.rindex(b"PK\x03\x04")]}
+        bad.write_bytes(cut.get(content, content))
+    with pytest.raises(QCError, match=f"file={bad} {message}"):
+        ExportedLiteRT(bad)
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_reshape_that_moves_nothing(data):
+    """Where `regrouped` finds an order, the file's own elements, in their places, are the reshaped tensor."""
+    shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    order = tuple(data.draw(st.permutations(range(len(shape)))))
+    factors = [p for n in shape for p in {1: [1], 2: [2], 3: [3], 4: [2, 2]}[n]]
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(factors)), max_size=3)))
+    target = [math.prod(factors[a:b]) for a, b in zip([0, *cuts], [*cuts, len(factors)])]
+    x = np.arange(math.prod(shape)).reshape(shape)
+    placed = x.transpose(order)
+    found = regrouped(Tensor(0, tuple(shape), order), target)
+    if order == tuple(range(len(shape))):
+        assert found is not None
+    if found is not None:
+        assert sorted(found) == list(range(len(target)))
+        wanted = x.reshape(target).transpose(found)
+        assert np.array_equal(placed.reshape(wanted.shape), wanted)
+
+
+@given(
+    n=st.integers(7, 30),
+    kernel=st.integers(1, 6),
+    stride=st.integers(1, 3),
+    low=st.integers(0, 3),
+    high=st.integers(0, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_padding_is_left_to_litert_only_where_it_pads_alike(n, kernel, stride, low, high):
+    """LiteRT's own SAME, on ones: the sum over a window counts the pixels inside the image."""
+    geometry = Geometry((kernel, kernel), (stride, stride), (1, 1), (low, low, high, high))
+    if not geometry.is_same(n, n):
+        return
+    flat = Flatbuffer("padding")
+    x = flat.tensor("x", [1, n, n, 1])
+    weight = flat.constant("w", np.ones((1, kernel, kernel, 1), np.float32))
+    bias = flat.constant("b", np.zeros(1, np.float32))
+    y = flat.tensor("y", [1, *geometry.sides(n, n), 1])
+    options = dict(padding=flat.schema.Padding.SAME, strideH=stride, strideW=stride)
+    content = flat.finish([x], [flat.add("CONV_2D", [x, weight, bias], y, "Conv2DOptions", **options)])
+    run = interpreter.Interpreter(model_content=content)
+    run.allocate_tensors()
+    run.set_tensor(run.get_input_details()[0]["index"], np.ones((1, n, n, 1), np.float32))
+    run.invoke()
+    found = run.get_tensor(run.get_output_details()[0]["index"])[0, :, :, 0]
+    padded = torch.nn.functional.pad(torch.ones(1, 1, n, n), (low, high, low, high))
+    assert np.array_equal(
+        found, torch.nn.functional.conv2d(padded, torch.ones(1, 1, kernel, kernel), stride=stride)[0, 0]
+    )
+
+
+@pytest.mark.parametrize("multiplier", [0.9, 0.4, 0.13, 0.021])
+def test_what_rounds_twice(multiplier):
+    """A built-in kernel's codes with the bias that `rounds_twice` asks for: none above, and fewer off than without."""
+    sums, off = np.arange(-4000, 4000), {}
+    for kind in ("INT8", "INT4"):  # of one kernel: the first without the correction
+        codes = _built_in(sums - (kind == "INT4") * rounds_twice(np.array([multiplier])), multiplier)
+        off[kind] = codes - np.clip(np.floor(sums * np.float32(multiplier) + 0.5), -128, 127)
+    assert set(np.unique(off["INT8"])) <= {0, 1} and set(np.unique(off["INT4"])) <= {-1, 0}
+    assert multiplier > 0.5 or (off["INT4"] != 0).sum() < (off["INT8"] != 0).sum()
+
+
+def _built_in(sums, multiplier):
+    """Codes that LiteRT's own convolution makes of sums, given as its biases."""
+    flat, n = Flatbuffer("rounding"), len(sums)
+    x = flat.tensor("x", [1, 1, 1, 1], Grid(1.0, 0))
+    weight = flat.constant("w", np.zeros((n, 1, 1, 1), np.int8), scale=np.ones(n, np.float32))
+    bias = flat.constant("b", sums.astype(np.int32), scale=np.ones(n, np.float32))
+    y = flat.tensor("y", [1, 1, 1, n], Grid(1.0 / multiplier, 0))
+    flat.add("CONV_2D", [x, weight, bias], y, "Conv2DOptions", padding=1, strideH=1, strideW=1)
+    run = interpreter.Interpreter(
+        model_content=flat.finish([x], [y]),
+        experimental_op_resolver_type=interpreter.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+    )
+    run.allocate_tensors()
+    run.invoke()
+    return run.get_tensor(run.get_output_details()[0]["index"]).reshape(-1).astype(int)
