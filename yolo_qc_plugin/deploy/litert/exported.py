@@ -41,8 +41,7 @@ class ExportedLiteRT(Exported):
                 raise ValueError("it does not begin as one")
             self.model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
             self.graph = self.model.subgraphs[0]
-            with zipfile.ZipFile(path) as archive:
-                self.metadata = {k: str(v) for k, v in json.loads(archive.read("metadata.json")).items()}
+            self.metadata = litert_metadata(path)
             height, width = json.loads(self.metadata["imgsz"])
         except Exception as e:  # the reader of a truncated file raises whatever its bytes led it to
             raise QCError(f"QC: file={path} is no LiteRT model of Ultralytics: {e}") from None
@@ -57,21 +56,7 @@ class ExportedLiteRT(Exported):
     def open(self, runtime: str, content: bytes | None = None) -> Run:
         """The file, or what `with_codes` made of it, in a runtime; coordinates are in pixels."""
         run = litert_session(content or self.path.read_bytes(), runtime)
-        return lambda images: self._in_pixels(run(images), *images.shape[2:])
-
-    def _in_pixels(self, values: list[np.ndarray], height: int, width: int) -> list[np.ndarray]:
-        """The graph's outputs with coordinates in pixels: the file has shares of height and width."""
-        about = self.metadata
-        if about.get("task") == "classify" or about.get("end2end") == "True":
-            return values
-        y = values[0]
-        y[:, [0, 2]] *= width
-        y[:, [1, 3]] *= height
-        if about["task"] == "pose":
-            first, step = 4 + len(literal_eval(about["names"])), literal_eval(about["kpt_shape"])[1]
-            y[:, first::step] *= width
-            y[:, first + 1 :: step] *= height
-        return values
+        return lambda images: in_pixels(run(images), self.metadata, *images.shape[2:])
 
     def with_codes(self) -> tuple[bytes, list[str]]:
         """The model with all codes as further outputs, and their names."""
@@ -123,12 +108,32 @@ def _follow(before: dict[int, int], tensor: int) -> int:
     return tensor
 
 
-def litert_session(model: bytes, name: str) -> Run:
+def litert_metadata(path: Path) -> dict[str, str]:
+    """What Ultralytics says of a LiteRT file, as texts."""
+    with zipfile.ZipFile(path) as archive:
+        return {k: str(v) for k, v in json.loads(archive.read("metadata.json")).items()}
+
+
+def in_pixels(values: list[np.ndarray], metadata: dict[str, str], height: int, width: int) -> list[np.ndarray]:
+    """A file's outputs with coordinates in pixels, in place: it gives shares of height and width."""
+    if metadata["task"] == "classify" or metadata.get("end2end") == "True":
+        return values
+    y = values[0]
+    y[:, [0, 2]] *= width
+    y[:, [1, 3]] *= height
+    if metadata["task"] == "pose":
+        first, step = 4 + len(literal_eval(metadata["names"])), literal_eval(metadata["kpt_shape"])[1]
+        y[:, first::step] *= width
+        y[:, first + 1 :: step] *= height
+    return values
+
+
+def litert_session(model: bytes, name: str, threads: int | None = None) -> Run:
     """A session of LiteRT with a model's content: images -> outputs, codes among them with channels second."""
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
     resolver = OpResolverType.AUTO if name == LITERT_RUNTIMES[0] else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    interpreter = Interpreter(model_content=model, experimental_op_resolver_type=resolver)
+    interpreter = Interpreter(model_content=model, experimental_op_resolver_type=resolver, num_threads=threads)
     interpreter.allocate_tensors()
     image = interpreter.get_input_details()[0]["index"]
     outputs = [d["index"] for d in interpreter.get_output_details()]
