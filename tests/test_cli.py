@@ -21,7 +21,8 @@ def test_commands_are_listed(arguments, capsys):
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
-    assert list(COMMANDS) == ["correct", "eval", "compare", "check", "plot", "label", "options", "digits", "hook"]
+    names = ["correct", "eval", "compare", "check", "benchmark", "plot", "label", "options", "digits", "hook"]
+    assert list(COMMANDS) == names
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -86,6 +86,10 @@ COMMANDS = {
         "compare a checkpoint with an exported file; exit status 1 where they differ",
         [Form("tools.check", "check", "format_check", json=True)],
     ),
+    "benchmark": (
+        "size, accuracy and latency of all that can be exported of a checkpoint and run here",
+        [Form("tools.benchmark", "benchmark", "format_benchmark")],
+    ),
     "plot": ("draw pictures of runs", [Form("tools.plot", "plot", "format_plot")]),
     "label": (
         "label photographs by a trained model and write a data set to train on",

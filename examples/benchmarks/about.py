@@ -12,6 +12,7 @@ import torch
 import ultralytics
 
 from yolo_qc_plugin import __version__
+from yolo_qc_plugin.tools.latency import cpu_name
 
 
 def about() -> dict:
@@ -26,16 +27,6 @@ def about() -> dict:
         "commit": shown.stdout.strip() or "unknown",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def cpu_name() -> str:
-    """The processor's name as the system tells it, and whether it has 8-bit dot products."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-        name = next(line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name"))
-        return name + (" (VNNI)" if "vnni" in info else " (no VNNI)")
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def versions(about: dict) -> str:

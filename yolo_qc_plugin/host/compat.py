@@ -43,6 +43,7 @@ CALLED = {
     (InfiniteDataLoader, "reset"): [],
     (TQDM, "__init__"): ["iterable", "total"],
     (TQDM, "set_description"): [],
+    (TQDM, "update"): [],
     (torch_utils, "autocast"): ["enabled", "device"],
     (torch_utils, "unwrap_model"): [],
     (torch_utils, "fuse_conv_and_bn"): ["conv", "bn"],

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from ultralytics.utils import LOGGER, colorstr
 
 PREFIX = colorstr("QC: ")
@@ -21,3 +25,14 @@ def warning(text: str) -> None:
 def error(text: str) -> None:
     """Log what went wrong."""
     LOGGER.error(f"{PREFIX}{text}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within, nothing below a warning is logged, and Ultralytics' progress bars that begin there are not shown."""
+    level = LOGGER.level
+    LOGGER.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(level)

@@ -1,0 +1,149 @@
+# yolo_qc_plugin, AGPL-3.0
+"""The table of all exports: what it measures, what it leaves out and why, what it refuses before any work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+from conftest import FLOAT, TINY
+from ultralytics import YOLO
+from ultralytics.engine import exporter
+from ultralytics.utils import LOGGER
+from ultralytics.utils.files import file_size
+
+from yolo_qc_plugin import add_qc_callbacks
+from yolo_qc_plugin.cli import main
+from yolo_qc_plugin.deploy.litert.graph import LITERT_KINDS
+from yolo_qc_plugin.deploy.qdq import ONNX_KINDS
+from yolo_qc_plugin.tools import exports
+from yolo_qc_plugin.tools.benchmark import benchmark
+from yolo_qc_plugin.tools.latency import RUNTIMES, TURN, measure
+
+pytest.importorskip("onnxruntime")
+
+FINDS = 0.05  # mAP50-95 of a model that finds digits
+SAME = 0.01  # of mAP50-95 between a checkpoint and its files, on eight images
+
+
+@pytest.fixture(scope="module")
+def run(digits, tmp_path_factory):
+    """A run of one short epoch that finds digits, and the float model that it began with."""
+    folder = tmp_path_factory.mktemp("benchmarked")
+    start = folder / "start.pt"
+    shutil.copy(FLOAT, start)
+    model = YOLO(start)
+    add_qc_callbacks(model, weight_bits=4, act_bits=8)
+    options = {**TINY, "nbs": 8, "optimizer": "Adam", "lr0": 1e-3, "mosaic": 0.0}
+    model.train(data=str(digits), project=str(folder), name="run", **options)
+    return folder / "run", start
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    """Ultralytics takes a file of less than 0.1 MB, as those of this model are, for a broken one."""
+    monkeypatch.setattr(exporter, "file_size", lambda path: max(0.2, file_size(path)))
+
+
+@pytest.fixture
+def without_converter(monkeypatch):
+    """Ultralytics' own LiteRT takes a minute, and packages that a test environment need not have."""
+    find = exports.find_spec
+    monkeypatch.setattr(exports, "find_spec", lambda name: None if name == "litert_torch" else find(name))
+
+
+def test_every_kind_is_in_the_table(run, digits, without_converter, capsys):
+    folder, start = run
+    level = LOGGER.level
+    given = [f"model={folder / 'weights' / 'best.pt'}", f"data={digits}", f"float={start}", "repeats=6", "threads=1"]
+    assert main(["benchmark", *given]) == 0
+    told = capsys.readouterr().out
+    result = json.loads((folder / "qc" / "benchmark.json").read_text())
+    page = (folder / "qc" / "benchmark.md").read_text()
+    assert told.endswith(page + "\n") and LOGGER.level == level
+    rows = {(row["runtime"], row["file"]): row for row in result["rows"]}
+    assert result["imgsz"] == [64, 64] and page.startswith("# tiny W4A8, 64 px, on digits.yaml\n")
+    assert all(f"| {runtime}" in page for runtime, _ in rows)
+    expected = rows["PyTorch", "checkpoint"]["figure"]
+    assert expected > FINDS
+    ours = {key: row for key, row in rows.items() if key[1].startswith("ours") and "skipped" not in row}
+    assert {key for key in ours if key[0] == "ONNX Runtime"} == {("ONNX Runtime", f"ours {k}") for k in ONNX_KINDS}
+    for (runtime, name), row in ours.items():
+        assert abs(row["figure"] - expected) < SAME and 0 < row["p10"] <= row["median"] <= row["p90"], (runtime, name)
+        assert row["mb"] < rows["ONNX Runtime", "FP32"]["mb"]
+    assert rows["ONNX Runtime", "FP32"]["ratio"] == 1 and rows["ONNX Runtime", "FP32"]["integer"][0] == 0
+    integer, convolutions = rows["ONNX Runtime", "ours int8"]["integer"]
+    assert convolutions / 2 < integer < convolutions
+    assert rows["ONNX Runtime", "FP32"]["figure"] != expected
+    assert "figure" in rows["ONNX Runtime", "Ultralytics INT8"]
+
+
+def test_litert_files_are_in_the_table(run, digits, without_converter, tmp_path):
+    """Without Ultralytics' converter there is no FP32 to compare with, and the reason is told."""
+    pytest.importorskip("ai_edge_litert")
+    result = benchmark(str(run[0] / "weights" / "best.pt"), str(digits), repeats=6, out=str(tmp_path / "new"))
+    rows = {row["file"]: row for row in result["rows"] if row["runtime"] == "LiteRT"}
+    reason = rows["FP32"]["skipped"]
+    assert reason == "needs litert_torch" and reason in (tmp_path / "new" / "benchmark.md").read_text()
+    assert all(rows[f"ours {k}"]["figure"] > FINDS and rows[f"ours {k}"]["ratio"] is None for k in LITERT_KINDS)
+    assert rows["ours int4"]["mb"] < rows["ours int8"]["mb"]
+    onnx = {row["file"]: row for row in result["rows"] if row["runtime"] == "ONNX Runtime"}
+    assert "Ultralytics INT8" not in onnx and "figure" not in onnx["FP32"] and onnx["FP32"]["ratio"] == 1
+
+
+def test_a_file_that_cannot_be_written_is_a_row(run, digits, tmp_path, monkeypatch):
+    """Its reason is one line, and the others are measured."""
+
+    def refuse(self, **arguments):
+        if arguments["format"] == "onnx" and arguments.get("quantize") is None and "ours" in str(self.ckpt_path):
+            raise RuntimeError("no\nmore than this")
+        return export(self, **arguments)
+
+    export = YOLO.export
+    monkeypatch.setattr(YOLO, "export", refuse)
+    monkeypatch.setattr("yolo_qc_plugin.tools.benchmark.RUNTIMES", {"ONNX Runtime": RUNTIMES["ONNX Runtime"]})
+    result = benchmark(str(run[0] / "weights" / "best.pt"), str(digits), repeats=6, out=str(tmp_path))
+    rows = {row["file"]: row for row in result["rows"]}
+    assert rows["ours int8"] == {"runtime": "ONNX Runtime", "file": "ours int8", "skipped": "no"}
+    assert rows["FP32"]["median"] > 0
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(model="none.pt"), "model 'none.pt' does not exist"),
+    (dict(model="start"), "is not quantized; accepted: checkpoints trained with callbacks=qc"),
+    (dict(model="torn.pt"), "torn.pt cannot be read as a checkpoint"),
+    (dict(float="best"), "is quantized; accepted: float checkpoints"),
+    (dict(float="yolov5n.yaml"), "float=yolov5n.yaml is of another task or other classes than model="),
+    (dict(data="none.yaml"), "none.yaml"),
+], ids=str)  # fmt: skip
+def test_refusals_take_one_line_and_no_export(run, digits, tmp_path, monkeypatch, capsys, change, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(exports.File, "write", lambda *_: pytest.fail("something was exported"))
+    (tmp_path / "torn.pt").write_bytes(run[1].read_bytes()[:1000])
+    named = {"best": run[0] / "weights" / "best.pt", "start": run[1]}
+    given = {"model": "best", "data": digits, "float": "start", "out": tmp_path / "out", **change}
+    assert main(["benchmark", *(f"{key}={named.get(value, value)}" for key, value in given.items())]) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("yolo-qc benchmark: ")]
+    assert len(error) == 1 and message in error[0]
+
+
+def test_times_are_of_the_calls_and_ratios_of_the_turn():
+    """A machine that gets slower with every call leaves ratios as they are."""
+    now = [0.0]
+    slowness = [1.0]
+
+    def of(seconds):
+        def run(images):
+            assert images.shape == (1, 3, 4, 8) and images.dtype == np.float32
+            now[0] += seconds * slowness[0]
+            slowness[0] *= 1.001
+
+        return run
+
+    found = measure({"FP32": of(2.0), "half": of(1.0)}, "FP32", [4, 8], 4 * TURN, clock=lambda: now[0])
+    assert found["FP32"]["ratio"] == 1 and found["half"]["ratio"] == pytest.approx(0.5, rel=0.02)
+    assert found["half"]["median"] > 1000 and found["half"]["p10"] < found["half"]["median"] < found["half"]["p90"]
+    assert measure({"half": of(1.0)}, "FP32", [4, 8], 1, clock=time.perf_counter)["half"]["ratio"] is None

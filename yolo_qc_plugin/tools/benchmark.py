@@ -1,0 +1,229 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Size, accuracy and latency of all that can be exported of a checkpoint and run on this machine, in one table."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ultralytics import YOLO
+from ultralytics.utils import TQDM
+
+from ..config import QCError
+from ..deploy.exported import ExportedONNX, batched
+from ..host import log
+from ..quant.inject import remove
+from ..quant.layers import quant_convs
+from ..run.report import figures_of
+from .check import MAIN_FIGURES
+from .checkpoints import load_checkpoint
+from .evaluate import validate
+from .exports import FP32, File, files_of
+from .latency import RUNTIMES, TURN, Runtime, cpu_name, integer_convolutions, measure
+from .running import computed_by, on_runtime
+
+PACKAGES = ("yolo-qc-plugin", "ultralytics", "torch", "onnxruntime", "openvino", "ai-edge-litert")
+HEAD = ("runtime", "file", "MB", "mAP50-95", "ms", "ratio", "integer convolutions")
+
+
+def benchmark(
+    model: str,
+    data: str,
+    *,
+    float: str | None = None,
+    imgsz: int | Sequence[int] | None = None,
+    split: str = "val",
+    threads: int | None = None,
+    repeats: int = 60,
+    out: str | None = None,
+) -> dict[str, Any]:
+    """Export every kind of a checkpoint that can run here, measure all in each runtime, and write the table.
+
+    Args:
+        model: Checkpoint of a quantized model.
+        data: Data YAML, as Ultralytics accepts it: for accuracy, and for Ultralytics to calibrate its INT8 on.
+        float: Checkpoint that training began with, whose exports by Ultralytics are measured beside. Without it, ratios
+            are to the model without its quantizers.
+        imgsz: Image side in pixels, or height and width; by default that of training.
+        split: "train", "val" or "test", of accuracy.
+        threads: Of each runtime; by default as many as there are processors.
+        repeats: Calls of each file, at least.
+        out: Folder for benchmark.md and benchmark.json; by default qc/ of the run, or that of the checkpoint.
+
+    Returns:
+        "model" (in words), "checkpoint", "float", "data", "split", "imgsz" ([height, width]), "threads", "repeats",
+        "cpu", "versions", "page" (the file), and "rows", one for each file in each runtime: "runtime", "file", "mb"
+        (1e6 bytes), "figure" (mAP50-95, that of masks or keypoints, or top-1, in 0..1), "median", "p10", "p90" (ms of
+        an image), "ratio" (to FP32 in the same turns), "integer" ([convolutions that ONNX Runtime computes in integers,
+        all]), or "skipped", a reason. What was not measured is missing.
+
+    Raises:
+        QCError: If a checkpoint is missing or is not what it should be.
+    """
+    yolo = load_checkpoint("model", model, quantized=True)
+    start = load_checkpoint("float", float, quantized=False) if float else None
+    if start and (start.task, start.names) != (yolo.task, yolo.names):
+        raise QCError(
+            f"QC: float={float} is of another task or other classes than model={model}; give its float start."
+        )
+    if hasattr(yolo.model, "end2end"):
+        yolo.model.end2end = False  # the head that exports have
+    size = imgsz or yolo.overrides.get("imgsz", 640)
+    sides = [size, size] if isinstance(size, int) else list(size)
+    folder = _folder(Path(model), out)
+    folder.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "model": _described(yolo),
+        "checkpoint": model,
+        "float": float,
+        "data": data,
+        "split": split,
+        "imgsz": sides,
+        "threads": threads or os.cpu_count() or 1,
+        "repeats": repeats,
+        "cpu": cpu_name(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "page": str(folder / "benchmark.md"),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        int8 = {"quantize": 8, "data": data} if float else None
+        files = files_of(Path(model), Path(float or _without_quantizers(model, name)), int8)
+        result["rows"] = _Rows(yolo, files, Path(name), result).all()
+    (folder / "benchmark.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    Path(result["page"]).write_text(format_benchmark(result), encoding="utf-8")
+    return result
+
+
+def _folder(model: Path, out: str | None) -> Path:
+    if out:
+        return Path(out)
+    return model.parent.parent / "qc" if model.parent.name == "weights" else model.parent
+
+
+def _described(yolo: YOLO) -> str:
+    """A model's architecture, and the widths of most of its convolutions."""
+    widths = Counter(f"W{m.weight_quant.bits}A{m.act_quant.bits}" for _, m in quant_convs(yolo.model))
+    return f"{Path(yolo.model.yaml.get('yaml_file', yolo.task)).stem} {widths.most_common(1)[0][0]}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _without_quantizers(model: str, folder: str) -> Path:
+    """A float checkpoint of the same shape, for its time: what its weights find means nothing."""
+    yolo, file = load_checkpoint("model", model, quantized=True), Path(folder, "float.pt")
+    remove(yolo.model)
+    yolo.save(file)
+    return file
+
+
+class _Rows:
+    """The rows of a table, being measured.
+
+    Args:
+        yolo: The quantized model, with whose validation all files are validated.
+        files: To be written.
+        folder: For them.
+        settings: The result so far.
+    """
+
+    def __init__(self, yolo: YOLO, files: Sequence[File], folder: Path, settings: dict[str, Any]):
+        self.yolo, self.files, self.folder, self.settings = yolo, files, folder, settings
+        self.runtimes = {name: runtime for name, runtime in RUNTIMES.items() if find_spec(runtime.package)}
+
+    def all(self) -> list[dict[str, Any]]:
+        """The checkpoint's row, and those of each runtime."""
+        sides, formats = self.settings["imgsz"], [r.format for r in self.runtimes.values()]
+        self.files = [f for f in self.files if f.format in formats]
+        total = 1 + len(self.files) + sum(1 + sum(f.format == of for f in self.files) for of in formats)
+        with TQDM(total=total) as bar, log.quiet():  # which Ultralytics' own bars obey
+
+            def step(what: str) -> None:
+                bar.set_description(what)
+                bar.update()
+
+            step("checkpoint: accuracy")
+            mb = Path(self.settings["checkpoint"]).stat().st_size / 1e6
+            rows = [{"runtime": "PyTorch", "file": "checkpoint", "mb": mb, "figure": self._figure()}]
+            for file in self.files:
+                step(f"{file.name}, {file.format}: export")
+                file.write(self.folder, sides[0] if sides[0] == sides[1] else sides)
+            for name, runtime in self.runtimes.items():
+                rows += self._of(name, runtime, step)
+        return rows
+
+    def _of(self, name: str, runtime: Runtime, step) -> list[dict[str, Any]]:
+        """The rows of a runtime."""
+        rows, runs = [], {}
+        for file in (f for f in self.files if f.format == runtime.format):
+            step(f"{file.name}, {name}: accuracy")
+            row: dict[str, Any] = {"runtime": name, "file": file.name}
+            rows.append(row)
+            reason = file.obstacle if file.path is None else _obstacle(file, file.path, runtime.package)
+            if file.path is None or reason:
+                row["skipped"] = reason
+                continue
+            run = runs[file.name] = runtime.open(file.path, self.settings["threads"])
+            row["mb"] = file.path.stat().st_size / 1e6
+            if self.settings["float"] or file.kind:
+                with computed_by(self.yolo.model, on_runtime(batched(run, 1))):
+                    row["figure"] = self._figure()
+            if name == "ONNX Runtime":
+                row["integer"] = integer_convolutions(file.path)
+        step(f"{name}: time")
+        times = measure(runs, FP32, self.settings["imgsz"], self.settings["repeats"])
+        return [{**row, **times.get(row["file"], {})} for row in rows]
+
+    def _figure(self) -> float:
+        """The main figure of the task, 0..1, all images padded as for a file of fixed size."""
+        given = {key: self.settings[key] for key in ("data", "split", "imgsz")}
+        # in this process: converters leave threads, beside which none may fork
+        validator = validate(self.yolo, **given, batch=16, device="cpu", rect=False, workers=0)
+        found = figures_of(validator.metrics.results_dict)
+        return next(found[name] for name in MAIN_FIGURES if name in found)
+
+
+def _obstacle(file: File, path: Path, package: str) -> str | None:
+    """Why a runtime is not given a file, or None."""
+    return ExportedONNX(path).obstacle(package) if file.kind and file.format == "onnx" else None
+
+
+def format_benchmark(result: dict[str, Any]) -> str:
+    """The result of `benchmark` as a page of Markdown, whose table is aligned."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    table = [HEAD, *map(_cells, result["rows"])]
+    widths = [max(len(row[i]) for row in table) for i in range(len(HEAD))]
+    lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |" for row in table]
+    lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
+    size = "x".join(map(str, dict.fromkeys(result["imgsz"])))
+    about = (
+        f"Written by `yolo-qc benchmark`. {result['cpu']}, threads={result['threads']}, one image at a time, at least "
+        f"{result['repeats']} calls of each file in turns of {TURN}; median ms [10%, 90%] and the median ratio to FP32 "
+        f"in the same turn. {versions}. OpenVINO without f32 computes float layers in BF16 where the processor has it."
+    )
+    title = f"# {result['model']}, {size} px, on {Path(result['data']).name}"
+    return "\n".join([title, "", about, "", *lines, ""])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """A row in words."""
+    words = {
+        "mb": lambda mb: f"{mb:.2f}",
+        "figure": lambda figure: f"{100 * figure:.2f}",
+        "median": lambda ms: f"{ms:.1f} [{row['p10']:.1f}, {row['p90']:.1f}]",
+        "ratio": lambda ratio: f"{ratio:.2f}x",
+        "integer": lambda counts: f"{counts[0]} of {counts[1]}",
+    }
+    cells = ["-" if row.get(key) is None else word(row[key]) for key, word in words.items()]
+    return [row["runtime"], row["file"], *cells[:-1], row.get("skipped", cells[-1])]
