@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 from conftest import FLOAT, TINY
 from ultralytics import YOLO
-from ultralytics.engine import exporter
 from ultralytics.utils import LOGGER
-from ultralytics.utils.files import file_size
 
 from yolo_qc_plugin import add_qc_callbacks
 from yolo_qc_plugin.cli import main
@@ -24,6 +22,7 @@ from yolo_qc_plugin.tools.benchmark import benchmark
 from yolo_qc_plugin.tools.latency import RUNTIMES, TURN, measure
 
 pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.usefixtures("small_files")
 
 FINDS = 0.05  # mAP50-95 of a model that finds digits
 SAME = 0.01  # of mAP50-95 between a checkpoint and its files, on eight images
@@ -40,12 +39,6 @@ def run(digits, tmp_path_factory):
     options = {**TINY, "nbs": 8, "optimizer": "Adam", "lr0": 1e-3, "mosaic": 0.0}
     model.train(data=str(digits), project=str(folder), name="run", **options)
     return folder / "run", start
-
-
-@pytest.fixture(autouse=True)
-def small_files(monkeypatch):
-    """Ultralytics takes a file of less than 0.1 MB, as those of this model are, for a broken one."""
-    monkeypatch.setattr(exporter, "file_size", lambda path: max(0.2, file_size(path)))
 
 
 @pytest.fixture

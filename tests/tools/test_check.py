@@ -11,7 +11,7 @@ import torch
 from conftest import FLOAT, TINY
 from ultralytics import YOLO
 
-from yolo_qc_plugin import add_qc_callbacks, choose_onnx_kind
+from yolo_qc_plugin import add_qc_callbacks, choose_litert_kind, choose_onnx_kind
 from yolo_qc_plugin.cli import main
 from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.deploy.fold import FixedQuantizer, deployed_convs
@@ -118,6 +118,41 @@ def test_a_changed_file_fails(trained, digits, tmp_path, what):
     assert what == "weight_codes" or result["runtimes"][0]["steps"] > 1
 
 
+@pytest.mark.parametrize("imgsz", [64, [64, 96]], ids=str)
+def test_a_litert_file_passes(trained, digits, tmp_path, small_files, imgsz):
+    """With XNNPACK all codes are PyTorch's; LiteRT's own kernels are a step off at most."""
+    pytest.importorskip("ai_edge_litert")
+    if not takes_oblong() and imgsz != 64:
+        pytest.skip("this Ultralytics cannot validate an oblong file")
+    model = YOLO(shutil.copy(trained[0], tmp_path / "best.pt"))
+    choose_litert_kind(model, "int8")
+    file = model.export(format="litert", imgsz=imgsz, device="cpu")
+    result = check(tmp_path / "best.pt", file, digits, images=2)
+    xnnpack, built_in = result["runtimes"]
+    assert result["weights"] == [] and result["imgsz"] == imgsz and result["pytorch"]["AP"] > FINDS
+    assert xnnpack["changed_end_to_end"] == xnnpack["steps"] == 0 and xnnpack["points"] < 0.01, xnnpack
+    assert built_in["steps"] <= 1 and built_in["changed"] < 0.05, built_in
+    assert result["passed"] == (built_in["points"] <= 0.3)
+
+
+def test_a_changed_litert_file_fails(trained, digits, tmp_path, small_files):
+    """One code of one layer."""
+    pytest.importorskip("ai_edge_litert")
+    from yolo_qc_plugin.deploy.litert.exported import ExportedLiteRT
+
+    checkpoint = shutil.copy(trained[0], tmp_path / "best.pt")
+    file = Path(YOLO(checkpoint).export(format="litert", imgsz=64, device="cpu"))
+    graph, layer = ExportedLiteRT(file), "model.2.cv1.conv"
+    tensor = next(t for t in graph.graph.tensors if t.name.decode() == f"{layer}.weight_codes")
+    codes = bytes(graph.model.buffers[tensor.buffer].data)
+    content = file.read_bytes()
+    assert content.count(codes) == 1
+    file.write_bytes(content.replace(codes, bytes([codes[0] ^ 1]) + codes[1:]))
+    assert main(["check", f"model={checkpoint}", f"file={file}", f"data={digits}", "images=1"]) == 1
+    result = check(checkpoint, file, digits, images=1)
+    assert not result["passed"] and result["weights"] == [layer]
+
+
 def bad_files(trained, tmp_path):
     """Kind -> (checkpoint, ONNX file) that cannot be compared."""
     checkpoint, file = trained
@@ -138,12 +173,15 @@ def bad_files(trained, tmp_path):
         "truncated": (checkpoint, cut),
         "text": (checkpoint, text),
         "foreign": (checkpoint, other),
+        "another format": (checkpoint, tmp_path / "best.engine"),
         "torn checkpoint": (torn, file),
         "missing checkpoint": (tmp_path / "none.pt", file),
     }
 
 
-@pytest.mark.parametrize("kind", ["missing", "truncated", "text", "foreign", "torn checkpoint", "missing checkpoint"])
+@pytest.mark.parametrize("kind", [
+    "missing", "truncated", "text", "foreign", "another format", "torn checkpoint", "missing checkpoint",
+])  # fmt: skip
 def test_files_that_cannot_be_compared_get_one_message(trained, digits, tmp_path, capsys, kind):
     checkpoint, file = bad_files(trained, tmp_path)[kind]
     assert main(["check", f"model={checkpoint}", f"file={file}", f"data={digits}"]) == 1
