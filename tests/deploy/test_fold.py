@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from ultralytics.nn.modules import Conv, Conv2, ConvTranspose, RepConv
 from ultralytics.nn.modules.block import RepVGGDW
-from ultralytics.nn.tasks import BaseModel, DetectionModel
+from ultralytics.nn.tasks import BaseModel
 
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.deploy.fold import FixedQuantizer, deploy_conv, deployed_convs
@@ -61,10 +61,10 @@ def correct(model, per_channel=True):
         nn.init.normal_(m.correction.beta, 0, 0.2)
 
 
-def build(yaml, change=None, quantize=True, corrected=True, outputs=False, **options):
+def build(yaml, change=None, quantize=True, corrected=True, outputs=False, task="detect", **options):
     """A model in eval mode that has been trained, by the look of its numbers; outputs: with 8-bit ones."""
     torch.manual_seed(0)
-    model = DetectionModel(yaml, nc=3, verbose=False)
+    model = architecture.MODELS[task](yaml, nc=3, verbose=False)
     if change:
         change(model)
     randomize(model).half().float().eval()  # as read from a checkpoint

@@ -19,6 +19,7 @@ from yolo_qc_plugin import choose_litert_kind
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.deploy.codes import compare_codes
 from yolo_qc_plugin.deploy.fold import deployed_convs
+from yolo_qc_plugin.deploy.litert import exported
 from yolo_qc_plugin.deploy.litert.exported import LITERT_RUNTIMES, ExportedLiteRT
 from yolo_qc_plugin.deploy.litert.flatbuffer import Flatbuffer, Grid
 from yolo_qc_plugin.deploy.litert.graph import LITERT_KINDS
@@ -27,8 +28,8 @@ from yolo_qc_plugin.deploy.litert.weights import rounds_twice
 from yolo_qc_plugin.host import patches
 from yolo_qc_plugin.host.record import QuantRecord
 
-pytest.importorskip("onnx")
-interpreter = pytest.importorskip("ai_edge_litert.interpreter")
+pytest.importorskip("onnx", reason="needs the extra litert")
+interpreter = pytest.importorskip("ai_edge_litert.interpreter", reason="needs the extra litert")
 
 SMALL = """
 nc: 3
@@ -54,7 +55,14 @@ FAMILIES = {  # (YAML, options of build)
     "yolo11n": ("yolo11n.yaml", dict(outputs=True, act_offset=False)),
     "yolo26n": ("yolo26n.yaml", dict(outputs=True)),
 }
-SNAPPED = [name for name in FAMILIES if "float" not in name]
+TASKS = {
+    "segment": "yolov8n-seg.yaml",
+    "pose": "yolov8n-pose.yaml",
+    "obb": "yolov8n-obb.yaml",
+    "classify": "yolov8n-cls.yaml",
+}
+FAMILIES_OF_INT8 = FAMILIES | {task: (yaml, dict(outputs=True, task=task)) for task, yaml in TASKS.items()}
+SNAPPED = [name for name in FAMILIES_OF_INT8 if "float" not in name]
 # Shares of codes that LiteRT's built-in kernels may move by one step. Twice rounded, a multiplier below 1 / 2^s errs in
 # 2^-(s + 1) of all sums at most; those of YOLOs are some hundredths.
 MOVED = 0.05
@@ -69,12 +77,12 @@ def checkpoint(tmp_path_factory):
 
     @cache
     def write(name):
-        yaml, options = FAMILIES[name]
+        yaml, options = FAMILIES_OF_INT8[name]
         model = build(str(folder / "small.yaml") if yaml == "small" else yaml, **options)
         model.names = {0: "red", 1: "white", 2: "platelet"}
         model.qc = QuantRecord(QCConfig().to_dict())
         path = folder / f"model{len(list(folder.iterdir()))}.pt"  # Ultralytics renames a yolov5n.pt
-        torch.save({"model": model, "train_args": {"imgsz": 64, "task": "detect"}}, path)
+        torch.save({"model": model, "train_args": {"imgsz": 64, "task": options.get("task", "detect")}}, path)
         return path
 
     return write
@@ -210,6 +218,12 @@ def test_files_that_are_refused(family, tmp_path, content, message):
         bad.write_bytes(cut.get(content, content))
     with pytest.raises(QCError, match=f"file={bad} {message}"):
         ExportedLiteRT(bad)
+
+
+def test_a_file_without_its_runtime(tmp_path, monkeypatch):
+    monkeypatch.setattr(exported, "find_spec", lambda name: None)
+    with pytest.raises(QCError, match=r"needs ai_edge_litert; pip install 'yolo-qc-plugin\[litert\]'"):
+        ExportedLiteRT(tmp_path / "best.tflite")
 
 
 @given(st.data())

@@ -21,7 +21,7 @@ from yolo_qc_plugin.tools import exports
 from yolo_qc_plugin.tools.benchmark import benchmark
 from yolo_qc_plugin.tools.latency import RUNTIMES, TURN, measure
 
-pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime", reason="needs the extra export")
 pytestmark = pytest.mark.usefixtures("small_files")
 
 FINDS = 0.05  # mAP50-95 of a model that finds digits
@@ -76,7 +76,7 @@ def test_every_kind_is_in_the_table(run, digits, without_converter, capsys):
 
 def test_litert_files_are_in_the_table(run, digits, without_converter, tmp_path):
     """Without Ultralytics' converter there is no FP32 to compare with, and the reason is told."""
-    pytest.importorskip("ai_edge_litert")
+    pytest.importorskip("ai_edge_litert", reason="needs the extra litert")
     result = benchmark(str(run[0] / "weights" / "best.pt"), str(digits), repeats=6, out=str(tmp_path / "new"))
     rows = {row["file"]: row for row in result["rows"] if row["runtime"] == "LiteRT"}
     reason = rows["FP32"]["skipped"]

@@ -121,7 +121,7 @@ def test_a_changed_file_fails(trained, digits, tmp_path, what):
 @pytest.mark.parametrize("imgsz", [64, [64, 96]], ids=str)
 def test_a_litert_file_passes(trained, digits, tmp_path, small_files, imgsz):
     """With XNNPACK all codes are PyTorch's; LiteRT's own kernels are a step off at most."""
-    pytest.importorskip("ai_edge_litert")
+    pytest.importorskip("ai_edge_litert", reason="needs the extra litert")
     if not takes_oblong() and imgsz != 64:
         pytest.skip("this Ultralytics cannot validate an oblong file")
     model = YOLO(shutil.copy(trained[0], tmp_path / "best.pt"))
@@ -137,7 +137,7 @@ def test_a_litert_file_passes(trained, digits, tmp_path, small_files, imgsz):
 
 def test_a_changed_litert_file_fails(trained, digits, tmp_path, small_files):
     """One code of one layer."""
-    pytest.importorskip("ai_edge_litert")
+    pytest.importorskip("ai_edge_litert", reason="needs the extra litert")
     from yolo_qc_plugin.deploy.litert.exported import ExportedLiteRT
 
     checkpoint = shutil.copy(trained[0], tmp_path / "best.pt")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import zipfile
 from ast import literal_eval
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,14 @@ class ExportedLiteRT(Exported):
         path: Of the file.
 
     Raises:
-        QCError: If the file cannot be read, or was not exported from a quantized checkpoint.
+        QCError: If the file cannot be read, or was not exported from a quantized checkpoint; or without LiteRT.
     """
 
     runtimes = LITERT_RUNTIMES
 
     def __init__(self, path: Path):
+        if not find_spec("ai_edge_litert"):
+            raise QCError(f"QC: file={path} needs ai_edge_litert; pip install 'yolo-qc-plugin[litert]'.")
         from ai_edge_litert import schema_py_generated as schema
 
         self.path, self.schema = path, schema
