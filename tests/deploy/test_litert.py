@@ -194,6 +194,16 @@ def test_exports_that_are_refused(checkpoint, monkeypatch):
         export(path)
 
 
+def test_a_node_without_a_translation_is_named(tmp_path):
+    (tmp_path / "gelu.yaml").write_text(SMALL + "activation: torch.nn.GELU()\n")
+    model = build(str(tmp_path / "gelu.yaml"), outputs=True)
+    model.qc = QuantRecord(QCConfig().to_dict())
+    torch.save({"model": model, "train_args": {"imgsz": 64, "task": "detect"}}, tmp_path / "gelu.pt")
+    with pytest.raises(QCError, match=r"format=litert cannot carry Erf \(.*\) of this model; accepted: format=onnx"):
+        export(tmp_path / "gelu.pt")
+    assert not list(tmp_path.glob("*.tflite"))
+
+
 @pytest.mark.parametrize("content,message", [
     (None, "does not exist"),
     (b"not a model", "is no LiteRT model of Ultralytics"),
