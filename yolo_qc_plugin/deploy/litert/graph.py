@@ -61,10 +61,12 @@ def write_litert(traced: str | Path, file: str | Path, layers: Mapping[str, Depl
 
     graph = _Graph(onnx.load(traced).graph, layers, kind)
     Path(file).write_bytes(graph.write())
-    packed = sum(weight.kind == "INT4" for weight in graph.weights.values())
+    weights = graph.weights.values()
+    packed, odd = sum(w.kind == "INT4" for w in weights), sum(not w.specified for w in weights)
     return (
-        f"{graph.integer} integer convolutions, {len(graph.weights) - graph.integer} computed in float on their codes; "
-        f"weights of {packed} in INT4, of {len(graph.weights) - packed} in INT8"
+        f"{graph.integer} integer convolutions, {len(weights) - graph.integer} computed in float on their codes; "
+        f"weights of {packed} in INT4, of {len(weights) - packed} in INT8"
+        + f", of {odd} with the code -128, which LiteRT's specification leaves out" * bool(odd)
     )
 
 

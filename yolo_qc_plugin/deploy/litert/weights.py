@@ -22,12 +22,14 @@ class Weight:
         kind: "INT4" or "INT8".
         scale: For each output channel.
         sign: What each output channel is to be multiplied by, or None: 1 for all.
+        specified: Whether the codes are in [-127, 127], as LiteRT's specification of 8 bits has them.
     """
 
     index: int
     kind: str
     scale: np.ndarray
     sign: np.ndarray | None
+    specified: bool
 
 
 def write_weight(file: Flatbuffer, layer: DeployedConv2d, packed: bool) -> Weight:
@@ -40,7 +42,7 @@ def write_weight(file: Flatbuffer, layer: DeployedConv2d, packed: bool) -> Weigh
     filters = as_filter(codes.to(torch.int8).cpu().numpy(), layer.groups, layer.in_channels)
     axis = 3 if is_depthwise(layer.groups, layer.in_channels) else 0
     index = file.constant(f"{layer.name}.weight_codes", filters, kind, _array(scale), axis=axis)
-    return Weight(index, kind, _array(scale), None if sign is None else _array(sign))
+    return Weight(index, kind, _array(scale), None if sign is None else _array(sign), bool(codes.min() > -128))
 
 
 def write_bias(file: Flatbuffer, layer: DeployedConv2d, weight: Weight, input_scale: float, output_scale: float) -> int:
