@@ -133,6 +133,7 @@ def test_a_litert_file_passes(trained, digits, tmp_path, small_files, imgsz):
     assert xnnpack["changed_end_to_end"] == xnnpack["steps"] == 0 and xnnpack["points"] < 0.01, xnnpack
     assert built_in["steps"] <= 1 and built_in["changed"] < 0.05, built_in
     assert result["passed"] == (built_in["points"] <= 0.3)
+    assert evaluate(file, digits)["coco"]["AP"] == xnnpack["AP"]  # Ultralytics' own validation of the file
 
 
 def test_a_changed_litert_file_fails(trained, digits, tmp_path, small_files):
