@@ -333,7 +333,7 @@ def test_the_papers_preset_is_what_it_states():
 def test_a_target_fills_what_is_not_given(target):
     filled = QCConfig.from_options({"target": f" {target} "})
     assert filled == QCConfig(target=target, **TARGETS[target].fills)
-    assert filled.symmetric == (target == "tensorrt")
+    assert filled.symmetric == (target == "tensorrt") and filled.narrow == (target in {"tensorrt", "litert"})
     given = QCConfig.from_options({"target": target, "per_channel": "false", "bits": "3", "act_bits": "5"})
     assert not given.per_channel and given.body_bits == (3, 5)
     of_paper = QCConfig.from_options({"target": target, "preset": "paper"})  # which comes before

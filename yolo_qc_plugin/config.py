@@ -168,6 +168,11 @@ class QCConfig:
         return TARGETS[self.target] if self.target else None
 
     @property
+    def narrow(self) -> bool:
+        """Whether the target wants weights of 8 bits without the code -128."""
+        return self.runs_on is not None and self.runs_on.narrow
+
+    @property
     def symmetric(self) -> bool:
         """Whether the target wants symmetric grids (see `Target`)."""
         return self.runs_on is not None and self.runs_on.symmetric

@@ -16,13 +16,15 @@ class Target:
         fills: Option -> its value where it is not given.
         bears: Option -> the values that can run there; others are refused. Options that are not named can have any.
         onnx: The kind of graph that `format=onnx` writes (see deploy.kinds).
-        symmetric: Whether codes are to be signed and symmetric, in [-127, 127] for weights, the inputs of residual sums
-            quantized, and what is concatenated on one grid.
+        narrow: Whether weights of 8 bits leave out the code -128.
+        symmetric: Whether activations are to be signed and symmetric, the inputs of residual sums quantized, and what
+            is concatenated on one grid.
     """
 
     fills: Mapping[str, Any]
     onnx: str
     bears: Mapping[str, tuple] = field(default_factory=dict)
+    narrow: bool = False
     symmetric: bool = False
 
 
@@ -33,9 +35,10 @@ TARGETS: dict[str, Target] = {
         {"per_channel": True, "act_bits": 8, "act_offset": False, "output_bits": None},
         onnx="tensorrt",
         bears={"act_offset": (False,), "output_bits": (None,)},
+        narrow=True,
         symmetric=True,
     ),
-    "litert": Target({"per_channel": True, "act_bits": 8}, onnx="packed"),
+    "litert": Target({"per_channel": True, "act_bits": 8}, onnx="packed", narrow=True),
     # every bit is logic there, of activations too; FINN takes no zero points, which outputs' grids have
     "fpga": Target(
         {"per_channel": True, "act_offset": False, "output_bits": None},

@@ -15,7 +15,7 @@ from test_fold import build
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
-from yolo_qc_plugin import choose_litert_kind
+from yolo_qc_plugin import choose_litert_kind, choose_onnx_kind
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.deploy.codes import compare_codes
 from yolo_qc_plugin.deploy.fold import deployed_convs
@@ -25,8 +25,9 @@ from yolo_qc_plugin.deploy.litert.flatbuffer import Flatbuffer, Grid
 from yolo_qc_plugin.deploy.litert.graph import LITERT_KINDS
 from yolo_qc_plugin.deploy.litert.layout import Geometry, Tensor, regrouped
 from yolo_qc_plugin.deploy.litert.weights import rounds_twice
-from yolo_qc_plugin.host import patches
+from yolo_qc_plugin.host import exporting
 from yolo_qc_plugin.host.record import QuantRecord
+from yolo_qc_plugin.quant.layers import quant_convs
 
 pytest.importorskip("onnx", reason="needs the extra litert")
 interpreter = pytest.importorskip("ai_edge_litert.interpreter", reason="needs the extra litert")
@@ -189,9 +190,36 @@ def test_exports_that_are_refused(checkpoint, monkeypatch):
         export(path, nms=False)
     with pytest.raises(QCError, match="quantize=8 would quantize this model a second time"):
         export(path, quantize=8)
-    monkeypatch.setattr(patches, "find_spec", lambda name: None if name == "ai_edge_litert" else True)
-    with pytest.raises(QCError, match=r"format=litert needs ai_edge_litert; pip install 'yolo-qc-plugin\[litert\]'"):
+    monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "ai_edge_litert" else True)
+    with pytest.raises(
+        QCError, match=r"format='litert' needs ai_edge_litert.*: pip install 'yolo-qc-plugin\[litert\]'"
+    ):
         export(path)
+
+
+@pytest.mark.parametrize("target", [None, "litert"])
+def test_what_is_trained_for_litert_keeps_its_specification(tmp_path, target, caplog):
+    """No weight has the code -128."""
+    (tmp_path / "small.yaml").write_text(SMALL)
+    model = build(str(tmp_path / "small.yaml"), outputs=True, bits=8, per_channel=True, target=target)
+    for _, conv in quant_convs(model):
+        conv.weight_quant.scale.data /= 16  # which clips the largest weights
+    model.qc = QuantRecord(QCConfig(target=target).to_dict())
+    torch.save({"model": model, "train_args": {"imgsz": 64, "task": "detect"}}, tmp_path / "best.pt")
+    file = ExportedLiteRT(export(tmp_path / "best.pt"))
+    assert min(codes.min() for codes in file.values.values()) == (-127 if target else -128)
+    assert ("with the code -128" in caplog.text) == (target is None)
+
+
+def test_a_kind_is_asked_of_its_own_format(checkpoint):
+    yolo = YOLO(checkpoint("small"))
+    choose_litert_kind(yolo, "int8")
+    with pytest.raises(QCError, match="litert='int8' is not accepted with format='onnx'; leave it out"):
+        yolo.export(format="onnx", imgsz=64, device="cpu")
+    yolo = YOLO(checkpoint("small"))
+    choose_onnx_kind(yolo, "int8")
+    with pytest.raises(QCError, match="onnx='int8' is not accepted with format='litert'; leave it out"):
+        yolo.export(format="litert", imgsz=64, device="cpu")
 
 
 def test_a_node_without_a_translation_is_named(tmp_path):

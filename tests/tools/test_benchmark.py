@@ -15,7 +15,6 @@ from ultralytics.utils import LOGGER
 from yolo_qc_plugin import add_qc_callbacks
 from yolo_qc_plugin.cli import main
 from yolo_qc_plugin.deploy.litert.graph import LITERT_KINDS
-from yolo_qc_plugin.deploy.qdq import ONNX_KINDS
 from yolo_qc_plugin.tools import exports
 from yolo_qc_plugin.tools.benchmark import benchmark
 from yolo_qc_plugin.tools.latency import RUNTIMES, SETTLE, TURN, measure
@@ -62,13 +61,16 @@ def test_every_kind_is_in_the_table(run, digits, without_converter, capsys):
     expected = rows["PyTorch", "checkpoint"]["figure"]
     assert expected > FINDS
     ours = {key: row for key, row in rows.items() if key[1].startswith("ours") and "skipped" not in row}
-    assert {key for key in ours if key[0] == "ONNX Runtime"} == {("ONNX Runtime", f"ours {k}") for k in ONNX_KINDS}
+    assert {name for runtime, name in ours if runtime == "ONNX Runtime"} == {"ours packed", "ours int8", "ours int4"}
+    assert rows["ONNX Runtime", "ours tensorrt"]["skipped"].startswith("QC: TensorRT takes INT8 codes")
     for (runtime, name), row in ours.items():
         assert abs(row["figure"] - expected) < SAME and 0 < row["p10"] <= row["median"] <= row["p90"], (runtime, name)
         assert row["mb"] < rows["ONNX Runtime", "FP32"]["mb"]
     assert rows["ONNX Runtime", "FP32"]["ratio"] == 1 and rows["ONNX Runtime", "FP32"]["integer"][0] == 0
-    integer, convolutions = rows["ONNX Runtime", "ours int8"]["integer"]
-    assert convolutions / 2 < integer < convolutions
+    for kind in ("ours packed", "ours int8"):
+        integer, convolutions = rows["ONNX Runtime", kind]["integer"]
+        assert convolutions / 2 < integer < convolutions
+    assert rows["ONNX Runtime", "ours packed"]["mb"] < rows["ONNX Runtime", "ours int8"]["mb"]
     assert rows["ONNX Runtime", "FP32"]["figure"] != expected
     assert "figure" in rows["ONNX Runtime", "Ultralytics INT8"]
 

@@ -76,10 +76,8 @@ def inject(
     if not plan:
         raise QCError(f"QC: skip={list(config.skip)} leaves no convolution to quantize.")
 
-    twins = {
-        convs[name]: QuantConv2d.from_float(convs[name], w, a, config.per_channel, config.act_offset, config.symmetric)
-        for name, (w, a) in plan.items()
-    }
+    how = config.per_channel, config.act_offset, config.narrow, config.symmetric
+    twins = {convs[name]: QuantConv2d.from_float(convs[name], w, a, *how) for name, (w, a) in plan.items()}
     replace_modules(model, twins)
     keep_wide(model)
     return Injection(plan, tuple(name for name in convs if name in skipped))

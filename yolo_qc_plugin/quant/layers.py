@@ -74,6 +74,7 @@ class QuantConv2d(KeepWide, nn.Conv2d):
         act_bits: int,
         per_channel: bool,
         act_offset: bool,
+        narrow: bool = False,
         symmetric: bool = False,
     ) -> QuantConv2d:
         """The quantized twin of `conv`: same parameters, same attributes, plus quantizers (not calibrated).
@@ -84,10 +85,11 @@ class QuantConv2d(KeepWide, nn.Conv2d):
             act_bits: Width of the input.
             per_channel: One weight scale per output channel.
             act_offset: Learn an offset for the input.
-            symmetric: Keep codes in INT8: weights in [-127, 127], inputs of 8 bits signed.
+            narrow: Keep codes of a weight in [-127, 127].
+            symmetric: Keep codes of an input in INT8.
         """
         self = twin(conv, cls)
-        self.weight_quant = WeightQuantizer(weight_bits, conv.out_channels if per_channel else 1, symmetric)
+        self.weight_quant = WeightQuantizer(weight_bits, conv.out_channels if per_channel else 1, narrow)
         self.act_quant = ActQuantizer(act_bits, act_offset, symmetric)
         self.register_module("correction", None)
         nn.Module.to(self.weight_quant, conv.weight.device)

@@ -30,11 +30,12 @@ import numpy as np
 from ...config import QCError
 from ..bounds import LowerBounds
 from ..fold import DeployedConv2d
+from ..nodes import attributes
 from ..trace import CONVOLVE, QUANTIZE
 from .flatbuffer import Flatbuffer, Grid
 from .layout import NHWC, Tensor
 from .moves import MOVES, move
-from .translation import Translation, attributes
+from .translation import Translation
 from .values import compute
 from .weights import Weight, geometry_of, shift_of, write_bias, write_weight
 
@@ -63,11 +64,11 @@ def write_litert(traced: str | Path, file: str | Path, layers: Mapping[str, Depl
     Path(file).write_bytes(graph.write())
     weights = graph.weights.values()
     packed, odd = sum(w.kind == "INT4" for w in weights), sum(not w.specified for w in weights)
-    return (
+    line = (
         f"{graph.integer} integer convolutions, {len(weights) - graph.integer} computed in float on their codes; "
         f"weights of {packed} in INT4, of {len(weights) - packed} in INT8"
-        + f", of {odd} with the code -128, which LiteRT's specification leaves out" * bool(odd)
     )
+    return line + f", of {odd} with the code -128, which target=litert leaves out as LiteRT specifies" * bool(odd)
 
 
 def check_litert_kind(kind: str) -> None:

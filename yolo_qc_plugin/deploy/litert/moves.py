@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..nodes import attributes
 from .layout import NHWC, Tensor
-from .translation import Translation, attributes, unknown
+from .translation import Translation, unknown
 
 Get = Callable[[str], Tensor]  # name of an ONNX tensor -> its values, or its codes on one grid
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...config import QCError
-from ..nodes import links
+from ..nodes import attributes, links
 from .flatbuffer import Flatbuffer, Grid
 from .layout import NHWC, POINTS, Geometry, Tensor, is_depthwise, regrouped
 
@@ -204,13 +204,6 @@ class Translation:
     def padding(self, name: str) -> int:
         """SAME or VALID, as the schema numbers it."""
         return getattr(self.file.schema.Padding, name)
-
-
-def attributes(node) -> dict[str, Any]:
-    """An ONNX node's attributes by name."""
-    from onnx import helper
-
-    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
 def unknown(node, how: str = "") -> QCError:

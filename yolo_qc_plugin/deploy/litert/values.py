@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..nodes import attributes
 from .layout import NHWC, Geometry, Tensor, as_filter
-from .translation import Translation, attributes, unknown
+from .translation import Translation, unknown
 
 UNARY = {
     "Sigmoid": "LOGISTIC",
