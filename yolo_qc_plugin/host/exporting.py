@@ -74,9 +74,9 @@ def prepare_export(exporter: Any, model: nn.Module) -> str | None:
     if format == "engine" and not torch.cuda.is_available():
         raise QCError("QC: format='engine' is built on the GPU that it is to run on; this machine has none for torch.")
     litert = litert or LITERT_KINDS[0]
-    written = litert if format == "litert" else kind
+    named = litert if format == "litert" else kind
     log.info(
-        f"{format}{f', {written} kind' if written else ''}, of a model trained for {target or 'no target in particular'}"
+        f"{format}{f', {named} kind' if named else ''}, of a model trained for {target or 'no target in particular'}"
     )
     if format == "onnx" and (reason := runtime_obstacle(kind or "int8")):
         log.warning(f"{reason}.")
