@@ -73,6 +73,10 @@ REFUSED = {
         ],
     ),
 }
+REFUSED["budget"] = (
+    "'1.4MB' (of the file), '4.0bits'",
+    ["", "1.4", "MB", "0MB", "0.0bits", "-1MB", "1.4 GB", "4bit", "30%", "30%BOPS", "1e3MB", "9" * 400 + "MB", "٤MB", 4, True],
+)
 CASES = [(name, accepted, value) for name, (accepted, values) in REFUSED.items() for value in values]
 
 
@@ -109,6 +113,7 @@ def test_layer_bits_refusal_names_the_pattern(value):
         ("target", None), ("target", "cpu"), ("target", "litert"),
         ("skip", ()), ("skip", ("a", "b.*")), ("layer_bits", {"a.*": 2, "b": 8}),
         ("layer_bits", {"a": "W4A8", "b": "A8", "c": "W2"}),
+        ("budget", None), ("budget", "1.4MB"), ("budget", "4.0bits"), ("budget", "30%bops"), ("budget", "1.0%drop"),
     ],
 )  # fmt: skip
 def test_accepted_values_are_kept(name, value):
@@ -164,6 +169,7 @@ def test_body_bits(options, expected):
     ("skip", "model.[01]", ("model.[01]",)),
     ("skip", "[ab].x,c.[01]", ("[ab].x", "c.[01]")), ("skip", "a,model.[01]", ("a", "model.[01]")),
     ("skip", "[model.[01], b]", ("model.[01]", "b")), ("skip", "['[ab].x', '*.[cd]']", ("[ab].x", "*.[cd]")),
+    ("budget", " 1.4MB ", "1.4MB"), ("budget", "none", None), ("budget", "30%bops", "30%bops"),
     ("layer_bits", "", {}), ("layer_bits", "model.24.*:6", {"model.24.*": 6}),
     ("layer_bits", "a:W4A8,b:a8, c: W6", {"a": "W4A8", "b": "A8", "c": "W6"}),
     ("layer_bits", "{'a': 'A8'}", {"a": "A8"}),
@@ -172,6 +178,21 @@ def test_body_bits(options, expected):
 def test_text_is_read_by_the_options_type(name, text, value):
     read = getattr(QCConfig.from_options({"rounding": "nearest", name: text}), name)
     assert read == value and type(read) is type(value)
+
+
+def test_layer_bits_can_be_a_plan(tmp_path):
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"budget": "4bits", "layer_bits": {"a": "W4A8", "b.*": 3}}))
+    assert QCConfig.from_options({"layer_bits": str(plan)}).layer_bits == {"a": "W4A8", "b.*": 3}
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"layer_bits": 4}', '{"layer_bits": {"a": 9}}', "\xff"])
+def test_a_file_that_is_no_plan_is_refused(content, tmp_path):
+    plan = tmp_path / "plan.json"
+    if content is not None:
+        plan.write_text(content, encoding="latin1")
+    with pytest.raises(QCError, match=r"layer_bits.*not accepted; give "):
+        QCConfig.from_options({"layer_bits": str(plan)})
 
 
 @pytest.mark.parametrize("name,text", [
@@ -241,6 +262,7 @@ configs = st.builds(
     calibration_batches=st.integers(1, 99),
     skip=st.lists(st.text(min_size=1)).map(tuple),
     layer_bits=st.dictionaries(st.text(min_size=1), WIDTHS),
+    budget=st.none() | st.sampled_from(["1.4MB", "4bits", "4.0 bits", "30%bops", ".5%drop", "1.%drop"]),
 )
 
 

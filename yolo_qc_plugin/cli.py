@@ -91,6 +91,10 @@ COMMANDS = {
         [Form("tools.benchmark", "benchmark", "format_benchmark")],
     ),
     "plot": ("draw pictures of runs", [Form("tools.plot", "plot", "format_plot")]),
+    "sensitivity": (
+        "what each layer of a float model costs alone at each width",
+        [Form("tools.sensitivity", "sensitivity", "format_sensitivity")],
+    ),
     "label": (
         "label photographs by a trained model and write a data set to train on",
         [Form("run.labels", "label", "format_labels", json=True)],
@@ -172,7 +176,7 @@ def choose(forms: Sequence[Form], pairs: Sequence[str]) -> tuple[Form, dict[str,
 
 def overview() -> str:
     """All commands, one a line."""
-    commands = [f"  {name:<9} {purpose}" for name, (purpose, _) in COMMANDS.items()]
+    commands = [f"  {name:<11} {purpose}" for name, (purpose, _) in COMMANDS.items()]
     return "\n".join(
         [f"usage: {PROGRAM} COMMAND key=value ...", "", *commands, "", f"{PROGRAM} COMMAND --help lists its keys."]
     )

@@ -9,7 +9,21 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-from .options import FLAG, PATTERNS, Kind, QCError, choice, number, option, or_none, refuse, split_widths, whole, widths
+from .options import (
+    BUDGET,
+    FLAG,
+    PATTERNS,
+    Kind,
+    QCError,
+    choice,
+    number,
+    option,
+    or_none,
+    refuse,
+    split_widths,
+    whole,
+    widths,
+)
 from .targets import TARGETS, Target
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -91,7 +105,12 @@ class QCConfig:
         telemetry: Record scales, code flips and oscillation at each optimizer step, in qc/telemetry.parquet.
         skip: Names or patterns (fnmatch) of convolutions to leave in float, e.g. ("model.9.*",).
         layer_bits: Name or pattern -> width of weights and activations there, e.g. {"model.24.*": 6}, or of one of the
-            two, as "W6", "A8" or "W4A8". Where several match, the last that names a width sets it.
+            two, as "W6", "A8" or "W4A8". Where several match, the last that names a width sets it. As text also the
+            plan.json of a run with a `budget`.
+        budget: What the widths of layers are chosen by, in place of one for all: "1.4MB" of the file, "4.0bits" of a
+            weight on average, "30%bops" of the operations on bits at 8 bits everywhere, or "1.0%drop" of the float
+            model's accuracy, predicted; None for no choice. The layers that cost least have the fewest bits. Widths of
+            edges and those in `layer_bits` stay, and widths of activations too, except for "%bops".
 
     Raises:
         QCError: Where an option is out of its range; the message names it and what is accepted.
@@ -129,6 +148,7 @@ class QCConfig:
     telemetry: bool = option(True, FLAG)
     skip: tuple[str, ...] = option((), PATTERNS)
     layer_bits: Mapping[str, int | str] = option({}, widths(WIDTH))
+    budget: str | None = option(None, or_none(BUDGET, " for widths by the other options"))
 
     def __post_init__(self):
         for name, kind in self.kinds().items():
@@ -155,7 +175,13 @@ class QCConfig:
 
     def bits_of(self, name: str, edge: bool) -> tuple[int, int]:
         """(weight bits, activation bits) of a convolution by its name and whether it is an edge."""
-        found = (self.edge_bits, self.edge_bits) if edge else self.body_bits
+        weight_bits, act_bits = (self.edge_bits, self.edge_bits) if edge else self.body_bits
+        named_weight, named_act = self.named_bits(name)
+        return named_weight or weight_bits, named_act or act_bits
+
+    def named_bits(self, name: str) -> tuple[int | None, int | None]:
+        """(weight bits, activation bits) that `layer_bits` names for a convolution, None where it names none."""
+        found: tuple[int | None, int | None] = (None, None)
         for pattern, given in self.layer_bits.items():
             if fnmatchcase(name, pattern):
                 weight_bits, act_bits = split_widths(given)

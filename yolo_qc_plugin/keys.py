@@ -51,7 +51,7 @@ def keys_of(function: Callable) -> dict[str, Key]:
     keys = {}
     for p in inspect.signature(function).parameters.values():
         if p.kind is not p.VAR_KEYWORD:
-            default = "" if p.default in (None, p.empty) else str(p.default)
+            default = "" if p.default in (None, p.empty) else str(p.default).strip("()").replace(", ", ",")
             keys[p.name] = Key(hints[p.name], meanings[p.name], default, required=p.default is p.empty)
     return keys
 

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -100,9 +102,14 @@ PATTERNS = Kind(  # one may be given alone
 
 
 def widths(width: Kind) -> Kind:
-    """Name or pattern -> width: a number, or text as "W4A8", "W6" or "A8"; kept as a copy, as text pattern:width."""
+    """Name or pattern -> width: a number, or text as "W4A8", "W6" or "A8"; kept as a copy.
+
+    As text: pattern:width, or the name of a JSON file with such a mapping as its "layer_bits".
+    """
 
     def read(text: str) -> dict[str, int | str]:
+        if text.strip().endswith(".json"):
+            return _in_file(text.strip())
         pairs = [part.rsplit(":", 1) for part in _parts(text)]
         return {pattern.strip(" '\""): _number_or_text(bits) for pattern, bits in pairs}  # ValueError without a colon
 
@@ -117,11 +124,20 @@ def widths(width: Kind) -> Kind:
         return value.strip().upper() if fits else refuse(name, value, accepted)
 
     return Kind(
-        "names or patterns with their widths, e.g. {'model.24.*': 6, 'model.1.conv': 'W4A8'}, or as text model.24.*:6",
+        "names or patterns with their widths, e.g. {'model.24.*': 6, 'model.1.conv': 'W4A8'}, or as text model.24.*:6 "
+        "or the plan.json of a run with a budget",
         read,
         lambda v: isinstance(v, Mapping) and all(isinstance(p, str) and p for p in v),
         lambda name, v: {pattern: store(f"{name}[{pattern!r}]", bits) for pattern, bits in v.items()},
     )
+
+
+def _in_file(name: str) -> dict[str, int | str]:
+    """The "layer_bits" of a JSON file; a ValueError where it has none."""
+    try:
+        return json.loads(Path(name).read_text(encoding="utf-8"))["layer_bits"]
+    except (OSError, KeyError, TypeError) as e:
+        raise ValueError(name) from e
 
 
 def _number_or_text(text: str) -> int | str:
@@ -141,3 +157,29 @@ def split_widths(value: int | str) -> tuple[int | None, int | None]:
         raise ValueError(value)
     weight_bits, act_bits = found.groups()
     return int(weight_bits) if weight_bits else None, int(act_bits) if act_bits else None
+
+
+BUDGET_UNITS = "MB", "bits", "%bops", "%drop"
+
+
+def split_budget(text: str) -> tuple[float, str]:
+    """(amount, unit) of a budget such as "1.4MB"; a ValueError where it is none."""
+    found = re.fullmatch(rf"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*({'|'.join(BUDGET_UNITS)})", text.strip())
+    if not found or not 0 < float(found[1]) < inf:
+        raise ValueError(text)
+    return float(found[1]), found[2]
+
+
+def _is_budget(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(split_budget(value))
+    except ValueError:
+        return False
+
+
+BUDGET = Kind(
+    "'1.4MB' (of the file), '4.0bits' (of a weight on average), '30%bops' (of the operations on bits at 8 bits "
+    "everywhere) or '1.0%drop' (of the float model's figure, predicted), with an amount above 0",
+    str.strip,
+    _is_budget,
+)

@@ -85,6 +85,22 @@ def read_photographs(data: str | Path, leave_out: Path) -> Photographs:
     return Photographs(str(data), {"train": train, "val": val}, checked["names"] if named else None, own_val, others)
 
 
+def image_files(places: str | Path | list[str], data: str) -> list[Path]:
+    """Images of some folders, or of text files that list them, in the order of their paths.
+
+    Args:
+        places: As Ultralytics' checked data set has them.
+        data: Its name, for messages.
+
+    Raises:
+        QCError: If there are none.
+    """
+    files = _images(list(map(str, places)) if isinstance(places, list) else str(places), data)
+    if not files:
+        raise QCError(f"QC: data={data} has no images ({', '.join(sorted(IMG_FORMATS))}) in {places}.")
+    return files
+
+
 def any_labels(places: str | list[str], data: str) -> bool:
     """Whether a photograph of some folders, or text files that list them, has a label; searches up to the first."""
     labels = (Path(*img2label_paths([image])) for image in _found(places, data))

@@ -37,6 +37,11 @@ class Quantizer(nn.Module):
         self.register_buffer("quant_range", torch.zeros(2, dtype=torch.int32))
         self.set_signed(signed)
 
+    def set_bits(self, bits: int) -> None:
+        """Change the width, signed as before; the scale is to be started anew."""
+        self.bits = bits
+        self.set_signed(self.quant_min < 0)
+
     def set_signed(self, signed: bool) -> None:
         """Choose the signed or the unsigned range of this width."""
         half = 2 ** (self.bits - 1)

@@ -19,6 +19,7 @@ from ..quant.inject import inject
 from ..quant.share import share_quantizers
 from ..quant.taps import tap_sums
 from . import start
+from .budget import with_plan
 from .finish import finish, saying_what_is_safe
 from .labels import label_for_run, refuse_without_labels
 from .qc import take_all_images
@@ -97,9 +98,11 @@ class QCCallbacks:
             self.state.open(trainer, checkpoint or {})
         elif self.state.config.labels == "data":
             refuse_without_labels(trainer)
-        config = self.state.config
         if trainer.args.distill_model:
-            check_teacher(trainer.args.distill_model, model, config.distill_outputs > 0)
+            check_teacher(trainer.args.distill_model, model, self.state.config.distill_outputs > 0)
+        if not trainer.resume:  # a checkpoint has its plan
+            self.state.config = with_plan(trainer, model, self.state.config)
+        config = self.state.config
         injection = inject(model, config, architecture.edge_convs(model), architecture.fixed_convs(model))
         image = architecture.blank_image(model)
         if config.symmetric:

@@ -24,6 +24,7 @@ from ..host.teacher import Teacher
 from ..qat.reestimation import BATCHES, reestimate
 from ..quant.calibrate import calibrate_outputs
 from ..quant.inject import quantize_outputs
+from .budget import format_outcome, outcome
 from .qc import train_qc
 from .report import build_report, console_table, figures_of, write_report
 from .resume import FILE, conclude
@@ -106,9 +107,13 @@ def correct_and_choose(
             model, _ = load_checkpoint(qat, device=trainer.device)
         images = (trainer.validator.preprocess(batch)["img"].float() for batch in trainer.test_loader)
         report = build_report(model, config, metrics, kept=kept, images=images)
+        if config.budget:
+            report["budget"] = outcome(trainer.save_dir / "qc", report["metrics"], kept)
         path = write_report(report, trainer.save_dir / "qc")
     LOGGER.info(f"\n{console_table(report)}")
     log.info(f"best.pt holds the {kept.upper()} model, record in {path}")
+    if report.get("budget"):
+        log.info(format_outcome(report["budget"]))
     return report
 
 

@@ -26,22 +26,10 @@ from ..quant.layers import quant_convs
 from ..run.report import FIGURES
 from ..run.telemetry import WINDOW
 from .evaluate import load_model
+from .pictures import COLORS, MARK, STYLE, empty_figure, save
 from .smoothness import Run, compare, format_smoothness, shown_layers
 
-MARK = "yolo-qc plot"  # by which our pictures are known
 RECORD = "smoothness.json"
-FORMATS = ("png", "pdf")
-STYLE: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "lines.linewidth": 0.7,
-    "legend.frameon": False,
-    "pdf.fonttype": 42,  # text stays text
-}
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by the colour-blind too
 
 
 def plot(runs: Sequence[str | Path], out: str | Path | None = None, steps: int = WINDOW) -> tuple[str, list[Path]]:
@@ -77,30 +65,13 @@ def plot(runs: Sequence[str | Path], out: str | Path | None = None, steps: int =
             **_draw_codes(loaded),
             **_draw_reports(loaded),
         }
-        files = _save(figures, out)
+        files = save(figures, out, beside=[RECORD])
     if after is None:
         return "no run with EMA: there is nothing to compare", files
     record = {"by": MARK, **compare(before, after)}
     with replacing(out / RECORD) as temporary:
         temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
     return format_smoothness(record), [*files, out / RECORD]
-
-
-def _save(figures: dict, out: Path) -> list[Path]:
-    """Write all figures in all formats, or none where a file of the user's has the name of one of ours."""
-    files = {out / f"{name}.{kind}": figure for name, figure in figures.items() for kind in FORMATS}
-    for file in [*files, out / RECORD]:
-        if file.is_file() and MARK.encode() not in file.read_bytes():
-            raise QCError(f"QC: {file} was not drawn by {MARK} and would be overwritten; give another out=.")
-    out.mkdir(parents=True, exist_ok=True)
-    for figure in figures.values():
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # the layout is made once, and not for each format
-    for file, figure in files.items():
-        kind = file.suffix.removeprefix(".")
-        with replacing(file) as temporary:
-            figure.savefig(temporary, format=kind, dpi=300, metadata={"Software" if kind == "png" else "Creator": MARK})
-    return list(files)
 
 
 def format_plot(drawn: tuple[str, list[Path]]) -> str:
@@ -114,7 +85,7 @@ def _draw_scales(before: Run, after: Run | None, column: str, label: str):
     sides = [(before, column, "without EMA")]
     if after:
         sides.append((after, f"{column}_ema", "with EMA"))
-    figure = _figure(3.4 * len(sides), 0.4 + 1.15 * len(layers))
+    figure = empty_figure(3.4 * len(sides), 0.4 + 1.15 * len(layers))
     axes = figure.subplots(len(layers), len(sides), sharey="row", sharex="col", squeeze=False)
     for j, (run, name, title) in enumerate(sides):
         for i, layer in enumerate(layers):
@@ -130,7 +101,7 @@ def _draw_scales(before: Run, after: Run | None, column: str, label: str):
 
 def _draw_oscillation(runs: list[Run]):
     layers = list(dict.fromkeys(layer for run in runs for layer in run.layers))
-    figure = _figure(max(7.0, 1 + 0.09 * len(layers)), 4.2)
+    figure = empty_figure(max(7.0, 1 + 0.09 * len(layers)), 4.2)
     axes = figure.subplots(2, sharex=True)
     for k, run in enumerate(runs):
         places = np.array([layers.index(layer) for layer in run.layers]) + (k - (len(runs) - 1) / 2) * 0.8 / len(runs)
@@ -163,7 +134,7 @@ def _draw_codes(runs: list[Run]) -> dict:
             widths.setdefault(conv.weight_quant.bits, []).append((name, 100 * share))
         widths = dict(sorted(widths.items()))
         heights = [0.085 * (len(rows) + 1) for rows in widths.values()]
-        figure = _figure(4.8, sum(heights) + 0.6 * len(heights))
+        figure = empty_figure(4.8, sum(heights) + 0.6 * len(heights))
         axes = figure.subplots(len(heights), height_ratios=heights, squeeze=False)[:, 0]
         for ax, (bits, rows) in zip(axes, widths.items()):
             half = 2 ** (bits - 1)
@@ -194,7 +165,7 @@ def _draw_reports(runs: list[Run]) -> dict:
     key, title = next(((name, title) for name, title in FIGURES.values() if name in common), (None, ""))
     if key is None:  # of different tasks
         return {}
-    figure = _figure(1.6 + 1.1 * len(reports), 2.6)
+    figure = empty_figure(1.6 + 1.1 * len(reports), 2.6)
     ax = figure.subplots()
     for k, (stage, label) in enumerate((("float", "float start"), ("qat", "QAT"), ("qc", "QAT + QC"))):
         found = [(i, 100 * m["metrics"][stage][key]) for i, m in enumerate(reports.values()) if m["metrics"].get(stage)]
@@ -204,10 +175,3 @@ def _draw_reports(runs: list[Run]) -> dict:
     ax.set_ylabel(f"{title} (points)")
     figure.legend(loc="outside upper center", ncols=3)
     return {"report": figure}
-
-
-def _figure(width: float, height: float):
-    """An empty figure of a size in inches, made without pyplot, which has a global state."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")

@@ -1,0 +1,190 @@
+# yolo_qc_plugin, AGPL-3.0
+"""A run's budget: widths for each layer, found before the quantizers are put in, and what became of the promise.
+
+qc/sensitivity.json has the costs that the plan was made from, and qc/plan.json the plan, which `layer_bits` takes. The
+checkpoint holds the plan in its options' `layer_bits`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from math import ceil, floor
+from pathlib import Path
+from typing import Any
+
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.nn.tasks import BaseModel
+from ultralytics.utils import RANK
+from ultralytics.utils.checks import check_imgsz
+
+from ..config import BUDGET_UNITS, MAX_BITS, MIN_BITS, QCConfig, QCError, split_budget
+from ..files import replacing
+from ..host import architecture, log
+from ..host.distributed import from_rank_0
+from ..host.images import read_images, spread_out
+from ..host.photographs import image_files
+from ..quant.inject import named_widths
+from .allocation import Layer, Problem
+from .report import FIGURES, model_size
+from .sensitivity import BATCH, FILE, IMAGES, Probe, Wanted, describe, measure
+
+PLAN = "plan.json"  # in a run's qc/
+
+
+def allowed_widths(config: QCConfig) -> tuple[int, ...]:
+    """Widths to choose from; what a run is for may know fewer."""
+    return tuple(range(MIN_BITS, MAX_BITS + 1))
+
+
+def with_plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig) -> QCConfig:
+    """The options with a width for each layer, where they have a budget; rank 0 decides.
+
+    Args:
+        trainer: Has read its data set; its model is made, but not yet injected.
+        model: That float model.
+        config: The options.
+
+    Raises:
+        QCError: If the budget is out of reach; the message names the range.
+    """
+    if config.budget is None:
+        return config
+    plan = from_rank_0(_plan(trainer, model, config) if RANK in {-1, 0} else None)
+    return replace(config, layer_bits={**config.layer_bits, **plan})
+
+
+def _plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig) -> dict[str, str]:
+    """Measure, decide, write and say; returns name -> widths as `layer_bits` takes them."""
+    unit = split_budget(config.budget)[1]
+    folder = trainer.save_dir / "qc"
+    imgsz = check_imgsz(trainer.args.imgsz, stride=max(int(model.stride.max()), 32), max_dim=1)
+    files = spread_out(image_files(trainer.data["train"], str(trainer.args.data)), IMAGES)
+    images = read_images(files, imgsz, model.yaml.get("channels", 3)).to(trainer.device)
+    probe = Probe(model.to(trainer.device), config, list(images.split(BATCH)))
+    layers = layers_of(probe, config, unit)
+    problem = Problem(layers, {}, other_bits(probe))
+    if unit != "%drop":  # before what takes minutes
+        check_reach(problem, config.budget)
+    folder.mkdir(parents=True, exist_ok=True)
+    costs = measure(probe, wanted(layers), describe(probe, config, files, imgsz), folder / FILE)
+    summary = solve(replace(problem, costs=costs), config.budget)
+    with replacing(folder / PLAN) as temporary:
+        temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    for line in format_plan(summary):
+        log.info(line)
+    log.info(f"the plan is in {folder / PLAN}, which qc_layer_bits takes")
+    return summary["layer_bits"]
+
+
+def layers_of(probe: Probe, config: QCConfig, unit: str) -> dict[str, Layer]:
+    """The layers with the widths that they may have.
+
+    Edges keep `edge_bits`, and what `layer_bits` names keeps its width. Inputs are free where the budget counts them.
+    """
+    edges = architecture.edge_convs(probe.model)
+    free = allowed_widths(config)
+    layers = {}
+    for name, conv in probe.convs.items():
+        w, a = named_widths(name, config.layer_bits)
+        edge = config.edge_bits if name in edges else None
+        body = None if unit == "%bops" else config.body_bits[1]
+        fixed_w, fixed_a = w or edge, a or edge or body
+        reads = next((t for t, readers in probe.readers.items() if name in readers), "")
+        weight_bits, act_bits = (free if fixed is None else (fixed,) for fixed in (fixed_w, fixed_a))
+        layers[name] = Layer(conv.weight.numel(), probe.macs[name], reads, weight_bits, act_bits)
+    return layers
+
+
+def wanted(layers: dict[str, Layer]) -> Wanted:
+    """The widths at which costs are needed."""
+    of_weights = {("weights", name): layer.weight_bits for name, layer in layers.items()}
+    of_tensors = {("activations", layer.reads): layer.act_bits for layer in layers.values() if layer.reads}
+    return {**of_weights, **of_tensors}
+
+
+def other_bits(probe: Probe) -> float:
+    """Bits of the file beside the weights of the layers: biases, scales, and what is not quantized."""
+    of_weights = sum(conv.weight.numel() * conv.weight_quant.bits for conv in probe.convs.values())
+    return model_size(probe.model)["quantized"] * 8e6 - of_weights
+
+
+def check_reach(problem: Problem, budget: str) -> None:
+    """Refuse a budget that the least widths exceed, or that the largest do not use.
+
+    Raises:
+        QCError: Naming the range.
+    """
+    limit, unit = split_budget(budget)
+    low, high = problem.reach(unit)
+    if not low <= limit <= high:
+        digits = 2 if unit == "MB" else 1
+        step = 10**-digits
+        low, high = ceil(low / step) * step, floor(high / step) * step
+        widths = sorted({w for layer in problem.layers.values() for w in layer.weight_bits})
+        raise QCError(
+            f"QC: budget={budget!r} is out of reach; give {low:.{digits}f} to {high:.{digits}f}{unit}, which this model "
+            f"takes at {widths[0]} to {widths[-1]} bits with the widths that other options set."
+        )
+
+
+def solve(problem: Problem, budget: str) -> dict[str, Any]:
+    """The plan as it is written to the file.
+
+    Returns:
+        "budget"; "layer_bits", name -> widths as the option of that name takes them; "takes", unit -> amount.
+
+    Raises:
+        QCError: If the budget is out of reach.
+    """
+    check_reach(problem, budget)
+    limit, unit = split_budget(budget)
+    plan = problem.solve(unit, limit)
+    layer_bits = {name: f"W{w}A{a}" for name, (w, a) in plan.items()}
+    return {"budget": budget, "layer_bits": layer_bits, "takes": {u: problem.amount(u, plan) for u in BUDGET_UNITS}}
+
+
+def format_plan(summary: dict[str, Any]) -> list[str]:
+    """A plan in two lines: what it takes, and how many layers have each width."""
+    takes = ", ".join(f"{amount:.{2 if unit == 'MB' else 1}f}{unit}" for unit, amount in summary["takes"].items())
+    widths = Counter(summary["layer_bits"].values())
+    return [
+        f"budget {summary['budget']}: takes {takes} (predicted)",
+        f"layers: {', '.join(f'{count} at {name}' for name, count in sorted(widths.items()))}",
+    ]
+
+
+def outcome(folder: Path, metrics: dict[str, Any], kept: str) -> dict[str, Any] | None:
+    """What became of the plan of a run, for the report; None where the folder has none.
+
+    Args:
+        folder: The run's qc/.
+        metrics: "float" and what was kept -> figures of `report.figures_of`.
+        kept: "qat" or "qc".
+
+    Returns:
+        The plan without its widths, which the report has layer by layer, and "figure", "measured_drop" in percent of the
+        float model's figure, and "kept", whether a budget of a drop is; None for other budgets.
+    """
+    file = folder / PLAN
+    if not file.exists() or not metrics["float"]:
+        return None
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    figure = next(name for name, _ in FIGURES.values() if name in metrics["float"])
+    drop = 100 * (1 - metrics[kept][figure] / max(metrics["float"][figure], 1e-9))
+    limit, unit = split_budget(summary["budget"])
+    kept_promise = drop <= limit if unit == "%drop" else None
+    return {
+        "budget": summary["budget"], "takes": summary["takes"],
+        "figure": figure, "measured_drop": drop, "kept": kept_promise,
+    }  # fmt: skip
+
+
+def format_outcome(found: dict[str, Any]) -> str:
+    """The outcome in a line."""
+    verdict = {True: ": kept", False: ": NOT kept", None: ""}[found["kept"]]
+    return (
+        f"budget {found['budget']}: predicted drop of {found['figure']} {found['takes']['%drop']:.1f}%, measured "
+        f"{found['measured_drop']:.1f}%{verdict}"
+    )

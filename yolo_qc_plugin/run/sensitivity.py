@@ -1,0 +1,170 @@
+# yolo_qc_plugin, AGPL-3.0
+"""What each layer's weights, and each tensor that layers read, cost alone at each width, without training.
+
+One quantizer at a time is switched on in the float model. Its cost is the loss that draws a model's outputs to those of
+the float one (class scores and box sides, host/distillation.py) on a few images without labels: 0 where the outputs stay
+the same. Errors of several layers add up to about the sum of their costs while they are small.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from ultralytics.nn.tasks import BaseModel
+from ultralytics.utils import TQDM
+
+from ..config import QCConfig
+from ..files import replacing
+from ..host import architecture
+from ..host.distillation import Gains, detector, head_loss
+from ..quant.calibrate import act_quantizers, observe
+from ..quant.inject import inject, share_quantizers
+from ..quant.layers import QuantConv2d, quant_convs
+from ..quant.modules import hooked
+from ..quant.observers import SampleObserver
+from ..quant.quantizer import ActQuantizer, Quantizer
+
+FILE = "sensitivity.json"  # in a run's qc/
+IMAGES, BATCH = 32, 16
+GAINS = Gains(outputs=1.0, features=0.0, labels=0.0, cls=0.5, dfl=1.5)  # Ultralytics' own
+KINDS = "weights", "activations"
+Wanted = Mapping[tuple[str, str], Iterable[int]]  # (kind, name) -> widths
+
+
+class Probe:
+    """A float model whose quantizers can be switched on one at a time.
+
+    Args:
+        model: Float model; it is copied.
+        config: Granularity, offsets and `skip`; the widths do not matter, except that tensors whose readers are to have
+            different widths have several quantizers.
+        images: Batches as the model takes them, on its device.
+
+    Attributes:
+        model: The copy, with all quantizers off.
+        convs: Name -> quantized convolution.
+        inputs: Name of the last layer that reads it -> quantizer of a tensor, without that of the image.
+        readers: The same names -> names of the layers that read it.
+        macs: Name of a convolution -> multiplications for an image.
+        sha256: Of the float model's state.
+    """
+
+    def __init__(self, model: BaseModel, config: QCConfig, images: list[Tensor]):
+        self.sha256 = _digest(model)
+        self.model = deepcopy(model).float().eval().requires_grad_(False)
+        inject(self.model, config, architecture.edge_convs(self.model), architecture.fixed_convs(self.model))
+        share_quantizers(self.model, architecture.blank_image(self.model).to(images[0].device))
+        for m in self.model.modules():
+            if isinstance(m, Quantizer):
+                m.enabled = False
+        self.convs: dict[str, QuantConv2d] = dict(quant_convs(self.model))
+        tensors = act_quantizers(self.model)
+        self.inputs: dict[str, ActQuantizer] = {name: quant for name, quant in tensors.items() if quant.learned}
+        self.readers = {t: [n for n, c in self.convs.items() if c.act_quant is q] for t, q in self.inputs.items()}
+        self.macs: dict[str, int] = {}
+        self._method, self._images = config.scale_init, images
+        self._seen: dict[str, SampleObserver] = {}
+        self._outputs: list[Any] = []
+
+        self._start()
+
+    def _start(self) -> None:
+        """Run the float model: for the outputs to compare with, and the values that scales start from."""
+
+        def count(name: str, conv: QuantConv2d, output: Tensor) -> None:
+            self.macs.setdefault(name, conv.weight.numel() * output.shape[2] * output.shape[3])
+
+        def run(batch: Tensor) -> None:
+            self._outputs.append(self.model(batch))
+
+        handles = (c.register_forward_hook(lambda m, _, out, n=name: count(n, m, out)) for name, c in self.convs.items())
+        with hooked(handles):
+            self._seen = observe(self.model, self.inputs, self._images, run)
+
+    @torch.no_grad()
+    def cost(self, kind: str, name: str, bits: int) -> float:
+        """The loss of outputs with one quantizer on, mean over batches.
+
+        Args:
+            kind: One of KINDS.
+            name: Of a convolution, or of a tensor as in `inputs`.
+            bits: Width, 2 to 8.
+        """
+        quant = self.set_bits(kind, name, bits)
+        quant.enabled = True
+        losses = [
+            head_loss(detector(self.model), self.model(batch), output, GAINS).item()
+            for batch, output in zip(self._images, self._outputs)
+        ]
+        quant.enabled = False
+        return sum(losses) / len(losses)
+
+    def set_bits(self, kind: str, name: str, bits: int) -> Quantizer:
+        """Set the width of a quantizer and start its scale; it stays off."""
+        if kind == "weights":
+            conv = self.convs[name]
+            conv.weight_quant.set_bits(bits)
+            conv.weight_quant.calibrate(conv.weight, self._method)
+            return conv.weight_quant
+        quant, seen = self.inputs[name], self._seen[name]
+        quant.set_bits(bits)
+        quant.calibrate(seen.values, seen.low, self._method)
+        return quant
+
+
+def measure(probe: Probe, wanted: Wanted, about: dict, file: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Measure costs, with a progress bar; what the file has of the same model and images is not measured again.
+
+    Args:
+        probe: The model.
+        wanted: (kind, name) -> widths.
+        about: Plain values that the costs depend on, see `describe`.
+        file: JSON to go on with and to write, after each quantizer.
+
+    Returns:
+        What the file holds as "costs": kind -> name -> width as text -> cost.
+    """
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if found.get("about") != about:
+        found = {"about": about, "costs": {kind: {} for kind in KINDS}}
+    for (kind, name), widths in TQDM(wanted.items(), desc="QC: sensitivity"):
+        costs = found["costs"][kind].setdefault(name, {})
+        missing = [bits for bits in widths if str(bits) not in costs]
+        costs.update({str(bits): probe.cost(kind, name, bits) for bits in missing})
+        if missing:
+            with replacing(file) as temporary:
+                temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return found["costs"]
+
+
+def describe(probe: Probe, config: QCConfig, files: Sequence[Path], imgsz: int) -> dict[str, Any]:
+    """What costs depend on, and the layers that they are of.
+
+    Args:
+        probe: The model.
+        config: As the probe has it.
+        files: The images.
+        imgsz: Their size in pixels.
+    """
+    return {
+        "sha256": probe.sha256,
+        "options": {name: config.to_dict()[name] for name in ("per_channel", "act_offset", "scale_init")},
+        "images": [file.name for file in files],
+        "imgsz": imgsz,
+        "layers": {n: {"weights": c.weight.numel(), "macs": probe.macs[n]} for n, c in probe.convs.items()},
+        "tensors": probe.readers,
+    }
+
+
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,114 @@
+# yolo_qc_plugin, AGPL-3.0
+"""`yolo-qc sensitivity`: what each layer of a float model costs alone at each width, as a file and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ultralytics import YOLO
+from ultralytics.utils.checks import check_imgsz
+from ultralytics.utils.torch_utils import select_device
+
+from ..config import MAX_BITS, MIN_BITS, QCConfig, QCError
+from ..host import architecture, log
+from ..host.images import read_images, spread_out
+from ..host.photographs import read_photographs
+from ..quant.layers import is_quantized
+from ..run.sensitivity import BATCH, FILE, IMAGES, Probe, describe, measure
+from .pictures import STYLE, empty_figure, save
+
+SHOWN = 10  # layers in the text
+
+
+def sensitivity(
+    model: str | Path,
+    data: str | Path,
+    bits: Sequence[int] = (2, 3, 4, 6, 8),
+    images: int = IMAGES,
+    imgsz: int | None = None,
+    out: str | Path | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Measure what the weights of each layer, and each tensor that layers read, cost alone at each width.
+
+    The cost is the loss of outputs, class scores and box sides, against the float model's. Measuring that was
+    interrupted goes on in the same folder.
+
+    Args:
+        model: A trained float checkpoint.
+        data: A folder of photographs, or a data YAML, whose training images are used without their labels.
+        bits: Widths, 2 to 8.
+        images: Images to measure on.
+        imgsz: Size of the images in pixels; by default that of the model's training.
+        out: Folder for sensitivity.json and the pictures; by default the name of `model` with -sensitivity.
+        device: Where to compute: cpu, 0, ...
+
+    Returns:
+        What sensitivity.json holds, "about" and "costs"; with "files", the files written.
+
+    Raises:
+        QCError: If the model, the data set or a number is not accepted.
+    """
+    if not bits or any(not MIN_BITS <= b <= MAX_BITS for b in bits):
+        raise QCError(f"QC: bits={list(bits)} is not accepted; give whole numbers from {MIN_BITS} to {MAX_BITS}.")
+    if images < 1:
+        raise QCError(f"QC: images={images} is not accepted; give a whole number of at least 1.")
+    yolo = YOLO(model)
+    architecture.check_model(yolo.model)
+    if is_quantized(yolo.model):
+        raise QCError(f"QC: model={model} is quantized; give the float checkpoint.")
+    folder = Path(out or f"{Path(model).stem}-sensitivity")
+    files = spread_out(list(read_photographs(data, folder).splits["train"]), images)
+    config = QCConfig()
+    size = imgsz or (yolo.ckpt or {}).get("train_args", {}).get("imgsz") or 640
+    size = check_imgsz(size, stride=max(int(yolo.model.stride.max()), 32), max_dim=1)
+    place = select_device(device, verbose=False)
+    batches = read_images(files, size, yolo.model.yaml.get("channels", 3)).to(place).split(BATCH)
+    probe = Probe(yolo.model.to(place), config, list(batches))
+    about = describe(probe, config, files, size)
+    widths = sorted(set(bits))
+    wanted = {**{("weights", n): widths for n in probe.convs}, **{("activations", n): widths for n in probe.inputs}}
+    folder.mkdir(parents=True, exist_ok=True)
+    log.info(f"{len(probe.convs)} layers and {len(probe.inputs)} tensors on {len(files)} images of {size} px")
+    costs = measure(probe, wanted, about, folder / FILE)
+    return {"about": about, "costs": costs, "files": [str(folder / FILE), *map(str, draw(about, costs, folder))]}
+
+
+def draw(about: dict[str, Any], costs: dict[str, dict], folder: Path) -> list[Path]:
+    """The picture: layers along the network, a line for each width, weights above and activations below."""
+    from matplotlib import colormaps, rc_context
+
+    places = {name: i for i, name in enumerate(about["layers"])}
+    titles = {"weights": "weights of a layer", "activations": "the tensor that it reads"}
+    with rc_context(STYLE):
+        figure = empty_figure(max(6.0, 1.2 + 0.11 * len(places)), 5.4)
+        axes = figure.subplots(2, sharex=True, sharey=True)
+        for ax, (kind, title) in zip(axes, titles.items()):
+            widths = sorted({int(bits) for of in costs[kind].values() for bits in of})
+            for k, bits in enumerate(widths):
+                found = sorted((places[name], of[str(bits)]) for name, of in costs[kind].items() if str(bits) in of)
+                color = colormaps["viridis"](0.9 * k / max(len(widths) - 1, 1))
+                ax.plot(*zip(*found), ".-", color=color, markersize=3, linewidth=0.5, label=f"{bits} bits")
+            ax.set_yscale("log")
+            ax.set_title(title, loc="left")
+            ax.grid(axis="both", linewidth=0.3, alpha=0.5)
+        axes[1].set_xticks(range(len(places)), places, rotation=90, fontsize=5)
+        axes[1].set_xlim(-1, len(places))
+        figure.supylabel("loss of the outputs, this one alone quantized", fontsize=8)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=8)
+        return save({"sensitivity": figure}, folder)
+
+
+def format_sensitivity(result: dict[str, Any]) -> str:
+    """The result of `sensitivity` as text: the layers that cost most at the least width, and the files."""
+    lines = []
+    for kind, of in result["costs"].items():
+        least = min(int(bits) for found in of.values() for bits in found)
+        worst = sorted(of.items(), key=lambda item: -item[1][str(least)])[:SHOWN]
+        lines.append(f"{kind} at {least} bits, the {len(worst)} of {len(of)} that cost most:")
+        for name, found in worst:
+            lines.append(f"  {name:<28}" + "".join(f"  {bits} bits {cost:9.2g}" for bits, cost in sorted(found.items())))
+    return "\n".join([*lines, *(f"written to {file}" for file in result["files"])])
