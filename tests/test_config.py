@@ -75,7 +75,23 @@ REFUSED = {
 }
 REFUSED["budget"] = (
     "'1.4MB' (of the file), '4.0bits'",
-    ["", "1.4", "MB", "0MB", "0.0bits", "-1MB", "1.4 GB", "4bit", "30%", "30%BOPS", "1e3MB", "9" * 400 + "MB", "٤MB", 4, True],
+    [
+        "",
+        "1.4",
+        "MB",
+        "0MB",
+        "0.0bits",
+        "-1MB",
+        "1.4 GB",
+        "4bit",
+        "30%",
+        "30%BOPS",
+        "1e3MB",
+        "9" * 400 + "MB",
+        "٤MB",
+        4,
+        True,
+    ],
 )
 CASES = [(name, accepted, value) for name, (accepted, values) in REFUSED.items() for value in values]
 
@@ -186,7 +202,9 @@ def test_layer_bits_can_be_a_plan(tmp_path):
     assert QCConfig.from_options({"layer_bits": str(plan)}).layer_bits == {"a": "W4A8", "b.*": 3}
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"layer_bits": 4}', '{"layer_bits": {"a": 9}}', "\xff"])
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", "{}", '{"layer_bits": 4}', '{"layer_bits": {"a": 9}}', "\xff"]
+)
 def test_a_file_that_is_no_plan_is_refused(content, tmp_path):
     plan = tmp_path / "plan.json"
     if content is not None:

@@ -296,7 +296,10 @@ def train(request: dict) -> dict:
         trained = {"map50_95": float(metrics.box.map), "map50": float(metrics.box.map50)}
         return {**found, "metrics": {"trained": trained}}
     report = json.loads((folder / "qc" / "report.json").read_text())
-    return {**found, **{key: report[key] for key in ("config", "metrics", "kept")}}
+    return {
+        **found,
+        **{key: report[key] for key in ("config", "metrics", "kept", "size_mb", "budget") if key in report},
+    }
 
 
 def correct(request: dict) -> dict:

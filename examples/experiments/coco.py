@@ -3,12 +3,14 @@
 
     python examples/experiments/coco.py recipe --data coco.yaml --weights yolo11n.pt --seeds 0 1 2 --train lr0=1e-4
     python examples/experiments/coco.py ablation ...
+    python examples/experiments/coco.py budget ...
     python examples/experiments/coco.py table1 ... --qc preset=paper
     python examples/experiments/coco.py table2 ... --qc preset=paper
     python examples/experiments/coco.py table3 ... --qc preset=paper
     python examples/experiments/coco.py granularity ... --qc preset=paper
 
-`recipe` is what a model keeps with the plugin's defaults; `ablation` changes one default at a time; table1 to table3
+`recipe` is what a model keeps with the plugin's defaults; `ablation` changes one default at a time; `budget` is one
+width for all layers against widths by a budget of the same file size; table1 to table3
 are the paper's, made by the same functions as paper.py's; `granularity` is a scale per tensor against one per channel,
 narrow edges ("4-bit*") and soft rounding. Runs are shared between the kinds, and what is done or begun is not repeated
 (see cells.py); give the last four the same options. OUT/coco.json holds all cells and their paired differences,
@@ -81,6 +83,9 @@ TRAINING = {  # arguments of `yolo train` changed
     "mosaic=0.5": {"mosaic": 0.5},
     "mosaic=0": {"mosaic": 0.0},
 }
+
+UNIFORM = {"W4A8": RECIPE["W4A8"], "W3A8": {"weight_bits": 3, "act_bits": 8}, "W4A4": RECIPE["W4A4"]}
+SMALLER = {"W4A4": 0.9}  # of its size, too
 
 NARROW = {"4": {"bits": 4}, "3": {"bits": 3}, "4*": {"bits": 4, "edge_bits": 4}}
 # mAP on COCO in the paper's main text: per tensor, per channel, per tensor with QC; all with EMA
@@ -163,10 +168,49 @@ def ablation(name: str, content: dict) -> list[str]:
     return lines
 
 
+def planned(width: str, share: float = 1.0) -> str:
+    """Name of the cell with widths by a budget: a share of the file size of a uniform width."""
+    return f"budget-{width}" + f"-{share:.0%}" * (share < 1)
+
+
+def budgeted(weights: str | None) -> list[Cell]:
+    """Uniform widths, and widths by a budget of the same file size.
+
+    Args:
+        weights: The float checkpoint, of whose model the size is; None where the names alone are needed.
+    """
+    made = [Cell(width, options) for width, options in UNIFORM.items()]
+    for width, options in UNIFORM.items():
+        size = uniform_size(weights, options) if weights else 0.0
+        for share in 1.0, *([SMALLER[width]] if width in SMALLER else []):
+            made.append(Cell(planned(width, share), {**options, "budget": f"{size * share:.6f}MB"}))
+    return made
+
+
+def uniform_size(weights: str, options: dict) -> float:
+    """File size in MB, as a run's report has it, of a checkpoint's model at one width for all layers but the edges."""
+    from ultralytics import YOLO
+
+    from yolo_qc_plugin.host import architecture
+    from yolo_qc_plugin.quant.inject import inject
+    from yolo_qc_plugin.run.report import model_size
+
+    model = YOLO(weights).model.float()
+    inject(model, QCConfig(**options), architecture.edge_convs(model), architecture.fixed_convs(model))
+    return model_size(model)["quantized"]
+
+
+def searched() -> list[tuple[State, State]]:
+    """Widths by a budget, and the uniform ones of the same size or a little more; as best.pt keeps QC, both with it."""
+    pairs = [(width, 1.0) for width in UNIFORM] + [*SMALLER.items()]
+    return [((planned(width, share), state), (width, state)) for width, share in pairs for state in ("qat", "qc")]
+
+
 def compared() -> list[tuple[State, State]]:
     """All pairs of which the page shows the difference."""
     pairs = [*gains_of_qc(), *paper.ordered(), *paper.corrections(), *paper.decays()]
     pairs += [((cell.name, "qat"), ("ablation-base", "qat")) for cell in ablated()]
+    pairs += searched()
     return [*pairs, *(pair for bits in NARROW for pair in granular(bits)), *map(softer, paper.WIDTHS)]
 
 
@@ -245,6 +289,41 @@ def recipe(name: str, content: dict) -> list[str]:
     return lines
 
 
+def budgets(name: str, content: dict) -> list[str]:
+    """Uniform widths against widths by a budget of the same size."""
+    floats = points(results(content["cells"], START.name), "trained", "ap")
+    cells_of = {cell.name: results(content["cells"], cell.name) for cell in budgeted(None)}
+    files = [run for cell, runs in cells_of.items() if cell.startswith("budget") for run in runs.values()]
+    if not (files and floats):
+        return []
+    whole = statistics.mean(floats.values())
+    head = ["widths", "QC", "seeds", "MB", "AP", "of float", "won back", "predicted", *difference_head(content)]
+    lines = header("Widths by a budget", name, files)
+    lines += [
+        f"Float: {whole:.1f}. A budget is the file size of the uniform width of its name, or a share of it. "
+        "Differences are to that uniform width, and won back is the part of its distance to float that the plan makes "
+        "good. Predicted is the share of float that the plan was made for.",
+        "",
+        *table_head(head),
+    ]
+    for (cell, state), (uniform, _) in [(((u, s), (u, s))) for u in UNIFORM for s in ("qat", "qc")] + searched():
+        runs, base = cells_of[cell], points(cells_of[uniform], state, "ap")
+        found = points(runs, state, "ap")
+        if found and base:
+            ap, lost = statistics.mean(found.values()), whole - statistics.mean(base.values())
+            sizes = {run["size_mb"]["quantized"] for run in runs.values() if "size_mb" in run}
+            size = f"{statistics.mean(sizes):.2f}" if sizes else ""
+            back = "" if cell == uniform else f"{(lost - whole + ap) / lost:.0%}" if lost > 0 else "none lost"
+            by = difference(content, (cell, state), (uniform, state), "ap") if cell != uniform else None
+            told = [100 - run["budget"]["takes"]["%drop"] for run in runs.values() if run.get("budget")]
+            shown = [cell, "✓" if state == "qc" else "✗", str(len(found)), size, mean_and_spread(found.values())]
+            by = by or " | ".join([""] * len(difference_head(content)))
+            lines.append(
+                f"| {' | '.join([*shown, f'{ap / whole:.1%}', back, f'{told[0]:.1f}%' if told else ''])} | {by} |"
+            )
+    return lines
+
+
 def granularity(name: str, content: dict) -> list[str]:
     """Per tensor, per channel, per tensor with QC."""
     runs = {
@@ -297,16 +376,17 @@ def soft_rounding(name: str, content: dict) -> list[str]:
     return lines
 
 
-TABLES = recipe, ablation, paper.table1, paper.table2, paper.table3, granularity, soft_rounding
+TABLES = recipe, ablation, budgets, paper.table1, paper.table2, paper.table3, granularity, soft_rounding
 
 
 def main() -> None:
     """Parse the command line and run."""
-    p = parser(__doc__, ("recipe", "ablation", "table1", "table2", "table3", "granularity"))
+    p = parser(__doc__, ("recipe", "ablation", "budget", "table1", "table2", "table3", "granularity"))
     p.set_defaults(runs=Path("runs/coco"), coco=True)
     args = p.parse_args()
     file = args.out / "coco.json"
-    record, done = measure(cells(args.kind), file, args)
+    made = [START, *budgeted(args.weights)] if args.kind == "budget" else cells(args.kind)
+    record, done = measure(made, file, args)
     if args.name and record[args.name]["cells"]:
         record[args.name]["differences"] = differences(record[args.name], args.runs, compared())
         write(file, record)

@@ -1,15 +1,207 @@
 # yolo_qc_plugin, AGPL-3.0
 """A budget: the integer program, and a run whose layers have the widths that it decides."""
 
+from __future__ import annotations
+
 import json
+import random
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
+from conftest import FLOAT
+from ultralytics import YOLO
+from ultralytics.nn.tasks import load_checkpoint
 
-from tests.conftest import FLOAT
-from yolo_qc_plugin.config import QCConfig, QCError
+from yolo_qc_plugin import add_qc_callbacks
+from yolo_qc_plugin.config import BUDGET_UNITS, QCConfig, QCError, split_budget
 from yolo_qc_plugin.quant.layers import quant_convs
+from yolo_qc_plugin.run import budget
 from yolo_qc_plugin.run.allocation import Layer, Problem
-from yolo_qc_plugin.run.budget import PLAN, check_reach, solve
+from yolo_qc_plugin.run.report import model_size
+from yolo_qc_plugin.run.sensitivity import Probe
+
+WIDTHS = (2, 4, 8)
+
+
+def small_problem(seed: int) -> Problem:
+    """Four layers: the first reads the image, two read one tensor, the last has fixed weights."""
+    draw = random.Random(seed)
+    reads = {"a": "", "b": "t", "c": "t", "d": "u"}
+    layers = {
+        name: Layer(
+            draw.randint(10, 500),
+            draw.randint(100, 9000),
+            tensor,
+            (8,) if name == "d" else WIDTHS,
+            (8,) if name == "a" else WIDTHS,
+        )
+        for name, tensor in reads.items()
+    }
+    costs = {
+        kind: {name: {str(w): draw.random() * 3.0**-w for w in WIDTHS} for name in names}
+        for kind, names in (("weights", "abcd"), ("activations", "tu"))
+    }
+    return Problem(layers, costs, other_bits=5000)
+
+
+def all_plans(problem: Problem):
+    """Every choice of widths that gives the readers of one tensor one width."""
+    pairs = [[*product(layer.weight_bits, layer.act_bits)] for layer in problem.layers.values()]
+    for choice in product(*pairs):
+        plan = dict(zip(problem.layers, choice))
+        if plan["b"][1] == plan["c"][1]:
+            yield plan
+
+
+@pytest.mark.parametrize("unit", BUDGET_UNITS)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.6, 1.0])
+def test_the_plan_is_the_best_of_all_within_the_budget(unit, seed, share):
+    problem = small_problem(seed)
+    low, high = problem.reach(unit)
+    limit = low + share * (high - low) + 1e-9
+    plan = problem.solve(unit, limit)
+    goal = "MB" if unit == "%drop" else "%drop"
+    within = [other for other in all_plans(problem) if problem.amount(unit, other) <= limit + 1e-6]
+    assert plan in all_plans(problem) and problem.amount(unit, plan) <= limit + 1e-6
+    assert problem.amount(goal, plan) == pytest.approx(min(problem.amount(goal, o) for o in within), rel=1e-3)
+    amounts = [problem.amount(unit, other) for other in all_plans(problem)]
+    assert (low, high) == pytest.approx((min(amounts), max(amounts)))
+
+
+def test_a_tensor_counts_once():
+    problem = small_problem(0)
+    plan = {"a": (8, 8), "b": (8, 2), "c": (8, 2), "d": (8, 8)}
+    total = sum(problem.costs["weights"][n]["8"] for n in "abcd")
+    total += problem.costs["activations"]["t"]["2"] + problem.costs["activations"]["u"]["8"]
+    assert problem._shares("%drop")("b", 8, 2) > problem._shares("%drop")("c", 8, 2)
+    assert sum(problem._shares("%drop")(n, *w) for n, w in plan.items()) == pytest.approx(total)
+
+
+@pytest.mark.parametrize("unit", BUDGET_UNITS)
+def test_a_budget_out_of_reach_names_the_range_which_is_within_reach(unit):
+    problem = replace(small_problem(1), other_bits=1e7)
+    for amount in 1e-4, 1e6:
+        with pytest.raises(QCError, match=r"budget='.*' is out of reach; give [0-9.]+ to [0-9.]+") as e:
+            budget.solve(problem, f"{amount:f}{unit}")
+        told = str(e.value).partition("give ")[2].split()
+        assert told[2].rstrip(",").endswith(unit)
+        for end in told[0] + unit, told[2].rstrip(","):
+            budget.check_reach(problem, end)
+            assert split_budget(end)[1] == unit
+
+
+@pytest.fixture(scope="module")
+def planned(digits, tmp_path_factory):
+    """(run that was planned to 3 bits a weight, its folder, the arguments of train())."""
+    from conftest import TINY
+
+    folder = tmp_path_factory.mktemp("budget")
+    arguments = {**TINY, "data": str(digits), "project": str(folder), "name": "run", "epochs": 2}
+    yolo = YOLO(FLOAT)
+    options = {"budget": "3.5bits", "layer_bits": "model.3.conv:W5", "act_bits": 8, "telemetry": False}
+    add_qc_callbacks(yolo, **options)
+    seen = {}
+    yolo.add_callback("on_train_epoch_start", lambda trainer: seen.update({trainer.epoch: trainer.wdir}))
+    yolo.train(**arguments)
+    return yolo, folder / "run", {**arguments, "name": "again"}
+
+
+def widths_of(model) -> dict[str, str]:
+    """Name -> widths as `layer_bits` takes them."""
+    return {name: f"W{conv.weight_quant.bits}A{conv.act_quant.bits}" for name, conv in quant_convs(model)}
+
+
+def test_a_run_has_the_widths_of_its_plan(planned):
+    _, run, _ = planned
+    plan = json.loads((run / "qc" / "plan.json").read_text())
+    model, _ = load_checkpoint(run / "weights" / "best.pt")
+    report = json.loads((run / "qc" / "report.json").read_text())
+    widths = widths_of(model)
+    assert widths == plan["layer_bits"] == {x["name"]: f"W{x['weight_bits']}A{x['act_bits']}" for x in report["layers"]}
+    assert len(Counter(widths.values())) > 2  # it has chosen
+    assert widths["model.0.conv"] == widths["model.7.cv2.0.2"] == "W8A8"  # edges
+    assert widths["model.3.conv"] == "W5A8"  # the user's
+    bits = [(conv.weight.numel(), conv.weight_quant.bits) for _, conv in quant_convs(model)]
+    mean = sum(n * b for n, b in bits) / sum(n for n, _ in bits)
+    assert 3.3 < mean <= 3.5 and plan["takes"]["bits"] == pytest.approx(mean)
+    assert plan["takes"]["MB"] == pytest.approx(model_size(model)["quantized"])
+    assert model.qc.options.budget == "3.5bits"
+
+
+def test_the_report_has_the_promise_and_what_became_of_it(planned):
+    _, run, _ = planned
+    report = json.loads((run / "qc" / "report.json").read_text())
+    found, metrics = report["budget"], report["metrics"]
+    expected = 100 * (1 - metrics[report["kept"]]["map50_95"] / metrics["float"]["map50_95"])
+    assert found["measured_drop"] == pytest.approx(expected) and found["kept"] is None
+    line = budget.format_outcome(found)
+    assert f"predicted drop of map50_95 {found['takes']['%drop']:.1f}%, measured {expected:.1f}%" in line
+
+
+@pytest.mark.parametrize("after,kept,word", [(0.40, True, ": kept"), (0.38, False, "NOT kept")])
+def test_a_drop_that_was_promised_is_kept_or_said_not_to_be(after, kept, word, tmp_path):
+    summary = {"budget": "1.0%drop", "takes": {"%drop": 0.9}}
+    (tmp_path / budget.PLAN).write_text(json.dumps(summary))
+    figures = {"float": {"map50_95": 0.401}, "qat": {"map50_95": 0.1}, "qc": {"map50_95": after}}
+    found = budget.outcome(tmp_path, figures, "qc")
+    assert found["kept"] is kept and word in budget.format_outcome(found)
+
+
+def test_a_plan_given_back_makes_the_same_run(planned):
+    _, run, arguments = planned
+    yolo = YOLO(FLOAT)
+    add_qc_callbacks(yolo, layer_bits=str(run / "qc" / "plan.json"), act_bits=8, telemetry=False)
+    yolo.train(**arguments)
+    folders = run, yolo.trainer.save_dir
+    first, second = (load_checkpoint(folder / "weights" / "best.pt")[0].state_dict() for folder in folders)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not (yolo.trainer.save_dir / "qc" / "plan.json").exists()
+
+
+def test_a_resumed_run_takes_the_plan_from_its_checkpoint(digits, tmp_path, monkeypatch):
+    from conftest import TINY
+
+    def stop(trainer):
+        if trainer.epoch == 1:
+            raise KeyboardInterrupt
+
+    yolo = YOLO(FLOAT)
+    add_qc_callbacks(yolo, budget="3.0bits", telemetry=False)
+    yolo.add_callback("on_train_batch_start", stop)
+    with pytest.raises(KeyboardInterrupt):
+        yolo.train(**{**TINY, "data": str(digits), "project": str(tmp_path), "name": "run", "epochs": 2})
+    plan = json.loads((tmp_path / "run" / "qc" / "plan.json").read_text())["layer_bits"]
+    monkeypatch.setattr(budget, "_plan", None)  # what would search again
+    resumed = YOLO(tmp_path / "run" / "weights" / "last.pt")
+    resumed.train(resume=True)
+    assert widths_of(load_checkpoint(tmp_path / "run" / "weights" / "best.pt")[0]) == plan
+
+
+def test_a_bad_budget_ends_before_training(train, monkeypatch):
+    monkeypatch.setattr(budget, "measure", None)  # not even costs are measured
+    for amount in "0.001MB", "9MB", "1.9bits", "8.5bits":
+        with pytest.raises(QCError, match=r"out of reach; give .* at 2 to 8 bits"):
+            train({"budget": amount}, model=FLOAT)
+
+
+def test_a_plan_of_another_model_is_refused(planned, train):
+    _, run, _ = planned
+    with pytest.raises(QCError, match=r"layer_bits='model.*' matches no convolution"):
+        train({"layer_bits": str(run / "qc" / "plan.json")})  # YOLOv5n
+
+
+def test_inputs_are_free_where_the_budget_counts_them():
+    config = QCConfig(act_bits=6, edge_bits=7, layer_bits={"model.1.conv": "A5"})
+    probe = Probe(YOLO(FLOAT).model, config, [torch.rand(1, 3, 64, 64)])
+    for unit, inner in (("bits", (6,)), ("%bops", tuple(range(2, 9)))):
+        layers = budget.layers_of(probe, config, unit)
+        assert layers["model.3.conv"].act_bits == inner and layers["model.3.conv"].weight_bits == tuple(range(2, 9))
+        assert layers["model.1.conv"].act_bits == (5,) and layers["model.1.conv"].weight_bits == tuple(range(2, 9))
+        assert layers["model.0.conv"].weight_bits == layers["model.0.conv"].act_bits == (7,)
+        assert layers["model.0.conv"].reads == ""
+        assert layers["model.2.cv1.conv"].reads == layers["model.2.cv2.conv"].reads  # they read one tensor

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
-import numpy as np
 import torch
 from torch import Tensor
 from ultralytics.data.augment import LetterBox
@@ -35,9 +34,8 @@ def read_images(files: Sequence[Path], imgsz: int, channels: int = 3) -> Tensor:
         image = imread(str(file), flags)
         if image is None:
             raise QCError(f"QC: {file} cannot be read as an image.")
-        image = pad(image=image)
-        image = image.reshape(imgsz, imgsz, -1)[..., ::-1]
+        image = pad(image=image).reshape(imgsz, imgsz, -1)[..., ::-1]  # BGR as OpenCV reads it
         if image.shape[2] != channels:
             raise QCError(f"QC: {file} has {image.shape[2]} channels; the model takes {channels}.")
-        images.append(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))))
+        images.append(torch.from_numpy(image.transpose(2, 0, 1).copy()))
     return torch.stack(images).float().div_(255)

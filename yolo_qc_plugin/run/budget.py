@@ -51,13 +51,13 @@ def with_plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig) -> QCCon
     """
     if config.budget is None:
         return config
-    plan = from_rank_0(_plan(trainer, model, config) if RANK in {-1, 0} else None)
+    plan = from_rank_0(_plan(trainer, model, config, config.budget) if RANK in {-1, 0} else None)
     return replace(config, layer_bits={**config.layer_bits, **plan})
 
 
-def _plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig) -> dict[str, str]:
+def _plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig, budget: str) -> dict[str, str]:
     """Measure, decide, write and say; returns name -> widths as `layer_bits` takes them."""
-    unit = split_budget(config.budget)[1]
+    unit = split_budget(budget)[1]
     folder = trainer.save_dir / "qc"
     imgsz = check_imgsz(trainer.args.imgsz, stride=max(int(model.stride.max()), 32), max_dim=1)
     files = spread_out(image_files(trainer.data["train"], str(trainer.args.data)), IMAGES)
@@ -66,10 +66,10 @@ def _plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig) -> dict[str,
     layers = layers_of(probe, config, unit)
     problem = Problem(layers, {}, other_bits(probe))
     if unit != "%drop":  # before what takes minutes
-        check_reach(problem, config.budget)
+        check_reach(problem, budget)
     folder.mkdir(parents=True, exist_ok=True)
     costs = measure(probe, wanted(layers), describe(probe, config, files, imgsz), folder / FILE)
-    summary = solve(replace(problem, costs=costs), config.budget)
+    summary = solve(replace(problem, costs=costs), budget)
     with replacing(folder / PLAN) as temporary:
         temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     for line in format_plan(summary):
@@ -119,13 +119,12 @@ def check_reach(problem: Problem, budget: str) -> None:
     limit, unit = split_budget(budget)
     low, high = problem.reach(unit)
     if not low <= limit <= high:
-        digits = 2 if unit == "MB" else 1
-        step = 10**-digits
-        low, high = ceil(low / step) * step, floor(high / step) * step
+        digits = next((d for d in range(2, 9) if ceil(low * 10**d) < floor(high * 10**d)), 9)
+        low, high = ceil(low * 10**digits) / 10**digits, floor(high * 10**digits) / 10**digits
         widths = sorted({w for layer in problem.layers.values() for w in layer.weight_bits})
         raise QCError(
-            f"QC: budget={budget!r} is out of reach; give {low:.{digits}f} to {high:.{digits}f}{unit}, which this model "
-            f"takes at {widths[0]} to {widths[-1]} bits with the widths that other options set."
+            f"QC: budget={budget!r} is out of reach; give {low:.{digits}f} to {high:.{digits}f}{unit}, which this "
+            f"model takes at {widths[0]} to {widths[-1]} bits with the widths that other options set."
         )
 
 
@@ -164,8 +163,8 @@ def outcome(folder: Path, metrics: dict[str, Any], kept: str) -> dict[str, Any] 
         kept: "qat" or "qc".
 
     Returns:
-        The plan without its widths, which the report has layer by layer, and "figure", "measured_drop" in percent of the
-        float model's figure, and "kept", whether a budget of a drop is; None for other budgets.
+        The plan without its widths, which the report has layer by layer; "figure"; "measured_drop", in percent of the
+        float model's figure; and "kept", whether a budget of a drop is, None for other budgets.
     """
     file = folder / PLAN
     if not file.exists() or not metrics["float"]:

@@ -2,8 +2,8 @@
 """What each layer's weights, and each tensor that layers read, cost alone at each width, without training.
 
 One quantizer at a time is switched on in the float model. Its cost is the loss that draws a model's outputs to those of
-the float one (class scores and box sides, host/distillation.py) on a few images without labels: 0 where the outputs stay
-the same. Errors of several layers add up to about the sum of their costs while they are small.
+the float one (class scores and box sides, host/distillation.py) on a few images without labels: 0 where the outputs
+stay the same. Errors of several layers cost about the sum of what each costs, while they are small.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Probe:
         inputs: Name of the last layer that reads it -> quantizer of a tensor, without that of the image.
         readers: The same names -> names of the layers that read it.
         macs: Name of a convolution -> multiplications for an image.
+        images: The batches.
         sha256: Of the float model's state.
     """
 
@@ -69,7 +70,7 @@ class Probe:
         self.inputs: dict[str, ActQuantizer] = {name: quant for name, quant in tensors.items() if quant.learned}
         self.readers = {t: [n for n, c in self.convs.items() if c.act_quant is q] for t, q in self.inputs.items()}
         self.macs: dict[str, int] = {}
-        self._method, self._images = config.scale_init, images
+        self._method, self.images = config.scale_init, images
         self._seen: dict[str, SampleObserver] = {}
         self._outputs: list[Any] = []
 
@@ -81,12 +82,14 @@ class Probe:
         def count(name: str, conv: QuantConv2d, output: Tensor) -> None:
             self.macs.setdefault(name, conv.weight.numel() * output.shape[2] * output.shape[3])
 
-        def run(batch: Tensor) -> None:
+        def run(batch: object) -> None:
             self._outputs.append(self.model(batch))
 
-        handles = (c.register_forward_hook(lambda m, _, out, n=name: count(n, m, out)) for name, c in self.convs.items())
+        handles = (
+            c.register_forward_hook(lambda m, _, out, n=name: count(n, m, out)) for name, c in self.convs.items()
+        )
         with hooked(handles):
-            self._seen = observe(self.model, self.inputs, self._images, run)
+            self._seen = observe(self.model, self.inputs, self.images, run)
 
     @torch.no_grad()
     def cost(self, kind: str, name: str, bits: int) -> float:
@@ -101,7 +104,7 @@ class Probe:
         quant.enabled = True
         losses = [
             head_loss(detector(self.model), self.model(batch), output, GAINS).item()
-            for batch, output in zip(self._images, self._outputs)
+            for batch, output in zip(self.images, self._outputs)
         ]
         quant.enabled = False
         return sum(losses) / len(losses)

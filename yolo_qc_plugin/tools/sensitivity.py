@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from ultralytics import YOLO
 from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import select_device
@@ -110,5 +109,7 @@ def format_sensitivity(result: dict[str, Any]) -> str:
         worst = sorted(of.items(), key=lambda item: -item[1][str(least)])[:SHOWN]
         lines.append(f"{kind} at {least} bits, the {len(worst)} of {len(of)} that cost most:")
         for name, found in worst:
-            lines.append(f"  {name:<28}" + "".join(f"  {bits} bits {cost:9.2g}" for bits, cost in sorted(found.items())))
+            lines.append(
+                f"  {name:<28}" + "".join(f"  {bits} bits {cost:9.2g}" for bits, cost in sorted(found.items()))
+            )
     return "\n".join([*lines, *(f"written to {file}" for file in result["files"])])

@@ -1,0 +1,98 @@
+# yolo_qc_plugin, AGPL-3.0
+"""What one quantizer costs alone."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from conftest import FLOAT
+from ultralytics import YOLO
+
+from yolo_qc_plugin.config import QCConfig, QCError
+from yolo_qc_plugin.host.distillation import head_loss
+from yolo_qc_plugin.host.images import read_images, spread_out
+from yolo_qc_plugin.quant.quantizer import WeightQuantizer
+from yolo_qc_plugin.run.sensitivity import GAINS, KINDS, Probe, describe, measure
+
+
+@pytest.fixture(scope="module")
+def float_model():
+    return YOLO(FLOAT).model.float().eval()
+
+
+@pytest.fixture(scope="module")
+def probe(float_model):
+    torch.manual_seed(0)
+    return Probe(float_model, QCConfig(), list(torch.rand(4, 3, 64, 64).split(2)))
+
+
+def test_a_cost_is_the_loss_of_the_float_model_with_that_weight_alone_rounded(probe, float_model):
+    name = "model.2.cv1.conv"
+    other = deepcopy(float_model)
+    conv = other.get_submodule(name)
+    quant = WeightQuantizer(3, conv.out_channels)
+    quant.calibrate(conv.weight, "mse")
+    with torch.no_grad():
+        conv.weight.copy_(quant(conv.weight))
+        losses = [head_loss(other.model[-1], other(x), float_model(x), GAINS).item() for x in probe.images]
+    assert probe.cost("weights", name, 3) == pytest.approx(sum(losses) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cost_falls_with_the_width_and_nothing_stays_on(probe, kind):
+    names = list(probe.convs if kind == "weights" else probe.inputs)
+    for name in names[:: len(names) // 3]:
+        costs = [probe.cost(kind, name, bits) for bits in (2, 4, 8)]
+        assert costs[0] > 2 * costs[1] > 4 * costs[2] > 0
+    with torch.no_grad():
+        head = probe.model.model[-1]
+        again = [head_loss(head, probe.model(x), y, GAINS) for x, y in zip(probe.images, probe._outputs)]
+    assert max(map(abs, again)) < 1e-6
+
+
+def test_the_float_model_stays_as_it_is(float_model):
+    before = deepcopy(float_model.state_dict())
+    Probe(float_model, QCConfig(), [torch.rand(1, 3, 64, 64)]).cost("weights", "model.0.conv", 2)
+    assert before.keys() == float_model.state_dict().keys()
+    assert all(torch.equal(v, float_model.state_dict()[k]) for k, v in before.items())
+
+
+def test_what_is_counted(probe):
+    conv = probe.convs["model.0.conv"]
+    assert probe.macs["model.0.conv"] == conv.weight.numel() * 32 * 32  # stride 2 at 64 px
+    assert "model.0.conv" not in {name for readers in probe.readers.values() for name in readers}  # reads the image
+    assert sorted(["model.0.conv", *(n for names in probe.readers.values() for n in names)]) == sorted(probe.convs)
+
+
+def test_measuring_goes_on_where_it_stopped(probe, tmp_path, monkeypatch):
+    file = tmp_path / "sensitivity.json"
+    about = describe(probe, QCConfig(), [tmp_path / "a.jpg"], 64)
+    wanted = {("weights", "model.0.conv"): (2, 4), ("activations", "model.1.conv"): (2,)}
+    asked = []
+    monkeypatch.setattr(probe, "cost", lambda *which: asked.append(which) or float(len(asked)))
+    first = measure(probe, dict(list(wanted.items())[:1]), about, file)
+    assert first["weights"] == {"model.0.conv": {"2": 1.0, "4": 2.0}}
+    costs = measure(probe, wanted, about, file)
+    assert asked[2:] == [("activations", "model.1.conv", 2)]
+    assert json.loads(file.read_text()) == {"about": about, "costs": costs}
+    measure(probe, wanted, {**about, "imgsz": 96}, file)  # of other images
+    assert len(asked) == 6
+
+
+def test_images_are_padded_and_spread_over_their_order(tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    image = np.zeros((20, 40, 3), np.uint8)
+    image[..., 2] = 255  # red, as OpenCV writes it
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    batch = read_images([tmp_path / "a.png"], 64)
+    assert batch.shape == (1, 3, 64, 64) and batch[0, :, 32, 32].tolist() == [1, 0, 0]
+    assert batch[0, :, 0, 0].tolist() == pytest.approx([114 / 255] * 3)
+    assert read_images([tmp_path / "a.png"], 64, channels=1).shape == (1, 1, 64, 64)
+    (tmp_path / "b.png").write_text("no image")
+    with pytest.raises(QCError, match=r"b.png cannot be read"):
+        read_images([tmp_path / "b.png"], 64)
+    assert spread_out(list("abcdefgh"), 4) == list("aceg") and spread_out(list("ab"), 4) == list("ab")
