@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "qat": {"config", "files", "quant"},
     "deploy": {"config", "files", "quant"},
     "host": {"config", "files", "quant", "qat", "deploy"},
-    "run": {"config", "files", "quant", "qat", "deploy", "host"},
+    "run": {"options", "config", "files", "quant", "qat", "deploy", "host"},
     "data": {"config", "files"},
     "tools": {"config", "files", "keys", "quant", "qat", "deploy", "host", "run"},
     "cli": {"config", "keys", "startup", "data", "tools", "run"},

@@ -16,7 +16,8 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
 from yolo_qc_plugin import add_qc_callbacks
-from yolo_qc_plugin.config import BUDGET_UNITS, QCConfig, QCError, split_budget
+from yolo_qc_plugin.config import QCConfig, QCError
+from yolo_qc_plugin.options import BUDGET_UNITS, split_budget
 from yolo_qc_plugin.quant.layers import quant_convs
 from yolo_qc_plugin.run import budget
 from yolo_qc_plugin.run.allocation import Layer, Problem

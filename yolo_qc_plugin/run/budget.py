@@ -19,13 +19,13 @@ from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils import RANK
 from ultralytics.utils.checks import check_imgsz
 
-from ..config import BUDGET_UNITS, MAX_BITS, MIN_BITS, QCConfig, QCError, split_budget
+from ..config import MAX_BITS, MIN_BITS, QCConfig, QCError
 from ..files import replacing
 from ..host import architecture, log
 from ..host.distributed import from_rank_0
 from ..host.images import read_images, spread_out
 from ..host.photographs import image_files
-from ..quant.inject import named_widths
+from ..options import BUDGET_UNITS, split_budget
 from .allocation import Layer, Problem
 from .report import FIGURES, model_size
 from .sensitivity import BATCH, FILE, IMAGES, Probe, Wanted, describe, measure
@@ -87,7 +87,7 @@ def layers_of(probe: Probe, config: QCConfig, unit: str) -> dict[str, Layer]:
     free = allowed_widths(config)
     layers = {}
     for name, conv in probe.convs.items():
-        w, a = named_widths(name, config.layer_bits)
+        w, a = config.named_bits(name)
         edge = config.edge_bits if name in edges else None
         body = None if unit == "%bops" else config.body_bits[1]
         fixed_w, fixed_a = w or edge, a or edge or body
