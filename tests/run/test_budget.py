@@ -20,7 +20,7 @@ from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.options import BUDGET_UNITS, split_budget
 from yolo_qc_plugin.quant.layers import quant_convs
 from yolo_qc_plugin.run import budget
-from yolo_qc_plugin.run.allocation import Layer, Problem
+from yolo_qc_plugin.run.allocation import DROP, Layer, Problem
 from yolo_qc_plugin.run.report import model_size
 from yolo_qc_plugin.run.sensitivity import Probe
 
@@ -76,8 +76,9 @@ def test_the_plan_is_the_best_of_all_within_the_budget(unit, seed, share):
 def test_a_tensor_counts_once():
     problem = small_problem(0)
     plan = {"a": (8, 8), "b": (8, 2), "c": (8, 2), "d": (8, 8)}
-    total = sum(problem.costs["weights"][n]["8"] for n in "abcd")
-    total += problem.costs["activations"]["t"]["2"] + problem.costs["activations"]["u"]["8"]
+    total = DROP["weights"] * sum(problem.costs["weights"][n]["8"] for n in "abcd")
+    of_tensors = problem.costs["activations"]
+    total += DROP["activations"] * (of_tensors["t"]["2"] + of_tensors["u"]["8"])
     assert problem._shares("%drop")("b", 8, 2) > problem._shares("%drop")("c", 8, 2)
     assert sum(problem._shares("%drop")(n, *w) for n, w in plan.items()) == pytest.approx(total)
 
