@@ -301,6 +301,16 @@ def test_three_forms_of_a_stack_agree(tmp_path_factory, blocks, options, output_
 ONE = dict(groups=1, width=3, kernel=3, stride=1, bias=False, act="silu", quantized=True)
 
 
+@pytest.mark.parametrize("kind", ONNX_KINDS)
+def test_widths_of_layers_reach_the_file(tmp_path, kind):
+    """Weights and activations apart: a layer of 6 and 8 bits between one of 4 and one of 4 and 3."""
+    stack, x = stack_of([ONE] * 3, dict(bits=4, layer_bits={"1.conv": "W6A8", "2.conv": "A3"}), 8, "off", 0)
+    assert [conv.act_quant.quant_max for _, conv in quant_convs(stack)] == [15, 255, 7]
+    file = write_onnx(stack, x, kind, tmp_path / "stack.onnx")
+    assert [layer.bits for layer in deployed_convs(stack).values()] == [4, 6, 4]
+    check_both(file, stack, x)
+
+
 @pytest.mark.parametrize("name", ["weight_codes", "weight_scale", "bias_codes", "zero_point", "scale"])
 def test_the_comparison_sees_a_changed_number(tmp_path, name):
     """Negative control: one number of the file changed by one unit, a scale by 1%."""
