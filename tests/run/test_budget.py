@@ -184,6 +184,14 @@ def test_a_resumed_run_takes_the_plan_from_its_checkpoint(digits, tmp_path, monk
     assert widths_of(load_checkpoint(tmp_path / "run" / "weights" / "best.pt")[0]) == plan
 
 
+def test_another_process_takes_the_plan_of_rank_0(monkeypatch):
+    monkeypatch.setattr(budget, "RANK", 1)
+    monkeypatch.setattr(budget, "from_rank_0", lambda value: {"a": "W2A8"} if value is None else value)
+    monkeypatch.setattr(budget, "_plan", None)  # it does not search itself
+    config = budget.with_plan(None, None, QCConfig(budget="3bits", layer_bits={"b": 4}))
+    assert config.layer_bits == {"b": 4, "a": "W2A8"} and config.budget == "3bits"
+
+
 def test_a_bad_budget_ends_before_training(train, monkeypatch):
     monkeypatch.setattr(budget, "measure", None)  # not even costs are measured
     for amount in "0.001MB", "9MB", "1.9bits", "8.5bits":
