@@ -236,6 +236,36 @@ def test_the_tables_on_coco(tmp_path):
     assert record.page(["# Page"], {"d": {"cells": {}, "notes": []}}, *coco.TABLES) == "# Page\n"
 
 
+def test_the_table_of_budgets():
+    """A plan against the uniform width of its size; at 0.9 of the size of W4A4 too."""
+    one = {"data": "d.yaml", "weights": "w.pt", "model": "yolov5n", "steps": 6, "versions": {}, "kept": "qc"}
+    one |= {"images": {"train": 24, "val": 8}, "options": {}, "size_mb": {"quantized": 1.387}}
+    states = {
+        "pretrained": {"trained": 0.4},
+        "W4A8": {"qat": 0.36, "qc": 0.37},
+        "budget-W4A8": {"qat": 0.39, "qc": 0.385},
+        "W4A4": {"qat": 0.3, "qc": 0.31},
+        "budget-W4A4-90%": {"qat": 0.31, "qc": 0.3},
+    }
+    recorded = {f"{name}-seed0": {**one, **cell_of(0, **of)} for name, of in states.items()}
+    recorded["budget-W4A8-seed0"]["budget"] = {"takes": {"%drop": 1.25}}
+    page = coco.budgets("d-yolov5n", {"cells": recorded, "notes": [], "differences": {}})
+    assert "| budget-W4A8 | ✗ | 1 | 1.39 | 39.0 | 97.5% | 75% | 98.8% | +3.0 | +3.00 | - | - | noise |" in page
+    assert "| budget-W4A4-90% | ✓ | 1 | 1.39 | 30.0 | 75.0% | -11% |  | -1.0 | -1.00 | - | - | noise |" in page
+    (rows,) = page_tables(page)
+    assert len({row.count("|") for row in rows}) == 1 and len(rows) == 2 + 8
+    assert (("budget-W4A4-90%", "qat"), ("W4A4", "qat")) in coco.compared()
+
+
+def test_a_budget_is_the_size_of_the_uniform_width():
+    names = {cell.name: cell.options for cell in coco.budgeted(str(CHECKPOINTS / "float.pt"))}
+    sizes = {name: float(options["budget"][:-2]) for name, options in names.items() if "budget" in options}
+    assert sizes["budget-W4A8"] == sizes["budget-W4A4"] > sizes["budget-W3A8"]
+    assert sizes["budget-W4A4-90%"] == pytest.approx(0.9 * sizes["budget-W4A4"], abs=1e-6)
+    assert names["budget-W3A8"].items() >= names["W3A8"].items()
+    assert [cell.name for cell in coco.budgeted(None)] == list(names)
+
+
 def page_tables(lines: list[str]) -> list[list[str]]:
     """The tables of a page, each the lines of one."""
     tables: list[list[str]] = [[]]
