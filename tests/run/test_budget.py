@@ -73,6 +73,14 @@ def test_the_plan_is_the_best_of_all_within_the_budget(unit, seed, share):
     assert (low, high) == pytest.approx((min(amounts), max(amounts)))
 
 
+def test_costs_that_are_all_0_leave_the_budget():
+    """As of an untrained classifier, whose outputs do not depend on its layers."""
+    problem = small_problem(0)
+    nothing = {kind: {n: dict.fromkeys(of, 0.0) for n, of in found.items()} for kind, found in problem.costs.items()}
+    plan = replace(problem, costs=nothing).solve("bits", 4.0)
+    assert problem.amount("bits", plan) <= 4.0
+
+
 def test_a_tensor_counts_once():
     problem = small_problem(0)
     plan = {"a": (8, 8), "b": (8, 2), "c": (8, 2), "d": (8, 8)}

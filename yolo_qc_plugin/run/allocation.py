@@ -19,10 +19,11 @@ import numpy as np
 Widths = tuple[int, int]  # of weights and of the input
 Plan = dict[str, Widths]  # by the name of the layer
 # Relative drop of mAP after training, in percent for each unit of cost; training mends weights better. Both are from
-# two rows of docs/results/coco.md: YOLOv5n with costs of 1.65 for its weights lost 5.6% with activations that cost 0.02
-# (W4A8) and 15.3% with 0.43 (W4A4).
+# two rows of docs/results/coco.md (40 epochs): YOLOv5n with costs of 1.65 for its weights lost 5.6% with activations
+# that cost 0.02 (W4A8) and 15.3% with 0.43 (W4A4).
 DROP = {"weights": 3.1, "activations": 23.0}
 GAP = 1e-4  # a solution may be above the least by this share
+TINY = 1e-12  # of costs that are all 0, as of an untrained classifier
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,15 @@ class Problem:
         choices = [choice for name in self.layers for choice in self._choices(name)]
         limited = np.array([self._shares(unit)(*choice) for choice in choices])
         wanted = np.array([self._shares("MB" if unit == "%drop" else "%drop")(*choice) for choice in choices])
+        largest = max(limited.max(), TINY)
         rows, equal_to = self._equations(choices)
         found = milp(
-            wanted / wanted.max(),
+            wanted / max(wanted.max(), TINY),
             integrality=np.ones(len(choices)),
             bounds=Bounds(0, 1),
             constraints=[
                 LinearConstraint(csr_array(rows), equal_to, equal_to),
-                LinearConstraint(limited[None] / limited.max(), ub=self._start(unit, limit) / limited.max()),
+                LinearConstraint(limited[None] / largest, ub=self._start(unit, limit) / largest),
             ],
             options={"mip_rel_gap": GAP},
         )
