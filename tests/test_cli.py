@@ -21,9 +21,7 @@ def test_commands_are_listed(arguments, capsys):
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
-    assert " ".join(COMMANDS) == (
-        "correct eval compare check benchmark plot sensitivity label options digits hook"
-    )
+    assert " ".join(COMMANDS) == ("correct eval compare check benchmark plot sensitivity label options digits hook")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

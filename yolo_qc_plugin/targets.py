@@ -16,6 +16,7 @@ class Target:
         fills: Option -> its value where it is not given.
         bears: Option -> the values that can run there; others are refused. Options that are not named can have any.
         onnx: The kind of graph that `format=onnx` writes (see deploy.kinds).
+        widths: Those that a budget chooses from (run.budget): others take no less of the file than the next of these.
         narrow: Whether weights of 8 bits leave out the code -128.
         symmetric: Whether activations are to be signed and symmetric, the inputs of residual sums quantized, and what
             is concatenated on one grid.
@@ -24,6 +25,7 @@ class Target:
     fills: Mapping[str, Any]
     onnx: str
     bears: Mapping[str, tuple] = field(default_factory=dict)
+    widths: tuple[int, ...] = (4, 8)
     narrow: bool = False
     symmetric: bool = False
 
@@ -44,5 +46,6 @@ TARGETS: dict[str, Target] = {
         {"per_channel": True, "act_offset": False, "output_bits": None},
         onnx="qonnx",
         bears={"act_offset": (False,), "output_bits": (None,)},
+        widths=(2, 3, 4, 5, 6, 7, 8),
     ),
 }

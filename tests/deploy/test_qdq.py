@@ -301,7 +301,7 @@ def test_three_forms_of_a_stack_agree(tmp_path_factory, blocks, options, output_
 ONE = dict(groups=1, width=3, kernel=3, stride=1, bias=False, act="silu", quantized=True)
 
 
-@pytest.mark.parametrize("kind", ONNX_KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_widths_of_layers_reach_the_file(tmp_path, kind):
     """Weights and activations apart: a layer of 6 and 8 bits between one of 4 and one of 4 and 3."""
     stack, x = stack_of([ONE] * 3, dict(bits=4, layer_bits={"1.conv": "W6A8", "2.conv": "A3"}), 8, "off", 0)

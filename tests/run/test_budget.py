@@ -213,6 +213,12 @@ def test_a_plan_of_another_model_is_refused(planned, train):
         train({"layer_bits": str(run / "qc" / "plan.json")})  # YOLOv5n
 
 
+@pytest.mark.parametrize("target,widths", [(None, range(2, 9)), ("cpu", (4, 8)), ("fpga", range(2, 9))])
+def test_a_target_has_the_widths_that_make_its_file_smaller(target, widths):
+    config = QCConfig.from_options({"budget": "1MB", "target": target})
+    assert budget.allowed_widths(config) == tuple(widths)
+
+
 def test_inputs_are_free_where_the_budget_counts_them():
     config = QCConfig(act_bits=6, edge_bits=7, layer_bits={"model.1.conv": "A5"})
     probe = Probe(YOLO(FLOAT).model, config, [torch.rand(1, 3, 64, 64)])

@@ -34,8 +34,8 @@ PLAN = "plan.json"  # in a run's qc/
 
 
 def allowed_widths(config: QCConfig) -> tuple[int, ...]:
-    """Widths to choose from; what a run is for may know fewer."""
-    return tuple(range(MIN_BITS, MAX_BITS + 1))
+    """Widths to choose from: those whose file what the run is for makes smaller."""
+    return config.runs_on.widths if config.runs_on else tuple(range(MIN_BITS, MAX_BITS + 1))
 
 
 def with_plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig) -> QCConfig:

@@ -25,11 +25,12 @@ from ..files import replacing
 from ..host import architecture
 from ..host.distillation import Gains, detector, head_loss
 from ..quant.calibrate import act_quantizers, observe
-from ..quant.inject import inject, share_quantizers
+from ..quant.inject import inject
 from ..quant.layers import QuantConv2d, quant_convs
 from ..quant.modules import hooked
 from ..quant.observers import SampleObserver
 from ..quant.quantizer import ActQuantizer, Quantizer
+from ..quant.share import share_quantizers
 
 FILE = "sensitivity.json"  # in a run's qc/
 IMAGES, BATCH = 32, 16
