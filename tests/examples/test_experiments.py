@@ -224,7 +224,7 @@ def test_the_tables_on_coco(tmp_path):
     content["differences"][measured.label(*pair)] = {"interval": [4.0, 6.0]}
     page = record.page(coco.HEAD, {"d-yolov5n": content}, *coco.TABLES).splitlines()
     assert "Not by default: label_weight=0.0." in page
-    assert "| float trained on | 1 | | | | 39.0 | 97.5% | 100.0% | | | | | | | |" in page
+    assert "| float trained on | 1 | | | | 39.0 | 97.5% | 100.0% | | | | | | |" in page
     assert "| W4A8 | 1 | 10.0 | 36.0 | 38.0 | 38.0 | 95.0% | 97.4% | +2.0 | +2.00 | - | - | noise | 2 |" in page
     assert "| float | - | 32 | 1 | 40.0 | 100.0% | 50.0 | 28.0 |" in page
     assert "| LSQ | ✗ | 4 | 1 | 20.0 | 50.0% | 50.0 | 20.6 |" in page
@@ -278,7 +278,7 @@ def page_tables(lines: list[str]) -> list[list[str]]:
 
 
 SCRIPTS = {
-    "benchmarks": ("step", "quantizer", "correction", "deploy"),
+    "benchmarks": ("step", "quantizer", "correction"),
     "experiments": (
         "paper table1", "paper cost", "presets", "defaults", "sensitivity", "families", "parity", "kill_and_resume",
         "reliability",
