@@ -127,7 +127,7 @@ def table1(name: str, content: dict) -> list[str]:
     """Table 1: every method before and after QC."""
     found = {c.name: results(content["cells"], c.name) for c in cells("table1", WIDTHS)}
     files = [r for runs in found.values() for r in runs.values()]
-    if not found["float"]:
+    if not found["float"] or not any(runs for cell, runs in found.items() if cell != "float"):
         return []
     start = results(content["cells"], "pretrained")
     paper = PAPER.get(files[0]["model"], {})
