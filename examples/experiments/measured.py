@@ -90,16 +90,16 @@ def agreement(file: Path, start: str, validator) -> np.ndarray:
     import torch
     from ultralytics.nn.tasks import load_checkpoint
 
-    from yolo_qc_plugin.host.distillation import Gains, head_loss
+    from yolo_qc_plugin.host.distillation import head_loss
+    from yolo_qc_plugin.run.sensitivity import GAINS
 
     model, teacher = (load_checkpoint(f, device=validator.device)[0].float().eval() for f in (file, start))
-    gains = Gains(outputs=1.0, features=0.0, labels=0.0, cls=0.5, dfl=1.5)  # Ultralytics' own
     losses = {}
     with torch.no_grad():
         for batch in validator.dataloader:
             batch = validator.preprocess(batch)
             for name, image in zip(batch["im_file"], batch["img"].float().split(1)):
-                losses[name] = head_loss(model.model[-1], model(image), teacher(image), gains).item()
+                losses[name] = head_loss(model.model[-1], model(image), teacher(image), GAINS).item()
     return np.array([losses[name] for name in sorted(losses)])
 
 

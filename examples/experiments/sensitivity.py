@@ -33,15 +33,15 @@ def measure(file: Path, args: argparse.Namespace) -> None:
     from ultralytics import YOLO
 
     from yolo_qc_plugin.config import QCConfig
-    from yolo_qc_plugin.host.images import read_images, spread_out
+    from yolo_qc_plugin.host.images import spread_out
     from yolo_qc_plugin.host.photographs import read_photographs
     from yolo_qc_plugin.run.callbacks import attach
-    from yolo_qc_plugin.run.sensitivity import BATCH, IMAGES, Probe
+    from yolo_qc_plugin.run.sensitivity import IMAGES, prepare
 
     attach()
     yolo = YOLO(args.weights)
     files = spread_out(list(read_photographs(args.data, args.out).splits["train"]), IMAGES)
-    probe = Probe(yolo.model, QCConfig(), list(read_images(files, args.imgsz).split(BATCH)))
+    probe, _ = prepare(yolo.model, QCConfig(), files, args.imgsz, "cpu")
     yolo.model = probe.model
     yolo.model.fuse = lambda *args, **kwargs: yolo.model  # fusing would compute integers
     record = read(file)

@@ -17,18 +17,17 @@ from typing import Any
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils import RANK
-from ultralytics.utils.checks import check_imgsz
 
 from ..config import MAX_BITS, MIN_BITS, QCConfig, QCError
 from ..files import replacing
 from ..host import architecture, log
 from ..host.distributed import from_rank_0
-from ..host.images import read_images, spread_out
+from ..host.images import spread_out
 from ..host.photographs import image_files
 from ..options import BUDGET_UNITS, split_budget
 from .allocation import Layer, Problem
 from .report import FIGURES, model_size
-from .sensitivity import BATCH, FILE, IMAGES, Probe, Wanted, describe, measure
+from .sensitivity import FILE, IMAGES, Probe, Wanted, measure, prepare
 
 PLAN = "plan.json"  # in a run's qc/
 
@@ -59,16 +58,14 @@ def _plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig, budget: str)
     """Measure, decide, write and say; returns name -> widths as `layer_bits` takes them."""
     unit = split_budget(budget)[1]
     folder = trainer.save_dir / "qc"
-    imgsz = check_imgsz(trainer.args.imgsz, stride=max(int(model.stride.max()), 32), max_dim=1)
     files = spread_out(image_files(trainer.data["train"], str(trainer.args.data)), IMAGES)
-    images = read_images(files, imgsz, model.yaml.get("channels", 3)).to(trainer.device)
-    probe = Probe(model.to(trainer.device), config, list(images.split(BATCH)))
+    probe, about = prepare(model, config, files, trainer.args.imgsz, trainer.device)
     layers = layers_of(probe, config, unit)
     problem = Problem(layers, {}, other_bits(probe))
     if unit != "%drop":  # before what takes minutes
         check_reach(problem, budget)
     folder.mkdir(parents=True, exist_ok=True)
-    costs = measure(probe, wanted(layers), describe(probe, config, files, imgsz), folder / FILE)
+    costs = measure(probe, wanted(layers), about, folder / FILE)
     summary = solve(replace(problem, costs=costs), budget)
     with replacing(folder / PLAN) as temporary:
         temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")

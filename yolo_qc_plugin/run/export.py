@@ -59,8 +59,7 @@ def choose_onnx_kind(model, kind: str) -> None:
         >>> choose_onnx_kind(model, "int4")
         >>> model.export(format="onnx")
     """
-    for event, callback in export_events(kind).items():
-        model.add_callback(event, callback)
+    choose_kinds(model, onnx=kind)
 
 
 def choose_litert_kind(model, kind: str) -> None:
@@ -78,5 +77,15 @@ def choose_litert_kind(model, kind: str) -> None:
         >>> choose_litert_kind(model, "int8")
         >>> model.export(format="litert")
     """
-    for event, callback in export_events(litert=kind).items():
+    choose_kinds(model, litert=kind)
+
+
+def choose_kinds(model, **kinds: str) -> None:
+    """Give a model the callbacks of `export_events`.
+
+    Args:
+        model: An `ultralytics.YOLO` object with a quantized model.
+        **kinds: Arguments of `export_events`.
+    """
+    for event, callback in export_events(**kinds).items():
         model.add_callback(event, callback)

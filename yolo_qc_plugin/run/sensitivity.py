@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils import TQDM
+from ultralytics.utils.checks import check_imgsz
 
 from ..config import QCConfig
 from ..files import replacing
 from ..host import architecture
 from ..host.distillation import Gains, detector, head_loss
+from ..host.images import read_images
 from ..quant.calibrate import act_quantizers, observe
 from ..quant.inject import inject
 from ..quant.layers import QuantConv2d, quant_convs
@@ -121,6 +123,24 @@ class Probe:
         quant.set_bits(bits)
         quant.calibrate(seen.values, seen.low, self._method)
         return quant
+
+
+def prepare(
+    model: BaseModel, config: QCConfig, files: Sequence[Path], imgsz: int, device: str | torch.device
+) -> tuple[Probe, dict[str, Any]]:
+    """A probe on images of some files, and what its costs depend on (see `describe`).
+
+    Args:
+        model: Float model; it goes to the device.
+        config: As of `Probe`.
+        files: The images.
+        imgsz: Their size in pixels, which is rounded up to what the model takes.
+        device: Where to compute.
+    """
+    size = check_imgsz(imgsz, stride=max(int(model.stride.max()), 32), max_dim=1)
+    images = read_images(files, size, model.yaml.get("channels", 3)).to(device)
+    probe = Probe(model.to(device), config, list(images.split(BATCH)))
+    return probe, describe(probe, config, files, size)
 
 
 def measure(probe: Probe, wanted: Wanted, about: dict, file: Path) -> dict[str, dict[str, dict[str, float]]]:

@@ -16,7 +16,7 @@ from ultralytics import YOLO
 
 from ..deploy.kinds import ONNX_KINDS
 from ..deploy.litert.graph import LITERT_KINDS
-from ..run.export import export_events
+from ..run.export import choose_kinds
 
 FP32 = "FP32"
 RUN_HERE = [kind for kind in ONNX_KINDS if kind != "qonnx"]  # whose nodes no runtime that is timed here knows
@@ -34,7 +34,7 @@ class File:
         format: Of `yolo export`.
         checkpoint: What is exported.
         needs: Packages without which it is not.
-        kind: Arguments of `export_events`; empty for a float model.
+        kind: Arguments of `choose_kinds`; empty for a float model.
         arguments: Of `yolo export`.
         path: Once it is written.
         obstacle: Why it was not, in one line.
@@ -62,8 +62,8 @@ class File:
         own = folder / f"{self.name}-{self.format}".replace(" ", "-")
         own.mkdir()
         yolo, said = YOLO(shutil.copy(self.checkpoint, own / "model.pt")), io.StringIO()
-        for event, callback in (export_events(**self.kind) if self.kind else {}).items():
-            yolo.add_callback(event, callback)
+        if self.kind:
+            choose_kinds(yolo, **self.kind)
         try:
             with redirect_stdout(said), redirect_stderr(said):  # converters print what they do, past all logs
                 self.path = Path(yolo.export(format=self.format, imgsz=imgsz, device="cpu", **self.arguments))

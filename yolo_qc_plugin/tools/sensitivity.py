@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ultralytics import YOLO
-from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import select_device
 
 from ..config import MAX_BITS, MIN_BITS, QCConfig, QCError
 from ..host import architecture, log
-from ..host.images import read_images, spread_out
+from ..host.images import spread_out
 from ..host.photographs import read_photographs
 from ..quant.layers import is_quantized
-from ..run.sensitivity import BATCH, FILE, IMAGES, Probe, describe, measure
+from ..run.sensitivity import FILE, IMAGES, measure, prepare
 from .pictures import STYLE, empty_figure, save
 
 SHOWN = 10  # layers in the text
@@ -61,17 +60,12 @@ def sensitivity(
         raise QCError(f"QC: model={model} is quantized; give the float checkpoint.")
     folder = Path(out or f"{Path(model).stem}-sensitivity")
     files = spread_out(list(read_photographs(data, folder).splits["train"]), images)
-    config = QCConfig()
     size = imgsz or (yolo.ckpt or {}).get("train_args", {}).get("imgsz") or 640
-    size = check_imgsz(size, stride=max(int(yolo.model.stride.max()), 32), max_dim=1)
-    place = select_device(device, verbose=False)
-    batches = read_images(files, size, yolo.model.yaml.get("channels", 3)).to(place).split(BATCH)
-    probe = Probe(yolo.model.to(place), config, list(batches))
-    about = describe(probe, config, files, size)
+    probe, about = prepare(yolo.model, QCConfig(), files, size, select_device(device, verbose=False))
     widths = sorted(set(bits))
     wanted = {**{("weights", n): widths for n in probe.convs}, **{("activations", n): widths for n in probe.inputs}}
     folder.mkdir(parents=True, exist_ok=True)
-    log.info(f"{len(probe.convs)} layers and {len(probe.inputs)} tensors on {len(files)} images of {size} px")
+    log.info(f"{len(probe.convs)} layers and {len(probe.inputs)} tensors on {len(files)} images of {about['imgsz']} px")
     costs = measure(probe, wanted, about, folder / FILE)
     return {"about": about, "costs": costs, "files": [str(folder / FILE), *map(str, draw(about, costs, folder))]}
 
