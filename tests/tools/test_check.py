@@ -154,6 +154,46 @@ def test_a_changed_litert_file_fails(trained, digits, tmp_path, small_files):
     assert not result["passed"] and result["weights"] == [layer]
 
 
+@pytest.fixture(params=["openvino", "torchscript"])
+def whole(request, trained, tmp_path, small_files):
+    """A checkpoint and what a format without codes makes of it."""
+    pytest.importorskip("openvino" if request.param == "openvino" else "torch")
+    checkpoint = shutil.copy(trained[0], tmp_path / "best.pt")
+    return checkpoint, Path(YOLO(checkpoint).export(format=request.param, imgsz=64, device="cpu"))
+
+
+def test_a_file_that_shows_no_codes_passes(whole, digits, capsys):
+    """Weights, outputs and figures are compared all the same."""
+    checkpoint, file = whole
+    assert main(["check", f"model={checkpoint}", f"file={file}", f"data={digits}", "images=2"]) == 0
+    assert "passed (accepted: 0.1 points" in capsys.readouterr().out
+    result = check(checkpoint, file, digits, images=2)
+    (runtime,) = result["runtimes"]
+    assert "steps" not in runtime and runtime["output"] < 1e-3 and runtime["points"] < 0.01
+    assert runtime["AP"] > FINDS
+    if not file.is_dir():  # Ultralytics lets OpenVINO compute float layers in BF16, where the processor has it
+        assert runtime["AP"] == evaluate(file, digits, imgsz=64, rect=False)["coco"]["AP"]
+
+
+def test_a_changed_file_that_shows_no_codes_fails(whole, digits):
+    """One code of one layer."""
+    checkpoint, file = whole
+    layer = "model.2.cv1.conv"
+    if file.is_dir():
+        layers = deployed_convs(YOLO(checkpoint).model.float().fuse(verbose=False))
+        codes = layers[layer].positive_scale(-128, 127)[0].numpy().astype(np.int8).tobytes()
+        content = (file / "best.bin").read_bytes()
+        assert content.count(codes) == 1
+        (file / "best.bin").write_bytes(content.replace(codes, bytes([codes[0] ^ 1]) + codes[1:]))
+    else:
+        about = {"config.txt": ""}
+        model = torch.jit.load(file, _extra_files=about)
+        dict(model.named_parameters())[f"{layer}.weight_codes"].view(-1)[0] ^= 1
+        model.save(str(file), _extra_files=about)
+    assert main(["check", f"model={checkpoint}", f"file={file}", f"data={digits}", "images=1"]) == 1
+    assert check(checkpoint, file, digits, images=1)["weights"] == [layer]
+
+
 def bad_files(trained, tmp_path):
     """Kind -> (checkpoint, ONNX file) that cannot be compared."""
     checkpoint, file = trained
@@ -161,6 +201,8 @@ def bad_files(trained, tmp_path):
     content = Path(file).read_bytes()
     cut.write_bytes(content[: len(content) // 2])
     text.write_text("not a model")
+    empty = tmp_path / "empty_openvino_model"
+    empty.mkdir()
     torn.write_bytes(checkpoint.read_bytes()[:1000])
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Relu", ["x"], ["y"])],
@@ -175,13 +217,16 @@ def bad_files(trained, tmp_path):
         "text": (checkpoint, text),
         "foreign": (checkpoint, other),
         "another format": (checkpoint, tmp_path / "best.engine"),
+        "empty folder": (checkpoint, empty),
+        "torn TorchScript": (checkpoint, shutil.copy(cut, tmp_path / "cut.torchscript")),
         "torn checkpoint": (torn, file),
         "missing checkpoint": (tmp_path / "none.pt", file),
     }
 
 
 @pytest.mark.parametrize("kind", [
-    "missing", "truncated", "text", "foreign", "another format", "torn checkpoint", "missing checkpoint",
+    "missing", "truncated", "text", "foreign", "another format", "empty folder", "torn TorchScript", "torn checkpoint",
+    "missing checkpoint",
 ])  # fmt: skip
 def test_files_that_cannot_be_compared_get_one_message(trained, digits, tmp_path, capsys, kind):
     checkpoint, file = bad_files(trained, tmp_path)[kind]

@@ -26,43 +26,51 @@ def compare_codes(model: nn.Module, graph: Exported, name: str, images: Tensor) 
         images: Shape (n, 3, h, w), in 0..1.
 
     Returns:
-        "steps", the largest difference of a code layer by layer; "changed" and "changed_end_to_end", shares of codes;
-        "output", the largest difference end to end, in the outputs' own units.
+        "output", the largest difference end to end, in the outputs' own units; and, where the runtime shows codes,
+        "steps", the largest difference of a code layer by layer; "changed" and "changed_end_to_end", shares of codes.
 
     Raises:
         QCError: If the file's outputs have other shapes than the model's.
     """
-    instrumented, names = graph.with_codes()
-    run = batched(graph.open(name, instrumented), graph.fixed_batch)
+    content, names = graph.with_codes() if graph.codes else (None, [])
+    run = batched(graph.open(name, content), graph.fixed_batch)
     total = changed = changed_end_to_end = steps = 0
     output = 0.0
     for image in images.split(graph.fixed_batch or 1):
-        count = graph.output_count
         values = run(image.numpy())
+        count = len(values) - len(names)
         theirs = dict(zip(names, values[count:]))
-        forced = _Codes(model, graph, theirs, force=True)
-        with forced:
-            model(image)
         free = _Codes(model, graph, theirs, force=False)
         with free:
             mine = model(image)
-        mine = mine[0] if isinstance(mine, (tuple, list)) else mine  # the others are for the training loss
-        mine = mine if isinstance(mine, (tuple, list)) else (mine,)
-        shapes = [tuple(v.shape) for v in mine], [v.shape for v in values[:count]]
-        if shapes[0] != shapes[1]:
-            raise QCError(
-                f"QC: file={graph.path} gives outputs of shape {shapes[1]}, the model {shapes[0]}; "
-                "accepted: files exported without nms=True."
-            )
-        output = max(output, *(float((a - torch.from_numpy(b)).abs().max()) for a, b in zip(mine, values)))
-        total, changed = total + forced.total, changed + forced.changed
-        changed_end_to_end, steps = changed_end_to_end + free.changed, max(steps, forced.steps)
+        output = max(output, _largest_difference(graph, mine, values[:count]))
+        if graph.codes:
+            forced = _Codes(model, graph, theirs, force=True)
+            with forced:
+                model(image)
+            total, changed = total + forced.total, changed + forced.changed
+            changed_end_to_end, steps = changed_end_to_end + free.changed, max(steps, forced.steps)
+    if not graph.codes:
+        return {"output": output}
     return {
         "steps": steps,
         "changed": changed / total,
         "changed_end_to_end": changed_end_to_end / total,
         "output": output,
     }
+
+
+def _largest_difference(graph: Exported, mine: Any, theirs: list[np.ndarray]) -> float:
+    """Of outputs, in their own units."""
+    mine = mine[0] if isinstance(mine, (tuple, list)) else mine  # the others are for the training loss
+    mine = mine if isinstance(mine, (tuple, list)) else (mine,)
+    shapes = [tuple(v.shape) for v in mine], [v.shape for v in theirs]
+    if shapes[0] != shapes[1]:
+        raise QCError(
+            f"QC: file={graph.path} gives outputs of shape {shapes[1]}, the model {shapes[0]}; "
+            "accepted: files exported without nms=True."
+        )
+    return max(float((a - torch.from_numpy(b)).abs().max()) for a, b in zip(mine, theirs))
 
 
 class _Codes:
@@ -81,7 +89,8 @@ class _Codes:
     def __enter__(self):
         self.hooks = []
         for name, layer in self.layers.items():
-            self.hooks.append(layer.register_forward_pre_hook(self._input))
+            if name in self.graph.codes:
+                self.hooks.append(layer.register_forward_pre_hook(self._input))
             if name in self.graph.outputs:
                 self.hooks.append(layer.register_forward_hook(self._output))
         return self

@@ -38,7 +38,6 @@ class Exported:
         fixed_batch: Images that it takes at once, 0 for any number.
         codes: Layer name -> (tensor of its input's codes, zero point).
         outputs: Layer name -> (tensor of its output's codes, scale, zero point), where the output is quantized.
-        output_count: Outputs of the graph.
         weights: Layer name -> tensor of its weight's codes.
         values: Constant name -> array; weights are (out, in, height, width).
     """
@@ -52,7 +51,6 @@ class Exported:
     fixed_batch: int
     codes: dict[str, tuple[str, int]]
     outputs: dict[str, tuple[str, float, int]]
-    output_count: int
     weights: dict[str, str]
     values: dict[str, np.ndarray]
 
@@ -136,7 +134,6 @@ class ExportedONNX(Exported):
                 f"QC: file={path} has no metadata of Ultralytics; accepted: files of `yolo export`."
             ) from None
 
-        self.output_count = len(self.model.graph.output)
         self.values = {i.name: numpy_helper.to_array(i) for i in self.model.graph.initializer}
         self.codes, self.outputs, self.weights = {}, {}, {}
         self._read(*links(self.model.graph))

@@ -78,7 +78,7 @@ class ExportedQONNX(ExportedONNX):
 
         model = onnx.load_from_string(content) if content else self.model
         run = run_qonnx(model, self.model) if runtime == "qonnx" else session(_with_function(model), runtime)
-        names = [o.name for o in model.graph.output][self.output_count :]
+        names = [o.name for o in model.graph.output][len(self.model.graph.output) :]
         return lambda images: self._codes_of(run(images), names)
 
     def cost(self) -> dict[str, float]:
@@ -102,7 +102,7 @@ class ExportedQONNX(ExportedONNX):
         return {"bops": bops, "macs": macs, "weight_bits": assign_mem_bits_and_elems(found)["total_mem_w_bits"]}
 
     def _codes_of(self, values: list[np.ndarray], names: list[str]) -> list[np.ndarray]:
-        for i, name in enumerate(names, self.output_count):
+        for i, name in enumerate(names, len(values) - len(names)):
             scale, zero_point, kind = self.grids[name]
             values[i] = (np.rint(values[i] / scale) + zero_point).astype(kind)
         return values

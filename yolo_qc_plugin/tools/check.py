@@ -7,7 +7,7 @@ Three comparisons for each runtime:
 2. The codes of each layer, where PyTorch's layers are given the codes that the runtime computed before them: the share
    that differs and the largest difference in quantization steps. Without that no two float implementations agree bit
    for bit: a value at a rounding threshold moves by a step, and later values move with it. So the share of codes that
-   differ end to end is reported, and not judged.
+   differ end to end is reported, and not judged. OpenVINO's folders and TorchScript show no codes.
 3. Accuracy on the same images, padded to the file's size: of the checkpoint as it was trained (fake-quantized), of its
    deployed form in PyTorch, and of the runtime. For detection that is mAP by pycocotools, for other tasks Ultralytics'
    own figures.
@@ -33,12 +33,14 @@ from ..host import log
 from ..run.report import figures_of
 from .checkpoints import load_checkpoint
 from .evaluate import evaluate, validate
+from .exported_whole import ExportedOpenVINO, ExportedTorchScript
 from .running import computed_by, on_runtime
 
 MAX_STEPS = 1  # largest difference of a code that passes, given the same input
 MAX_POINTS = 0.1  # largest difference of a task's main figures that passes, in points
 MAX_POINTS_LITERT = 0.3  # its built-in kernels round a product twice
-FORMATS = {".onnx": open_onnx, ".tflite": ExportedLiteRT}
+FORMATS = {".onnx": open_onnx, ".tflite": ExportedLiteRT, ".torchscript": ExportedTorchScript}
+FOLDER = "_openvino_model"  # the end of the name of OpenVINO's
 MAIN_FIGURES = ("AP", "map50_95", "mask_map50_95", "pose_map50_95", "top1")
 
 
@@ -55,7 +57,8 @@ def check(
     """Compare a checkpoint with a file exported from it, in the runtimes that run it.
 
     An ONNX file is run in ONNX Runtime, with optimisations on and off, and in OpenVINO; one of the qonnx kind in ONNX
-    Runtime and in the qonnx package. A LiteRT file is run with XNNPACK and by LiteRT's built-in kernels.
+    Runtime and in the qonnx package. A LiteRT file is run with XNNPACK and by LiteRT's built-in kernels, an OpenVINO
+    folder in OpenVINO, a TorchScript file in PyTorch.
 
     Args:
         model: Checkpoint of a quantized model.
@@ -71,8 +74,9 @@ def check(
         "checkpoint" and "pytorch" (deployed) with figures in 0..1 (AP and AP50 of detection, those of
         `report.figures_of` of other tasks); "runtimes", a list of dicts: name, the figures, points (largest difference
         of the main ones to "pytorch" in points), steps (largest, layer by layer), changed (share, layer by layer),
-        changed_end_to_end (share), output (largest difference end to end, in the outputs' own units); of a runtime that
-        is too slow for a data set without the figures, of one that is not tried name and skipped (a reason); "cost",
+        changed_end_to_end (share), output (largest difference end to end, in the outputs' own units); of a format that
+        shows no codes without the three before, of a runtime that is too slow for a data set without the figures, of
+        one that is not tried name and skipped (a reason); "cost",
         what the qonnx package counts in a file of that kind (see `deploy.exported_qonnx`), else empty; "passed".
 
     Raises:
@@ -105,13 +109,16 @@ def check(
         "cost": graph.cost(),
         "passed": not weights
         and _points(trained, expected) <= MAX_POINTS
-        and all(r["steps"] <= MAX_STEPS and r.get("points", 0) <= _limit(r["name"]) for r in judged),
+        and all(r.get("steps", 0) <= MAX_STEPS and r.get("points", 0) <= _limit(r["name"]) for r in judged),
     }
 
 
 def _open(path: Path) -> Exported:
+    if path.name.endswith(FOLDER):
+        return ExportedOpenVINO(path)
     if path.suffix not in FORMATS:
-        raise QCError(f"QC: file={path} is not accepted; give a file of `yolo export` in {' or '.join(FORMATS)}.")
+        accepted = f"{', '.join(FORMATS)} or {FOLDER}"
+        raise QCError(f"QC: file={path} is not accepted; give what `yolo export` writes, ending in {accepted}.")
     return FORMATS[path.suffix](path)
 
 
@@ -160,19 +167,19 @@ def format_check(result: dict[str, Any]) -> str:
         if "skipped" in r:
             rows.append((r["name"], r["skipped"]))
             continue
-        shares = [f"{r[k]:.2e}" for k in ("changed", "changed_end_to_end")]
+        codes = [str(r["steps"]), *(f"{r[k]:.2e}" for k in ("changed", "changed_end_to_end"))] if "steps" in r else []
         compared = [*figures(r), f"{r['points']:.2f}"] if "points" in r else ["" for _ in (*names, "difference")]
-        rows.append((r["name"], *compared, str(r["steps"]), *shares))
+        rows.append((r["name"], *compared, *codes))
     lines = [f"{result['model']} and {result['file']} on {result['data']}, imgsz {result['imgsz']}"]
     lines += ["".join([f"{head:<28}", *(f"{cell:>14}" for cell in cells)]).rstrip() for head, *cells in rows]
     lines.append(f"integer weights: {'differ in ' + ', '.join(result['weights']) if result['weights'] else 'equal'}")
     if result["cost"]:
         lines.append(", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in result["cost"].items()))
     limits = max([_limit(r["name"]) for r in result["runtimes"]], default=MAX_POINTS)
-    lines.append(
-        f"{'passed' if result['passed'] else 'FAILED'} (accepted: {MAX_STEPS} step layer by layer over "
-        f"{result['images']} images, {limits} points of the main figures)"
-    )
+    shown = any("steps" in r for r in result["runtimes"])
+    steps = f"{MAX_STEPS} step layer by layer over {result['images']} images, " if shown else ""
+    verdict = "passed" if result["passed"] else "FAILED"
+    lines.append(f"{verdict} (accepted: {steps}{limits} points of the main figures)")
     return "\n".join(lines)
 
 

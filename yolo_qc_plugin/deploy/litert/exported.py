@@ -50,7 +50,6 @@ class ExportedLiteRT(Exported):
             raise QCError(f"QC: file={path} is no LiteRT model of Ultralytics: {e}") from None
         self.imgsz = height if height == width else [height, width]
         self.fixed_batch = self.batch = int(self.graph.tensors[self.graph.inputs[0]].shape[0])
-        self.output_count = len(self.graph.outputs)
         self.codes, self.outputs, self.weights, self.values = {}, {}, {}, {}
         self._read()
         if not self.codes:
