@@ -17,6 +17,7 @@ from paper import difference, method, points
 from record import read, results, table_head
 
 DOCS = Path("docs")
+TRIALS = "coco-yolov5n-auto", "coco-yolov5n-mix"  # of another recipe, for a line in coco.md
 HEAD = """# Results
 
 Three tables, written by `examples/experiments/summary.py` from the records in [results](results/README.md), which has
@@ -87,7 +88,12 @@ def table_kept(records: dict[str, dict]) -> list[str]:
     """The first table."""
     head = ["model, data", "photographs", "labels", "steps", "bits", "seeds", "float", "trained on", "best.pt",
             "of float", "of trained on", "QC's gain"]  # fmt: skip
-    rows = [kept(c, width, coco.START.name, "ap") for c in records["coco"].values() for width in coco.RECIPE]
+    rows = [
+        kept(c, width, coco.START.name, "ap")
+        for n, c in records["coco"].items()
+        if n not in TRIALS
+        for width in coco.RECIPE
+    ]
     rows += [
         kept(c, f"{preset}-{bits}bit", "", "map50_95")
         for c in records["presets"].values()
