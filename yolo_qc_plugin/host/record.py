@@ -18,6 +18,7 @@ from uuid import uuid4
 
 import torch
 from torch import nn
+from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import strip_optimizer
 
 from .. import __version__
@@ -28,6 +29,7 @@ from ..quant.layers import ChannelAffine, QuantConv2d
 from ..quant.precision import WIDE
 from ..quant.quantizer import ActQuantizer, WeightQuantizer
 from ..quant.taps import Tap
+from . import log
 
 FORMAT = 1  # raise it when older plugins would misread a checkpoint
 
@@ -115,7 +117,10 @@ def write_checkpoint(checkpoint: dict, path: Path) -> None:
 def strip(file: AtomicPath, updates: dict | None = None) -> dict:
     """Strip a checkpoint of what resuming takes, atomically; returns it, or {} and leaves the file if it is none."""
     with replacing(file) as temporary:
-        stripped = strip_optimizer(file, temporary, updates)
+        with log.quiet():  # it would name the temporary file
+            stripped = strip_optimizer(file, temporary, updates)
         if not stripped:
             shutil.copyfile(file, temporary)
+    if stripped:
+        LOGGER.info(f"Optimizer stripped from {file}, {file.stat().st_size / 1e6:.1f}MB")
     return stripped
