@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, steps_of
+from conftest import TINY, TINY_YAML, steps_of
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
@@ -22,7 +22,7 @@ from yolo_qc_plugin import add_qc_callbacks
 from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.files import AtomicPath
 from yolo_qc_plugin.qat.ema import ConstantEMA
-from yolo_qc_plugin.quant.layers import quant_convs
+from yolo_qc_plugin.quant.layers import is_quantized, quant_convs
 from yolo_qc_plugin.run import finish, resume, state
 
 
@@ -270,6 +270,33 @@ def test_a_run_killed_before_its_best_checkpoint_was_replaced_ends_again(train, 
     again = {n: c.weight_codes() for n, c in quant_convs(load_checkpoint(weights / "best.pt")[0])}
     assert all(torch.equal(codes[n], c) for n, c in again.items())
     assert len((tmp_path / "run" / "results.csv").read_text().splitlines()) == 2
+
+
+def test_a_class_branch_of_another_width_stays_ours_and_can_be_left(digits, tmp_path):
+    """A model fine-tuned to fewer classes keeps a wider branch than its YAML has, which Ultralytics copies as it is."""
+    (tmp_path / "tiny.yaml").write_text(TINY_YAML.read_text().replace("nc: 10", "nc: 80"))
+    YOLO(tmp_path / "tiny.yaml").save(tmp_path / "start.pt")
+
+    def stop(trainer):
+        if trainer.epoch == 1:
+            raise KeyboardInterrupt
+
+    model = YOLO(tmp_path / "start.pt")
+    add_qc_callbacks(model, bits=4, correction="off")
+    model.add_callback("on_train_batch_start", stop)
+    with pytest.raises(KeyboardInterrupt):
+        model.train(**{**TINY, "epochs": 2}, data=str(digits), project=str(tmp_path), name="run")
+    trained = load_checkpoint(tmp_path / "run" / "weights" / "last.pt")[0]
+    assert trained.model[-1].cv3[0][-1].in_channels == 80 != max(32, min(trained.yaml["nc"], 100))
+
+    resumed = YOLO(tmp_path / "run" / "weights" / "last.pt")
+    resumed.train(resume=True)
+    names = {name for name, _ in quant_convs(trained)}
+    assert {name for name, _ in quant_convs(load_checkpoint(tmp_path / "run" / "weights" / "best.pt")[0])} == names
+
+    longer = YOLO(tmp_path / "run" / "weights" / "best.pt")  # without the plugin: float, from the latent weights
+    longer.train(**TINY, data=str(digits), project=str(tmp_path), name="float")
+    assert not is_quantized(longer.trainer.model) and longer.trainer.model.model[-1].cv3[0][-1].in_channels == 80
 
 
 def test_rows_of_epochs_that_are_done_again_are_dropped(tmp_path):

@@ -33,9 +33,10 @@ from ..deploy.litert.graph import write_litert
 from ..deploy.litert.translation import OPSET as LITERT_OPSET
 from ..files import AtomicPath
 from ..qat.scale_steps import separate_scales
+from ..quant.inject import remove
 from ..quant.layers import is_quantized, scale_parameters
 from . import compat, log
-from .architecture import deploy_model
+from .architecture import deploy_model, student
 from .exporting import in_one_line, kind_of, prepare_export
 from .record import QuantRecord, own_record, record_of, strip
 
@@ -127,6 +128,9 @@ def _is_applied(patch: Patch) -> bool:
 def _announce_model(original: Callable, resume: Resume) -> Callable:
     def setup_model(self):
         checkpoint = original(self)
+        model = student(self.model)
+        if is_quantized(model) and not record_of(model):
+            remove(model)  # load() took a class branch of another width out of a checkpoint of ours, quantizers and all
         record = record_of(checkpoint.get("ema")) if self.resume and checkpoint else None
         if record and not self.callbacks.get(ON_MODEL_SETUP):  # a resumed run need not name the plugin again
             resume(self, record)
