@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -43,6 +44,21 @@ def test_a_finished_run_is_corrected_again(train, tmp_path):
     assert report["metrics"]["qc"]["map50_95"] > 0.1 and report["metrics"]["qc"] != report["metrics"]["qat"]
     assert report["config"] == {**first["config"], "correction": "tensor", "correction_shift": False}
     assert load_checkpoint(tmp_path / "again" / "weights" / "best.pt")[0].qc.config == report["config"]
+
+
+def test_the_teacher_of_the_run_teaches_again(train, tmp_path):
+    """Without labels QC has nothing else to learn from."""
+    run = train({"ema_decay": 0.5, "correction": "off", "label_weight": 0.0}, model=FLOAT, nbs=8).trainer
+    corrected = {}
+    for taught in (True, False):
+        weights = tmp_path / f"{taught}"
+        weights.mkdir()
+        shutil.copy(run.wdir / "qat.pt", weights)
+        if taught:
+            shutil.copy(run.wdir / "teacher.pt", weights)
+        corrected[taught] = correct(weights / "qat.pt", correction="channel", project=tmp_path, name=f"again-{taught}")
+    figures = [report["metrics"] for report in corrected.values()]
+    assert figures[0]["qat"] == figures[1]["qat"] and figures[0]["qc"] != figures[1]["qc"]
 
 
 def test_what_cannot_be_corrected_is_refused(capsys):

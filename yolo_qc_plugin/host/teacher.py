@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ultralytics import __version__ as ULTRALYTICS_VERSION
 from ultralytics.nn.tasks import BaseModel, load_checkpoint
 
-from ..config import QCError
+from ..config import QCConfig, QCError
 from ..quant.modules import hooked
 from .distributed import from_rank_0
 from .record import write_checkpoint
@@ -81,6 +81,12 @@ class Teacher:
         self = cls(model)
         self.spreads = [s.to(device) for s in checkpoint["spreads"]]
         return self
+
+
+def teacher_of(weights: Path, config: QCConfig, device: torch.device | str) -> Teacher | None:
+    """The teacher that a run has left in its folder of checkpoints; None where nobody taught."""
+    taught = config.teacher == "start" and (weights / FILE).exists()
+    return Teacher.read(weights, device) if taught else None
 
 
 def feature_layers(model: BaseModel) -> list[nn.Module]:

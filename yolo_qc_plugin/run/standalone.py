@@ -16,6 +16,7 @@ from ..config import QCConfig, QCError
 from ..deploy.snap import snap
 from ..host import compat, log
 from ..host.record import record_of
+from ..host.teacher import teacher_of
 from ..quant.layers import quant_convs
 from .finish import correct_and_choose, write_like
 from .validation import validate
@@ -29,6 +30,7 @@ def correct(model: str | Path, data: str | Path | None = None, **arguments) -> d
     """Train QC on the checkpoint of a finished run and write qat.pt, best.pt and qc/report.json to a folder of its own.
 
     Images, loss, precision and validation are the stock trainer's, set up as for the run that the checkpoint is from.
+    That run's teacher.pt, where it lies beside the checkpoint, teaches again.
 
     Args:
         model: RUN/weights/qat.pt, or best.pt, whose correction is undone first.
@@ -87,4 +89,5 @@ def _correct(trainer: BaseTrainer, config: QCConfig, source: Path) -> dict:
     metrics = {"qat": validate(trainer, deepcopy(model))}
     qat = trainer.wdir / "qat.pt"
     write_like(source, model, trainer.validator.metrics.results_dict, qat)
-    return correct_and_choose(trainer, config, metrics, qat, trainer.best)
+    teacher = teacher_of(source.parent, config, trainer.device)
+    return correct_and_choose(trainer, config, metrics, qat, trainer.best, teacher)

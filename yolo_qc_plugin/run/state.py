@@ -26,8 +26,7 @@ from ..files import AtomicPath
 from ..host import log
 from ..host.architecture import student
 from ..host.record import QuantRecord, own_record, record_of, write_checkpoint
-from ..host.teacher import FILE as TEACHER
-from ..host.teacher import Teacher
+from ..host.teacher import Teacher, teacher_of
 from ..quant.layers import scale_parameters
 from .randomness import random_state, set_random_state
 from .resume import FILE, FORMAT, conclude, drop_rows, find_state, has_ended
@@ -94,8 +93,7 @@ class RunState:
 
     def find_teacher(self, trainer: BaseTrainer) -> None:
         """Take the teacher of the resumed run from its folder; none is there where nobody taught."""
-        if self.config.teacher == "start" and (trainer.wdir / TEACHER).exists():
-            self.teacher = Teacher.read(trainer.wdir, trainer.device)
+        self.teacher = teacher_of(trainer.wdir, self.config, trainer.device)
 
     def take_average(self, checkpoint: dict, model: nn.Module, trainer: BaseTrainer) -> QuantRecord:
         """Load the checkpoint's averaged model into the injected `model`; returns its record.
