@@ -36,9 +36,10 @@ MAY_IMPORT = {
     "qat": {"config", "files", "quant"},
     "deploy": {"config", "files", "quant"},
     "host": {"config", "files", "quant", "qat", "deploy"},
-    "run": {"options", "config", "files", "quant", "qat", "deploy", "host"},
+    "report": {"config", "files", "quant", "deploy", "host"},
+    "run": {"options", "config", "files", "quant", "qat", "deploy", "host", "report"},
     "data": {"config", "files"},
-    "tools": {"config", "files", "keys", "quant", "qat", "deploy", "host", "run"},
+    "tools": {"config", "files", "keys", "quant", "qat", "deploy", "host", "report", "run"},
     "cli": {"config", "keys", "startup", "data", "tools", "run"},
     "_build": set(),
 }

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import paper
 from cells import Cell, mean_and_spread, measure, parser
-from measured import SOFT, State, differences, label
+from measured import State, differences, label
 from paper import difference, difference_head, header, main_figure, method, points, table_of_differences
 from record import page, results, table_head, write
 
@@ -193,7 +193,7 @@ def uniform_size(weights: str, options: dict) -> float:
 
     from yolo_qc_plugin.host import architecture
     from yolo_qc_plugin.quant.inject import inject
-    from yolo_qc_plugin.run.report import model_size
+    from yolo_qc_plugin.report.record import model_size
 
     model = YOLO(weights).model.float()
     inject(model, QCConfig(**options), architecture.edge_convs(model), architecture.fixed_convs(model))
@@ -354,6 +354,8 @@ def granularity(name: str, content: dict) -> list[str]:
 
 def soft_rounding(name: str, content: dict) -> list[str]:
     """Finished LSQ runs by hard and by soft rounding."""
+    from yolo_qc_plugin.quant.soft_rounding import SOFT
+
     found = {bits: results(content["cells"], rounded(bits).name) for bits in paper.WIDTHS}
     sources = [run for bits in paper.WIDTHS for run in results(content["cells"], method("LSQ", bits).name).values()]
     if not (any(found.values()) and sources):

@@ -17,13 +17,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 FILES = {"trained": "best.pt", "qat": "qat.pt", "qc": "qc.pt"}  # of a run's weights
-SOFT = 0.45  # steps within which of a grid point soft rounding rounds
 State = tuple[str, str]  # name of a cell, state of its model
 
 
@@ -49,7 +47,9 @@ def keeping_corrected() -> Iterator[None]:
 def models(request: dict, found: dict) -> dict:
     """State -> what is measured of a cell: the checkpoint, or a YOLO object that rounds in another way."""
     if request["work"] == "round":
-        return {"hard": rounding(request["source"], 0.5), "soft": rounding(request["source"], SOFT)}
+        from yolo_qc_plugin.quant.soft_rounding import HARD, SOFT
+
+        return {"hard": rounding(request["source"], HARD), "soft": rounding(request["source"], SOFT)}
     states = ["qc"] if request["work"] == "correct" else found["metrics"]
     weights = Path(request["run"]) / "weights"
     return {state: weights / FILES[state] for state in states if state in FILES and found["metrics"][state] is not None}
@@ -152,32 +152,15 @@ def calibrate(yolo, request: dict, file: Path) -> None:
 
 
 def rounding(file: str | Path, within: float):
-    """A finished model that rounds only what lies within so many steps of a grid point, and is not deployed.
-
-    Elsewhere a weight or an activation keeps its latent value, clipped to the range. With 0.5 that is the rounding of
-    training. Outputs of convolutions are rounded as ever.
-    """
+    """A finished model that rounds only what lies within so many steps of a grid point, and is not deployed."""
     from ultralytics import YOLO
 
-    from yolo_qc_plugin.quant.layers import quant_convs
+    from yolo_qc_plugin.quant.soft_rounding import round_within
 
     yolo = YOLO(file)
     yolo.model.fuse = lambda *args, **kwargs: yolo.model  # fusing would compute integers
-    for _, conv in quant_convs(yolo.model):
-        for quant in conv.weight_quant, conv.act_quant:
-            quant.forward = partial(soft_values, quant, within)
+    round_within(yolo.model, within)
     return yolo
-
-
-def soft_values(quant, within: float, x):
-    """What a quantizer makes of x if it rounds only within so many steps of a grid point."""
-    from yolo_qc_plugin.quant.functional import from_codes, grid_position, per_slice, widen
-
-    scale = per_slice(quant.scale, x)
-    offset = quant.grid_offset() if hasattr(quant, "grid_offset") else None
-    latent = grid_position(widen(x), scale, offset).clamp_(quant.quant_min, quant.quant_max)
-    code = latent.round()
-    return from_codes(latent.where((latent - code).abs() > within, code), scale, offset).to(x.dtype)
 
 
 def rounded(request: dict) -> dict:

@@ -28,7 +28,6 @@ import record  # noqa: E402
 from conftest import CHECKPOINTS, TINY  # noqa: E402
 
 from yolo_qc_plugin.quant.layers import QuantConv2d, quant_convs  # noqa: E402
-from yolo_qc_plugin.quant.quantizer import ActQuantizer  # noqa: E402
 from yolo_qc_plugin.tools.evaluate import detect, evaluate  # noqa: E402
 
 
@@ -169,21 +168,6 @@ def test_a_cell_has_cocos_ap_of_each_state(digits, tmp_path):
     kept = states[found["trained"]["kept"]]
     assert kept.keys() == states["best"].keys() and all(torch.equal(v, kept[k]) for k, v in states["best"].items())
     assert any(not torch.equal(v, states["qat"][k]) for k, v in states["qc"].items())
-
-
-@pytest.mark.parametrize("bits,offset", [(4, True), (3, False)])
-def test_soft_rounding(bits, offset):
-    """Within half a step of a grid point it is the rounding of training; within less, values between keep theirs."""
-    quant = ActQuantizer(bits, offset)
-    with torch.no_grad():
-        quant.scale.fill_(0.25)
-    x = torch.linspace(-3, 8, 4001)
-    assert torch.equal(measured.soft_values(quant, 0.5, x), quant(x))
-    soft, hard = measured.soft_values(quant, 0.45, x), quant(x)
-    kept = soft != hard
-    inside = (x > quant.quant_min * 0.25) & (x < quant.quant_max * 0.25)
-    assert (kept & ~inside).sum() == 0 and 0.05 < kept[inside].float().mean() < 0.15
-    assert torch.allclose(soft[kept], x[kept])
 
 
 def test_a_soft_model_is_not_deployed(digits):

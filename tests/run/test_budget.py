@@ -19,9 +19,9 @@ from yolo_qc_plugin import add_qc_callbacks
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.options import BUDGET_UNITS, split_budget
 from yolo_qc_plugin.quant.layers import quant_convs
+from yolo_qc_plugin.report.record import model_size
 from yolo_qc_plugin.run import budget
 from yolo_qc_plugin.run.allocation import DROP, Layer, Problem
-from yolo_qc_plugin.run.report import model_size
 from yolo_qc_plugin.run.sensitivity import Probe
 
 WIDTHS = (2, 4, 8)

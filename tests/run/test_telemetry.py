@@ -24,9 +24,10 @@ from yolo_qc_plugin.qat.oscillation import Oscillation
 from yolo_qc_plugin.qat.prepare import TrainedWeights
 from yolo_qc_plugin.quant.inject import inject
 from yolo_qc_plugin.quant.layers import quant_convs
+from yolo_qc_plugin.report.smoothness import smoothness
+from yolo_qc_plugin.report.traces import COLUMNS, FILE, read
 from yolo_qc_plugin.run import steps, telemetry
-from yolo_qc_plugin.run.telemetry import COLUMNS, FILE, Telemetry, kept, read
-from yolo_qc_plugin.tools.smoothness import smoothness
+from yolo_qc_plugin.run.telemetry import Telemetry, kept
 
 OPTIONS = {"bits": 3, "correction": "off", "output_bits": None, "calibration_batches": 1}
 ARGUMENTS = {**TINY, "epochs": 2, "nbs": 8, "lr0": 0.02, "amp": False}

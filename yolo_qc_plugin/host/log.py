@@ -36,3 +36,12 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         LOGGER.setLevel(level)
+
+
+@contextmanager
+def naming_what_fails(what: str) -> Iterator[None]:
+    """Within, an error ends in a warning that names what failed: for what no run is to fail for."""
+    try:
+        yield
+    except Exception as error:
+        warning(f"{what} left out ({type(error).__name__}: {str(error).partition(chr(10))[0]}).")

@@ -40,10 +40,11 @@ class QuantRecord:
 
     Args:
         config: Its options, `QCConfig.to_dict()`.
-        float_metrics: Figures of the float model that training began with (see report.figures_of), where measured.
+        float_metrics: Figures of the float model that training began with (as report.record has them), where measured.
         format: Version of the checkpoint's form.
         plugin: Version of the plugin that wrote it.
         run: Id of the training run.
+        start: What training began with, as the user named it; empty in checkpoints of earlier versions.
     """
 
     __module__ = "yolo_qc_plugin"  # by which checkpoints name it
@@ -53,6 +54,7 @@ class QuantRecord:
     format: int = field(init=False)
     plugin: str = __version__
     run: str = field(default_factory=lambda: uuid4().hex)
+    start: str = ""
 
     def __post_init__(self) -> None:
         self.format = FORMAT

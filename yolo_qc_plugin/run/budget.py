@@ -25,9 +25,10 @@ from ..host.distributed import from_rank_0
 from ..host.images import spread_out
 from ..host.photographs import image_files
 from ..options import BUDGET_UNITS, split_budget
+from ..report.costs import FILE
+from ..report.record import FIGURES, model_size
 from .allocation import Layer, Problem
-from .report import FIGURES, model_size
-from .sensitivity import FILE, IMAGES, Probe, Wanted, measure, prepare
+from .sensitivity import IMAGES, Probe, Wanted, measure, prepare
 
 PLAN = "plan.json"  # in a run's qc/
 
@@ -151,12 +152,18 @@ def format_plan(summary: dict[str, Any]) -> list[str]:
     ]
 
 
+def planned_widths(folder: Path) -> dict[str, str]:
+    """Layer -> widths that the plan in a run's qc/ gives it; empty where there is none."""
+    file = folder / PLAN
+    return json.loads(file.read_text(encoding="utf-8"))["layer_bits"] if file.exists() else {}
+
+
 def outcome(folder: Path, metrics: dict[str, Any], kept: str) -> dict[str, Any] | None:
     """What became of the plan of a run, for the report; None where the folder has none.
 
     Args:
         folder: The run's qc/.
-        metrics: "float" and what was kept -> figures of `report.figures_of`.
+        metrics: "float" and what was kept -> figures of `report.record.figures_of`.
         kept: "qat" or "qc".
 
     Returns:

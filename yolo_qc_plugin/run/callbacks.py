@@ -109,10 +109,11 @@ class QCCallbacks:
             sums = tap_sums(model, image, config.body_bits[1], architecture.sums_of_branches(model))
             log.info(f"{sums} residual sums with quantized inputs")
         shared = share_quantizers(model, image, joined=config.symmetric)
-        model.qc = QuantRecord(config.to_dict())
+        model.qc = QuantRecord(config.to_dict(), start=str(trainer.args.model))
         if trainer.resume and checkpoint:
             earlier = self.state.take_average(checkpoint, model, trainer)
             model.qc.float_metrics, model.qc.run = earlier.float_metrics, earlier.run
+            model.qc.start = earlier.start
         start.write_atomically(trainer)
         log.info(f"{injection}; {shared} read an input that another one quantizes")
         return None if self.state.resumed else checkpoint

@@ -19,15 +19,21 @@ from ..config import QCConfig
 from ..deploy.snap import snap
 from ..files import replacing
 from ..host import architecture, log
-from ..host.record import write_checkpoint
+from ..host.record import own_record, write_checkpoint
 from ..host.teacher import Teacher
 from ..qat.reestimation import BATCHES, reestimate
 from ..quant.calibrate import calibrate_outputs
 from ..quant.inject import quantize_outputs
-from .budget import format_outcome, outcome
+from ..report.card import write_card
+from ..report.command import train_command
+from ..report.console import summary, write_table
+from ..report.record import build_report, figures_of, write_report
+from ..report.runs import shares_at_the_end
+from .budget import format_outcome, outcome, planned_widths
+from .drawing import draw_run
 from .qc import train_qc
-from .report import build_report, console_table, figures_of, write_report
 from .resume import FILE, conclude
+from .rounding import measure_rounding
 from .validation import training_images, validate
 
 
@@ -63,13 +69,23 @@ def finish(trainer: BaseTrainer, config: QCConfig, teacher: Teacher | None) -> d
             log.info(f"measuring the model with {config.output_bits}-bit outputs")
             metrics["qat"] = validate(trainer, deepcopy(model))
         write_like(best, model, trainer.validator.metrics.results_dict, qat)
-    report = correct_and_choose(trainer, config, metrics, qat, best, teacher)
+    start = own_record(architecture.student(trainer.ema.ema)).start
+    planned = planned_widths(trainer.save_dir / "qc") if config.budget else {}
+    command = train_command(vars(trainer.args), config, start, planned)
+    report = correct_and_choose(trainer, config, metrics, qat, best, command, teacher)
     conclude(trainer.last)
+    draw_run(trainer, start)
     return report
 
 
 def correct_and_choose(
-    trainer: BaseTrainer, config: QCConfig, metrics: dict, qat: Path, best: Path, teacher: Teacher | None = None
+    trainer: BaseTrainer,
+    config: QCConfig,
+    metrics: dict,
+    qat: Path,
+    best: Path,
+    command: str,
+    teacher: Teacher | None = None,
 ) -> dict:
     """Correct the checkpoint `qat`, whose figures have just been measured, write the better to `best`, and report.
 
@@ -79,6 +95,7 @@ def correct_and_choose(
         metrics: Figures so far, "qat" among them; those of "qc" are added.
         qat: Checkpoint with quantized outputs, not corrected.
         best: Checkpoint to write.
+        command: That the run amounts to, for the report.
         teacher: The float model that the run starts from, where it teaches.
 
     Returns:
@@ -96,6 +113,10 @@ def correct_and_choose(
             trainer.validator.metrics = before
     trainer.metrics = {**trainer.metrics, **trainer.validator.metrics.results_dict}
     trainer.metrics.pop("fitness", None)
+    rounding = None
+    if trainer.args.plots:
+        with log.naming_what_fails("soft rounding"):
+            rounding = measure_rounding(trainer, qat)
 
     # after all else: while best.pt is what training wrote, all this can be done again
     with replacing(best) as temporary:
@@ -106,15 +127,34 @@ def correct_and_choose(
             shutil.copyfile(qat, temporary)
             model, _ = load_checkpoint(qat, device=trainer.device)
         images = (trainer.validator.preprocess(batch)["img"].float() for batch in trainer.test_loader)
-        report = build_report(model, config, metrics, kept=kept, images=images)
+        folder = trainer.save_dir / "qc"
+        report = build_report(model, config, metrics, kept, images, shares_at_the_end(folder))
+        report["training"] = origin(trainer, model, command)
+        report["rounding"] = rounding
         if config.budget:
-            report["budget"] = outcome(trainer.save_dir / "qc", report["metrics"], kept)
-        path = write_report(report, trainer.save_dir / "qc")
-    LOGGER.info(f"\n{console_table(report)}")
-    log.info(f"best.pt holds the {kept.upper()} model, record in {path}")
+            report["budget"] = outcome(folder, report["metrics"], kept)
+        path = write_report(report, folder)
+    LOGGER.info(f"\n{summary(report, worst=trainer.args.verbose)}")
+    log.info(f"best.pt holds the {kept.upper()} model, record in {path}, all layers in {write_table(report, folder)}")
+    log.info(f"what to tell of the model where it is published: {write_card(report, trainer.wdir, folder)}")
     if report.get("budget"):
         log.info(format_outcome(report["budget"]))
     return report
+
+
+def origin(trainer: BaseTrainer, model: nn.Module, command: str) -> dict:
+    """What was trained on what, for the report."""
+    args = trainer.args
+    return {
+        "command": command,
+        "task": args.task,
+        "start": own_record(model).start,
+        "data": str(args.data),
+        "names": list(model.names.values()),
+        "imgsz": args.imgsz,
+        "epochs": trainer.epoch + 1,
+        "batch": trainer.batch_size,
+    }
 
 
 @contextmanager

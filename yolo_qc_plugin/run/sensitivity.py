@@ -34,7 +34,6 @@ from ..quant.observers import SampleObserver
 from ..quant.quantizer import ActQuantizer, Quantizer
 from ..quant.share import share_quantizers
 
-FILE = "sensitivity.json"  # in a run's qc/
 IMAGES, BATCH = 32, 16
 GAINS = Gains(outputs=1.0, features=0.0, labels=0.0, cls=0.5, dfl=1.5)  # Ultralytics' own
 KINDS = "weights", "activations"

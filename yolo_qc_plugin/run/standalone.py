@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
@@ -65,7 +66,7 @@ def correct(model: str | Path, data: str | Path | None = None, **arguments) -> d
         raise QCError(f"QC: device={trainer.args.device!r} is more than one; QC alone runs on one device.")
     compat.check_trainer(trainer, compat.AT_START)
     try:
-        return _correct(trainer, config, Path(model))
+        return _correct(trainer, config, Path(model), options)
     finally:  # what Ultralytics does when a training ends
         for loader in (getattr(trainer, name, None) for name in ("train_loader", "test_loader")):
             if loader is not None:
@@ -73,7 +74,7 @@ def correct(model: str | Path, data: str | Path | None = None, **arguments) -> d
         unset_deterministic()
 
 
-def _correct(trainer: BaseTrainer, config: QCConfig, source: Path) -> dict:
+def _correct(trainer: BaseTrainer, config: QCConfig, source: Path, options: dict) -> dict:
     """Set a trainer up and do what follows its last epoch."""
     trainer._setup_train()
     trainer.epoch = trainer.epochs - 1  # the loss and the images are those of the last epoch
@@ -90,4 +91,6 @@ def _correct(trainer: BaseTrainer, config: QCConfig, source: Path) -> dict:
     qat = trainer.wdir / "qat.pt"
     write_like(source, model, trainer.validator.metrics.results_dict, qat)
     teacher = teacher_of(source.parent, config, trainer.device)
-    return correct_and_choose(trainer, config, metrics, qat, trainer.best, teacher)
+    given = {"model": source, "data": trainer.args.data, **options}
+    command = shlex.join(["yolo-qc", "correct", *(f"{name}={value}" for name, value in given.items())])
+    return correct_and_choose(trainer, config, metrics, qat, trainer.best, command, teacher)

@@ -22,7 +22,7 @@ from ..qat.correction import freeze_norms
 from ..quant.calibrate import calibrate
 from ..quant.inject import remove
 from ..quant.layers import is_quantized
-from .telemetry import FILE as TELEMETRY
+from ..report.traces import FILE as TELEMETRY
 from .validation import training_images, validate
 
 MIN_FITNESS = 0.05  # of a float start that can teach; new heads and untrained models have about 0

@@ -1,16 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""What scales and codes do in training: a row per layer and optimizer step, in qc/telemetry.parquet.
-
-column              of a layer that is trained
-step                optimizer steps that the EMA has seen, from 1
-layer               name of the convolution
-weight_scale        scale of its weight in training; of several (per channel) their mean
-weight_scale_ema    the same in the EMA model, which is validated and saved
-act_scale           scale of its input, where that is learned (the image's is constant); with the first layer, where
-                    several read the same input
-act_scale_ema       the same in the EMA model
-flips               share of its weights whose code changed in this step, 0..1
-oscillating         share of its weights that oscillate (see oscillation.py), 0..1
+"""Noting what scales and codes do in training, for qc/telemetry.parquet, whose columns report/traces.py names.
 
 The last 4,000 steps are kept, and of those before every k-th, k being the power of two that leaves 4,000 at most: what
 is kept depends on the number of steps alone, however often a run is resumed.
@@ -33,12 +22,9 @@ from ..qat.oscillation import Oscillation
 from ..qat.prepare import trained_convs
 from ..quant.layers import quant_convs
 from ..quant.quantizer import Quantizer
+from ..report.traces import COLUMNS, FILE, SCALES, WINDOW, read
 
-FILE = "telemetry.parquet"
-WINDOW = 4000  # steps at full rate, as in the paper's figures
 BUFFER = EVERY = 500  # steps that wait on the device, and at least between two writings of the file
-TRACES = ("weight_scale", "weight_scale_ema", "act_scale", "act_scale_ema")
-COLUMNS = (*TRACES, "flips", "oscillating")
 POINTS = 10  # of a trace in TensorBoard, an epoch
 
 
@@ -192,7 +178,7 @@ class Telemetry:
         every = -(-len(new) // POINTS)
         for back in range(len(new), 0, -every):
             for layer, values in zip(self.layers, self.values[-back]):
-                for name, value in zip(TRACES, values):
+                for name, value in zip(SCALES, values):
                     if not np.isnan(value):
                         writer.add_scalar(f"qc_{name}/{layer}", value, int(self.steps[-back]))
         self._shown = int(self.steps[-1])
@@ -212,26 +198,3 @@ def kept(steps: np.ndarray, window: int = WINDOW) -> np.ndarray:
     while old > window * every:
         every *= 2
     return (steps > old) | (steps % every == 0)
-
-
-def read(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Layers, steps and values (see `Telemetry`) of a run's telemetry.parquet.
-
-    Args:
-        path: The file.
-
-    Raises:
-        QCError: If the file is missing or is not one of ours.
-    """
-    import polars as pl
-
-    if not path.is_file():
-        raise QCError(f"QC: there is no {path}; it is written by a run of callbacks=qc with qc_telemetry=True.")
-    try:
-        table = pl.read_parquet(io.BytesIO(path.read_bytes()))
-        layers = table["layer"].unique(maintain_order=True).to_list()
-        values = [table[name].cast(pl.Float32).fill_null(float("nan")).to_numpy() for name in COLUMNS]
-        steps = table["step"].to_numpy().reshape(len(layers), -1)
-    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
-        raise QCError(f"QC: {path} cannot be read ({error}).") from None
-    return layers, steps[0].copy(), np.stack(values, 1).reshape(*steps.shape, -1).swapaxes(0, 1).copy()

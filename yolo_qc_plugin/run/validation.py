@@ -22,7 +22,7 @@ from ultralytics.nn.tasks import BaseModel
 from ..host.architecture import deploy_model
 from ..host.distillation import Distillation
 from ..quant.layers import scale_parameters
-from .report import figures_of
+from ..report.record import figures_of
 
 
 def validate(trainer: BaseTrainer, model: nn.Module | Path) -> dict[str, float]:

@@ -21,7 +21,7 @@ from ..deploy.exported import ExportedONNX, batched
 from ..host import log
 from ..quant.inject import remove
 from ..quant.layers import quant_convs
-from ..run.report import figures_of
+from ..report.record import figures_of
 from .check import MAIN_FIGURES
 from .checkpoints import load_checkpoint
 from .evaluate import validate

@@ -30,7 +30,7 @@ from ..deploy.exported_qonnx import open_onnx
 from ..deploy.fold import deployed_convs
 from ..deploy.litert.exported import LITERT_RUNTIMES, ExportedLiteRT
 from ..host import log
-from ..run.report import figures_of
+from ..report.record import figures_of
 from .checkpoints import load_checkpoint
 from .evaluate import evaluate, validate
 from .exported_whole import ExportedOpenVINO, ExportedTorchScript

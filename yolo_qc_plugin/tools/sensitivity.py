@@ -15,8 +15,9 @@ from ..host import architecture, log
 from ..host.images import spread_out
 from ..host.photographs import read_photographs
 from ..quant.layers import is_quantized
-from ..run.sensitivity import FILE, IMAGES, measure, prepare
-from .pictures import STYLE, empty_figure, save
+from ..report.costs import FILE, draw_costs
+from ..report.pictures import STYLE, save
+from ..run.sensitivity import IMAGES, measure, prepare
 
 SHOWN = 10  # layers in the text
 
@@ -67,32 +68,11 @@ def sensitivity(
     folder.mkdir(parents=True, exist_ok=True)
     log.info(f"{len(probe.convs)} layers and {len(probe.inputs)} tensors on {len(files)} images of {about['imgsz']} px")
     costs = measure(probe, wanted, about, folder / FILE)
-    return {"about": about, "costs": costs, "files": [str(folder / FILE), *map(str, draw(about, costs, folder))]}
+    from matplotlib import rc_context
 
-
-def draw(about: dict[str, Any], costs: dict[str, dict], folder: Path) -> list[Path]:
-    """The picture: layers along the network, a line for each width, weights above and activations below."""
-    from matplotlib import colormaps, rc_context
-
-    places = {name: i for i, name in enumerate(about["layers"])}
-    titles = {"weights": "weights of a layer", "activations": "the tensor that it reads"}
     with rc_context(STYLE):
-        figure = empty_figure(max(6.0, 1.2 + 0.11 * len(places)), 5.4)
-        axes = figure.subplots(2, sharex=True, sharey=True)
-        for ax, (kind, title) in zip(axes, titles.items()):
-            widths = sorted({int(bits) for of in costs[kind].values() for bits in of})
-            for k, bits in enumerate(widths):
-                found = sorted((places[name], of[str(bits)]) for name, of in costs[kind].items() if str(bits) in of)
-                color = colormaps["viridis"](0.9 * k / max(len(widths) - 1, 1))
-                ax.plot(*zip(*found), ".-", color=color, markersize=3, linewidth=0.5, label=f"{bits} bits")
-            ax.set_yscale("log")
-            ax.set_title(title, loc="left")
-            ax.grid(axis="both", linewidth=0.3, alpha=0.5)
-        axes[1].set_xticks(range(len(places)), places, rotation=90, fontsize=5)
-        axes[1].set_xlim(-1, len(places))
-        figure.supylabel("loss of the outputs, this one alone quantized", fontsize=8)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=8)
-        return save({"sensitivity": figure}, folder)
+        files = save({"sensitivity": draw_costs(about["layers"], costs)}, folder)
+    return {"about": about, "costs": costs, "files": [str(folder / FILE), *map(str, files)]}
 
 
 def format_sensitivity(result: dict[str, Any]) -> str:

@@ -3,53 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 
-from ..run.telemetry import COLUMNS, FILE, read
+from .runs import Run
 
 SMOOTH = 101  # steps of the moving mean, the span of an oscillation in the paper
-
-
-@dataclass
-class Run:
-    """What a run has left.
-
-    Attributes:
-        name: Its folder's name; with a number where several runs have it.
-        folder: Its folder.
-        layers: Names of the trained layers.
-        steps: Numbers of the last steps, shape (n,).
-        values: COLUMNS of these steps, shape (n, layers, columns).
-    """
-
-    name: str
-    folder: Path
-    layers: list[str]
-    steps: np.ndarray
-    values: np.ndarray
-
-    @classmethod
-    def load(cls, folder: Path, last: int) -> Run:
-        """Read the folder of a run, and of its steps the last ones, as many as `last`.
-
-        Raises:
-            QCError: If it has no telemetry.
-        """
-        layers, steps, values = read(folder / "qc" / FILE)
-        shown = steps > steps[-1] - last
-        return cls(folder.resolve().name, folder, layers, steps[shown], values[shown])
-
-    def traces(self, column: str) -> np.ndarray:
-        """One column, shape (n, layers)."""
-        return self.values[..., COLUMNS.index(column)]
-
-    @property
-    def averaged(self) -> bool:
-        """Whether it was trained with EMA; without EMA the average is the model itself."""
-        return not np.array_equal(self.traces("weight_scale"), self.traces("weight_scale_ema"))
 
 
 def smoothness(trace: np.ndarray) -> dict[str, float]:

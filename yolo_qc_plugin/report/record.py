@@ -1,12 +1,12 @@
 # yolo_qc_plugin, AGPL-3.0
-"""The record of a run: qc/report.json and the table that ends the console output."""
+"""The record of a run: qc/report.json."""
 
 from __future__ import annotations
 
 import json
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
@@ -23,8 +23,9 @@ from ..host.architecture import deploy_model
 from ..host.record import own_record
 from ..quant.activations import quant_activations
 from ..quant.layers import QuantConv2d, quant_convs
+from .runs import RECORD
 
-FIGURES = {  # Ultralytics' key -> ours, and the heading in the console; those that a task has are reported
+FIGURES = {  # Ultralytics' key -> ours, and its heading; those that a task has are reported
     "metrics/mAP50-95(B)": ("map50_95", "mAP50-95"),
     "metrics/mAP50(B)": ("map50", "mAP50"),
     "metrics/mAP50-95(M)": ("mask_map50_95", "mask 50-95"),
@@ -38,7 +39,12 @@ CLIP_BATCHES = 4  # validation batches over which the share of clipped activatio
 
 
 def build_report(
-    model: nn.Module, config: QCConfig, metrics: dict[str, dict | None], kept: str, images: Iterable[Tensor]
+    model: nn.Module,
+    config: QCConfig,
+    metrics: dict[str, dict | None],
+    kept: str,
+    images: Iterable[Tensor],
+    oscillating: Mapping[str, float],
 ) -> dict:
     """Collect the record.
 
@@ -50,6 +56,7 @@ def build_report(
             "qc" (corrected, or None where that is off).
         kept: "qat" or "qc".
         images: Batches in [0, 1] on the model's device, for the share of clipped activations.
+        oscillating: Layer -> share of its weights that oscillate at the end; may be empty.
 
     Returns:
         A dict of plain values.
@@ -67,7 +74,10 @@ def build_report(
         "metrics": {"float": own_record(model).float_metrics, **metrics},
         "kept": kept,
         "size_mb": model_size(model),
-        "layers": [{**describe(name, conv), "act_clipped": clipped[name]} for name, conv in quant_convs(model)],
+        "layers": [
+            {**describe(name, conv), "act_clipped": clipped[name], "oscillating": oscillating.get(name)}
+            for name, conv in quant_convs(model)
+        ],
         "outputs": [
             {"name": name, "bits": act.quant.bits, "scale": act.quant.scale.item(), "zero_point": act.quant.zero_point}
             for name, act in quant_activations(model)
@@ -97,6 +107,7 @@ def describe(name: str, conv: QuantConv2d) -> dict:
     offset = act.grid_offset()
     return {
         "name": name,
+        "weights": codes.numel(),
         "weight_bits": weight.bits,
         "act_bits": act.bits,
         "weight_scale": weight.scale.tolist(),
@@ -152,39 +163,7 @@ def model_size(model: nn.Module) -> dict[str, float]:
 def write_report(report: dict, folder: Path) -> Path:
     """Write report.json into `folder`, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "report.json"
+    path = folder / RECORD
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
     return path
-
-
-def console_table(report: dict) -> str:
-    """The record as text: a row per layer, then float, QAT and QC side by side."""
-    head = ("bits", 7), ("w scale", 10), ("a scale", 10), ("offset", 10), ("w clip", 8), ("a clip", 8), ("codes", 7)
-    rows = [f"{'layer':<32}" + "".join(f"{title:>{width}}" for title, width in head)]
-    for x in report["layers"]:
-        scales = x["weight_scale"]
-        offset = "-" if x["act_offset"] is None else f"{x['act_offset']:.4f}"
-        rows.append(
-            f"{x['name']:<32}{_widths(x):>7}{sum(scales) / len(scales):>10.4g}"
-            f"{x['act_scale']:>10.4g}{offset:>10}{x['weight_clipped']:>8.2%}{x['act_clipped']:>8.2%}{x['weight_codes']:>7}"
-        )
-    size, metrics = report["size_mb"], report["metrics"]
-    columns = [(name, title) for name, title in FIGURES.values() if name in metrics["qat"]]
-    rows += ["", f"{'':<14}" + "".join(f"{title:>12}" for _, title in [*columns, ("", "MB")])]
-    for key, label, mb in (
-        ("float", "float start", size["float32"]),
-        ("qat", "QAT", size["quantized"]),
-        ("qc", "QAT + QC", size["quantized"]),
-    ):
-        if metrics.get(key):
-            mark = "  <- best.pt" if key == report["kept"] else ""
-            figures = "".join(f"{metrics[key][name]:>12.4f}" for name, _ in columns)
-            rows.append(f"{label:<14}{figures}{mb:>12.2f}{mark}")
-    if target := report["config"]["target"]:
-        rows.append(f"{'target':<14}{target:>12}")
-    return "\n".join(rows)
-
-
-def _widths(layer: dict) -> str:
-    return f"W{layer['weight_bits']}A{layer['act_bits']}"
