@@ -268,9 +268,9 @@ def test_smoothness_is_numpys():
 def test_plot_draws_all_pictures_and_says_how_smooth(trained, tmp_path, capsys):
     out = tmp_path / "pictures"
     assert main(["plot", f"runs={trained[0]}", f"out={out}"]) == 0
-    names = "weight_scales", "act_scales", "oscillation", "codes", "report"
+    names = "weight_scales act_scales oscillation codes report sizes latent clipped".split()
     assert {f.name for f in out.iterdir()} == {
-        "smoothness.json", *(f"{n}.{kind}" for n in names for kind in ("png", "pdf"))
+        "smoothness.json", "report.html", *(f"{n}.{kind}" for n in names for kind in ("png", "pdf"))
     }  # fmt: skip
     layers, _, values = read(trained[0] / "qc" / FILE)
     rows = json.loads((out / "smoothness.json").read_text())["scales"]
@@ -282,7 +282,6 @@ def test_plot_draws_all_pictures_and_says_how_smooth(trained, tmp_path, capsys):
     assert f"written to {out / 'codes.pdf'}" in capsys.readouterr().out
     (out / "report.png").write_bytes(b"a picture of the user's")
     assert main(["plot", f"runs={trained[0]}", f"out={out}"]) == 1
-    # its own pictures, which come first, would have been drawn again
     assert "report.png was not drawn by yolo-qc plot" in capsys.readouterr().err
     assert (out / "report.png").read_bytes() == b"a picture of the user's"
 

@@ -27,13 +27,13 @@ def summary(report: dict[str, Any], worst: bool) -> str:
 
     Args:
         report: What qc/report.json holds.
-        worst: Also show the layers that oscillate most or, where nothing oscillates, clip most of what they read.
+        worst: Also show the worst layers, see `trouble`.
     """
     layers, size = report["layers"], report["size_mb"]
     widths = ", ".join(f"{count} {name}" for name, count in Counter(map(widths_of, layers)).most_common())
     lines = [f"{len(layers)} layers: {widths}", f"weights {size['quantized']:.2f} MB, FP32 {size['float32']:.2f} MB"]
     if worst:
-        lines += ["", *layer_rows(sorted(layers, key=_trouble, reverse=True)[:SHOWN])]
+        lines += ["", *layer_rows(sorted(layers, key=trouble, reverse=True)[:SHOWN])]
     return "\n".join([*lines, "", *figure_rows(report)])
 
 
@@ -78,5 +78,6 @@ def widths_of(layer: dict[str, Any]) -> str:
     return f"W{layer['weight_bits']}A{layer['act_bits']}"
 
 
-def _trouble(layer: dict[str, Any]) -> tuple[float, float]:
-    return layer["oscillating"] or 0.0, layer["act_clipped"]
+def trouble(layer: dict[str, Any]) -> tuple[float, float]:
+    """How bad a layer is: oscillation, in shares of its range as a code is one, then what is clipped of its input."""
+    return (layer["oscillating"] or 0.0) / 2 ** layer["weight_bits"], layer["act_clipped"]

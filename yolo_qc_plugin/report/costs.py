@@ -34,7 +34,7 @@ def draw_costs(layers: Sequence[str], costs: Mapping[str, Mapping]):
         widths = sorted({int(bits) for of in costs[kind].values() for bits in of})
         for k, bits in enumerate(widths):
             found = sorted((places[name], of[str(bits)]) for name, of in costs[kind].items() if str(bits) in of)
-            color = colormaps["viridis"](0.9 * k / max(len(widths) - 1, 1))
+            color = colormaps["viridis"](0.3 + 0.55 * k / max(len(widths) - 1, 1))
             ax.plot(*zip(*found), ".-", color=color, markersize=3, linewidth=0.5, label=f"{bits} bits")
         ax.set_yscale("log")
         ax.set_title(title, loc="left")

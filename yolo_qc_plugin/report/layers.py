@@ -13,7 +13,7 @@ from .runs import Run
 
 SHOWN = 4  # layers whose latent weights are shown
 BINS = 20  # of a histogram, in a step of the grid
-CODES = (0.13, 0.49, 0.80)  # red, green, blue of a code that all weights have
+CODES = (0.16, 0.55, 0.90)  # red, green, blue of a code that all weights have
 WIDEST = 5  # bits up to which the whole range of a layer can be seen
 
 
@@ -28,9 +28,9 @@ def draw_sizes(run: Run):
     for k, bits in enumerate(sorted({layer["weight_bits"] for layer in layers})):
         found = [(i, x["weights"] * bits / 8e3) for i, x in enumerate(layers) if x["weight_bits"] == bits]
         places, sizes = zip(*found)
-        ax.bar(places, sizes, 0.8, color=COLORS[k % len(COLORS)], label=f"{bits} bits: {sum(sizes) / 1e3:.2f} MB")
+        ax.bar(places, sizes, 0.8, color=COLORS[k % len(COLORS)], label=f"{bits} bits: {sum(sizes):,.0f} kB")
     ax.set_ylabel("weights (kB)")
-    ax.legend()
+    figure.legend(loc="outside upper center", ncols=7)
     along_layers(ax, names)
     return figure
 
@@ -98,21 +98,20 @@ def draw_latent(run: Run):
     axes = figure.subplots(len(layers), 2, width_ratios=(2, 1), squeeze=False)
     for (whole, step), name in zip(axes, layers):
         quant, place = convs[name].weight_quant, positions(convs[name])
-        edges = np.linspace(
-            quant.quant_min - 0.5, quant.quant_max + 0.5, BINS * (quant.quant_max - quant.quant_min + 1) + 1
-        )
+        codes = range(quant.quant_min, quant.quant_max + 1)
+        edges = np.linspace(codes[0] - 0.5, codes[-1] + 0.5, BINS * len(codes) + 1)
         whole.stairs(np.histogram(place, edges)[0], edges, fill=True, color=COLORS[0])
-        whole.set_xticks(range(quant.quant_min, quant.quant_max + 1) if quant.bits <= WIDEST else [])
+        whole.set_xticks(codes[:: max(len(codes) // 16, 1)])
         whole.set_xlim(edges[0], edges[-1])
         whole.set_title(f"{name}, {quant.bits} bits", loc="left")
         share, edges = np.histogram(place - place.round(), np.linspace(-0.5, 0.5, BINS + 1))
         step.stairs(100 * share / max(len(place), 1), edges, fill=True, color=COLORS[0])
-        step.axhline(100 / BINS, color=COLORS[1], linestyle="--", label="if spread evenly")
+        step.axhline(100 / BINS, color=COLORS[1], linestyle="--")
         step.set_xticks([-0.5, 0, 0.5], ["threshold", "grid point", "threshold"])
         step.set_xlim(-0.5, 0.5)
         step.set_ylabel("weights (%)")
     axes[-1, 0].set_xlabel("code")
-    axes[0, 1].legend(loc="upper right", fontsize=6)
+    axes[0, 1].set_title("dashed: if spread evenly", loc="right")
     return figure
 
 

@@ -32,16 +32,18 @@ class Picture:
         text: What it shows.
         look: How wide it is: "layers", "plain" or "small".
         together: Whether one picture shows all runs.
+        told: Whether a table of the page has it already where there is one run.
     """
 
     draw: Callable
     text: str
     look: str = "layers"
     together: bool = False
+    told: bool = False
 
 
 PICTURES = {
-    "report": Picture(draw_accuracy, "Accuracy of the float start, after QAT and after QC.", "small", True),
+    "report": Picture(draw_accuracy, "Accuracy of the float start, after QAT and after QC.", "small", True, True),
     "sizes": Picture(draw_sizes, "Weights of each layer in the file, by their width."),
     "weight_scales": Picture(
         draw_weight_scales,
@@ -114,24 +116,32 @@ def write_page(
     """
     from matplotlib import rc_context
 
+    wanted = _by_name(runs)
+    refuse_to_overwrite([page, *(out / f"{key}.{kind}" for key in wanted for kind in formats)])
+    out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
+    files = []
     with rc_context(STYLE):
-        for name, picture in PICTURES.items():
-            for number, shown in enumerate([list(runs)] if picture.together else runs, 1):
-                key = f"{name}_{number}" if len(runs) > 1 and not picture.together else name
-                with guard(key):
-                    if figure := picture.draw(shown):
-                        figures[key] = figure
-        refuse_to_overwrite([page, *(out / f"{key}.{kind}" for key in figures for kind in formats)])
-        out.mkdir(parents=True, exist_ok=True)
-        files = []
-        for key, figure in figures.items():
+        for key, (picture, shown) in wanted.items():
             with guard(key):
-                files += save({key: figure}, out, formats, dpi)
+                if figure := picture.draw(shown):
+                    files += save({key: figure}, out, formats, dpi)
+                    figures[key] = figure
         text = to_html(runs, figures, guard)
     with replacing(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return [*files, page]
+
+
+def _by_name(runs: Sequence[Run]) -> dict[str, tuple[Picture, Any]]:
+    """Every picture, and the run or the runs that it is of; with several, a picture of one has its number."""
+    found: dict[str, tuple[Picture, Any]] = {}
+    for name, picture in PICTURES.items():
+        if picture.together or len(runs) == 1:
+            found[name] = picture, list(runs) if picture.together else runs[0]
+        else:
+            found |= {f"{name}_{number}": (picture, run) for number, run in enumerate(runs, 1)}
+    return found
 
 
 def to_html(runs: Sequence[Run], figures: dict[str, Any], guard: Guard) -> str:
@@ -173,7 +183,8 @@ def _head(runs: Sequence[Run], guard: Guard) -> str:
 
 def _section(name: str, runs: Sequence[Run], figures: dict[str, Any], guard: Guard) -> str:
     """Words and pictures, by run where there are several."""
-    words, pictures = SECTIONS[name]
+    words, names = SECTIONS[name]
+    pictures = [key for key in names if len(runs) > 1 or not PICTURES[key].told]
     together = [key for key in pictures if PICTURES[key].together]
     text = ""
     for number, run in enumerate(runs, 1):

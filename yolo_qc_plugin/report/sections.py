@@ -6,6 +6,7 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from .console import STAGES, widths_of
@@ -36,7 +37,8 @@ def about(run: Run) -> str:
     made = run.report.get("training")
     if not made:
         return ""
-    told = [made["start"], made["task"], made["data"], f"{made['imgsz']} px", f"{made['epochs']} epochs"]
+    files = (Path(made[name]).name for name in ("start", "data"))
+    told = [*files, made["task"], f"{made['imgsz']} px", f"{made['epochs']} epochs"]
     return f'<p class="soft">{escape(" · ".join(told))}</p>'
 
 
@@ -103,8 +105,8 @@ def rounding(run: Run) -> str:
     return (
         f"<p>Soft rounding: {title} of the QAT model on {found['images']} validation images is {hard:.2f} points as it "
         f"rounds, and {soft:.2f} ({soft - hard:+.2f}) where values farther than {found['k']} steps from every grid "
-        "point keep their latent value. The difference is what having to choose costs there, without any training; on "
-        "so few images tenths of a point mean nothing.</p>"
+        "point keep their latent value. A gain is what having to choose between two codes costs there, without any "
+        "training; on so few images tenths of a point mean nothing.</p>"
     )
 
 
@@ -118,7 +120,7 @@ def predictions(run: Run) -> str:
     )
     pairs = []
     for image in found["images"]:
-        file = run.folder / "qc" / "plots" / image["picture"]
+        file = run.folder / "qc" / "plots" / Path(image["picture"]).name
         counts = f"{image['both']} in both"
         for side in SIDES:
             alone = image[f"{side}_alone"]

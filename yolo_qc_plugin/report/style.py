@@ -43,7 +43,7 @@ figcaption { font-size: .88rem; max-width: 85ch; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg text { fill: currentColor; }
 .layers svg { min-width: 880px; }
-.plain svg { min-width: 620px; }
+.plain svg { min-width: 620px; max-width: 920px; }
 .small svg { max-width: 640px; min-width: 420px; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr)); gap: 14px 20px; }
 .pairs img { display: block; width: 100%; height: auto; border-radius: 4px; background: #fff; }
