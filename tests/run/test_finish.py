@@ -18,7 +18,8 @@ from ultralytics.utils.loss import E2ELoss
 ], ids=["qc", "qat"])  # fmt: skip
 def test_the_better_is_kept(train, digits, kept, options):
     yolo = train(options, model=FLOAT, optimizer="Adam", lr0=1e-4, nbs=8, mosaic=0.0)
-    wdir, report = yolo.trainer.wdir, json.loads((yolo.trainer.save_dir / "qc" / "report.json").read_text())
+    folder = yolo.trainer.save_dir / "qc"
+    wdir, report = yolo.trainer.wdir, json.loads((folder / "report.json").read_text())
     figures = report["metrics"]
     lost = {"qc": "qat", "qat": "qc"}[kept]
     assert figures[kept]["map50_95"] > 0.05
@@ -28,6 +29,10 @@ def test_the_better_is_kept(train, digits, kept, options):
     assert yolo.returned.box.map == figures[kept]["map50_95"]
     assert yolo.returned.results_dict["fitness"] == figures[kept]["fitness"]
     assert ((wdir / "best.pt").read_bytes() == (wdir / "qat.pt").read_bytes()) is (kept == "qat")
+    assert {file.name for file in folder.iterdir()} == {  # plots=False draws nothing
+        "report.json", "telemetry.parquet", "layers.txt", "MODEL_CARD.md"
+    }  # fmt: skip
+    assert report["rounding"] is None
     found = YOLO(wdir / "best.pt").val(data=str(digits), imgsz=64, workers=0, plots=False, verbose=False)
     assert found.box.map == pytest.approx(figures[kept]["map50_95"], abs=1e-6)
 

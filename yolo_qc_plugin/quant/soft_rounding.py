@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Soft rounding of a finished model: what oscillation costs, without training (the paper, Section 3).
+"""Soft rounding of a finished model: what oscillation costs, without training (as in the paper).
 
 v    = (x - offset) / scale, clipped to [quant_min, quant_max]
 xhat = scale * round(v) + offset   where v lies within k steps of a grid point, else scale * v + offset
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .functional import from_codes, grid_position, per_slice, widen
 from .layers import quant_convs
-from .quantizer import Quantizer
+from .quantizer import ActQuantizer, Quantizer
 
 SOFT, HARD = 0.45, 0.5  # k of the paper, and the one with which all is rounded
 
@@ -32,7 +32,7 @@ def round_within(model: nn.Module, k: float) -> None:
     """
     for _, conv in quant_convs(model):
         for quant in conv.weight_quant, conv.act_quant:
-            quant.forward = partial(soft_values, quant, k)
+            quant.forward = partial(soft_values, quant, k)  # type: ignore[method-assign]
 
 
 def soft_values(quant: Quantizer, k: float, x: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def soft_values(quant: Quantizer, k: float, x: Tensor) -> Tensor:
     Worked numbers: scale 0.1 and k = 0.45 take 0.26 (2.6 steps) to 0.3, and leave 0.253 as it is.
     """
     scale = per_slice(quant.scale, x)
-    offset = quant.grid_offset() if hasattr(quant, "grid_offset") else None
+    offset = quant.grid_offset() if isinstance(quant, ActQuantizer) else None
     latent = grid_position(widen(x), scale, offset).clamp_(quant.quant_min, quant.quant_max)
     code = latent.round()
     return from_codes(latent.where((latent - code).abs() > k, code), scale, offset).to(x.dtype)

@@ -47,7 +47,8 @@ def model_card(report: dict[str, Any], sizes: dict[str, int]) -> str:
         sizes: Checkpoint's name -> its bytes.
     """
     made, size, metrics = report["training"], report["size_mb"], report["metrics"]
-    base, data = Path(made["start"]).stem, Path(made["data"]).stem
+    base = Path(made["start"]).stem or "model"  # checkpoints of earlier versions do not know it
+    data = Path(made["data"]).stem
     widths = Counter(map(widths_of, report["layers"])).most_common()
     columns = [(name, title) for name, title in FIGURES.values() if name in metrics["qat"]]
     stages = [stage for stage in ("float", "qat", "qc") if metrics.get(stage)]

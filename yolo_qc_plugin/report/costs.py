@@ -13,7 +13,7 @@ FILE = "sensitivity.json"  # in a run's qc/, where its widths were chosen by a b
 
 def draw_sensitivity(run: Run):
     """The picture of a run's own sensitivity.json."""
-    found = run.json(FILE)
+    found = run.json(FILE) if run.report.get("budget") else None  # else the file is of an earlier run there
     return draw_costs(list(found["about"]["layers"]), found["costs"]) if found else None
 
 

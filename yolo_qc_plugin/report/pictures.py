@@ -88,8 +88,13 @@ def to_svg(figure, title: str) -> str:
     text = re.sub(r' xmlns(:xlink)?="[^"]*"| version="1.1"', "", text).replace("xlink:href", "href")
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # each figure has its axes_1; what is referred to has other ids
     text = re.sub(r'<svg width="[^"]*" height="[^"]*"', f'<svg role="img" aria-label="{title}"', text, count=1)
-    text = re.sub(r"(?<=[ \"])-?\d+\.\d{2,}", lambda m: f"{float(m[0]):.1f}", text)  # a tenth of a point
+    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"-?\d+\.\d{2,}", _shortened, path[0]), text)
     text = text.replace("stroke: #000000", "stroke: currentColor").replace("'DejaVu Sans'", "system-ui")
     for number, color in enumerate(COLORS):
         text = text.replace(color.lower(), f"var(--c{number})")
     return text.strip()
+
+
+def _shortened(number: re.Match) -> str:
+    """A coordinate to a tenth of a point."""
+    return f"{float(number[0]):.1f}"

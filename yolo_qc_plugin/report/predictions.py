@@ -67,7 +67,8 @@ def compare_predictions(
         file = out / f"predictions_{number}.jpg"
         sides = [_draw(results[0].orig_img, objects[side], alone[side], CHANGED[side]) for side in SIDES]
         gap = np.full((HEIGHT, 6, 3), 255, np.uint8)
-        file.write_bytes(cv2.imencode(".jpg", np.hstack([sides[0], gap, sides[1]]), [cv2.IMWRITE_JPEG_QUALITY, 85])[1])
+        whole = cv2.imencode(".jpg", np.hstack([sides[0], gap, sides[1]]), [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
+        file.write_bytes(whole.tobytes())
         both = len(objects["float"]) - len(alone["float"])
         told.append({
             "photograph": photograph.name, "picture": file.name, "both": both,

@@ -74,7 +74,7 @@ def accuracy(run: Run) -> str:
         if found:
             figures = [f"{100 * found[name]:.2f}" for name, _ in columns]
             share = f"{found[columns[0][0]] / start:.1%}" if start else "-"
-            mb = size["float32" if stage.startswith("float") and stage != "float_outputs" else "quantized"]
+            mb = size["float32" if stage == "float" else "quantized"]
             label = STAGES.get(stage, stage.replace("_", " ")) + (" (best.pt)" if stage == kept else "")
             cells = [escape(label), *figures, share, f"{found['fitness']:.4f}", f"{mb:.2f}"]
             rows.append((cells, "kept" if stage == kept else ""))

@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""What a run draws when all else is done, where Ultralytics' `plots` is on: qc/report.html and qc/plots."""
+"""What a run draws when all else is done: qc/report.html and qc/plots."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from ..report.traces import WINDOW
 PHOTOGRAPHS = 8
 
 
-def draw_run(trainer: BaseTrainer, start: str) -> None:
+def draw_run(trainer: BaseTrainer, best: Path, start: str) -> None:
     """Draw what a finished run has to show; what fails is named in a warning and stops nothing.
 
     Args:
         trainer: Of the run.
+        best: The checkpoint that was kept.
         start: What training began with.
     """
     folder = Path(trainer.save_dir) / "qc"
@@ -32,7 +33,7 @@ def draw_run(trainer: BaseTrainer, start: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with log.naming_what_fails("predictions"):
         if first := float_checkpoint(trainer, start):
-            files = {"float": first, "quantized": Path(trainer.best)}
+            files = {"float": first, "quantized": Path(best)}
             compare_predictions(files, photographs(trainer), trainer.args.imgsz, trainer.device, out)
     with log.naming_what_fails(PAGE):
         run = Run.load(Path(trainer.save_dir), WINDOW)

@@ -24,9 +24,9 @@ from ..host.teacher import Teacher
 from ..qat.reestimation import BATCHES, reestimate
 from ..quant.calibrate import calibrate_outputs
 from ..quant.inject import quantize_outputs
-from ..report.card import write_card
+from ..report.card import CARD, write_card
 from ..report.command import train_command
-from ..report.console import summary, write_table
+from ..report.console import TABLE, summary, write_table
 from ..report.record import build_report, figures_of, write_report
 from ..report.runs import shares_at_the_end
 from .budget import format_outcome, outcome, planned_widths
@@ -74,7 +74,8 @@ def finish(trainer: BaseTrainer, config: QCConfig, teacher: Teacher | None) -> d
     command = train_command(vars(trainer.args), config, start, planned)
     report = correct_and_choose(trainer, config, metrics, qat, best, command, teacher)
     conclude(trainer.last)
-    draw_run(trainer, start)
+    if trainer.args.plots:
+        draw_run(trainer, best, start)
     return report
 
 
@@ -128,15 +129,21 @@ def correct_and_choose(
             model, _ = load_checkpoint(qat, device=trainer.device)
         images = (trainer.validator.preprocess(batch)["img"].float() for batch in trainer.test_loader)
         folder = trainer.save_dir / "qc"
-        report = build_report(model, config, metrics, kept, images, shares_at_the_end(folder))
+        oscillating: dict[str, float] = {}
+        with log.naming_what_fails("oscillation"):
+            oscillating = shares_at_the_end(folder)
+        report = build_report(model, config, metrics, kept, images, oscillating)
         report["training"] = origin(trainer, model, command)
         report["rounding"] = rounding
         if config.budget:
             report["budget"] = outcome(folder, report["metrics"], kept)
         path = write_report(report, folder)
     LOGGER.info(f"\n{summary(report, worst=trainer.args.verbose)}")
-    log.info(f"best.pt holds the {kept.upper()} model, record in {path}, all layers in {write_table(report, folder)}")
-    log.info(f"what to tell of the model where it is published: {write_card(report, trainer.wdir, folder)}")
+    log.info(f"best.pt holds the {kept.upper()} model, record in {path}")
+    with log.naming_what_fails(TABLE):
+        log.info(f"every layer is in {write_table(report, folder)}")
+    with log.naming_what_fails(CARD):
+        log.info(f"what to tell where the model is published is in {write_card(report, trainer.wdir, folder)}")
     if report.get("budget"):
         log.info(format_outcome(report["budget"]))
     return report
@@ -150,7 +157,7 @@ def origin(trainer: BaseTrainer, model: nn.Module, command: str) -> dict:
         "task": args.task,
         "start": own_record(model).start,
         "data": str(args.data),
-        "names": list(model.names.values()),
+        "names": list(trainer.data["names"].values()),
         "imgsz": args.imgsz,
         "epochs": trainer.epoch + 1,
         "batch": trainer.batch_size,

@@ -16,9 +16,11 @@ from ultralytics.utils.torch_utils import unset_deterministic
 from ..config import QCConfig, QCError
 from ..deploy.snap import snap
 from ..host import compat, log
-from ..host.record import record_of
+from ..host.record import own_record, record_of
+from ..host.teacher import FILE as TEACHER
 from ..host.teacher import teacher_of
 from ..quant.layers import quant_convs
+from .drawing import draw_run
 from .finish import correct_and_choose, write_like
 from .validation import validate
 
@@ -93,4 +95,8 @@ def _correct(trainer: BaseTrainer, config: QCConfig, source: Path, options: dict
     teacher = teacher_of(source.parent, config, trainer.device)
     given = {"model": source, "data": trainer.args.data, **options}
     command = shlex.join(["yolo-qc", "correct", *(f"{name}={value}" for name, value in given.items())])
-    return correct_and_choose(trainer, config, metrics, qat, trainer.best, command, teacher)
+    report = correct_and_choose(trainer, config, metrics, qat, trainer.best, command, teacher)
+    if trainer.args.plots:
+        first = source.with_name(TEACHER)
+        draw_run(trainer, trainer.best, str(first) if first.exists() else own_record(model).start)
+    return report

@@ -22,6 +22,11 @@ from ..qat.correction import freeze_norms
 from ..quant.calibrate import calibrate
 from ..quant.inject import remove
 from ..quant.layers import is_quantized
+from ..report.card import CARD
+from ..report.console import TABLE
+from ..report.page import PAGE
+from ..report.predictions import FILE as PREDICTIONS
+from ..report.runs import RECORD
 from ..report.traces import FILE as TELEMETRY
 from .validation import training_images, validate
 
@@ -90,7 +95,8 @@ def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> Teacher | None:
         log.info(f"the start is no teacher: its fitness is {fitness:.3f}, under {MIN_FITNESS}")
         teacher = None
     folder = trainer.save_dir / "qc"
-    for stale in (trainer.wdir / "qat.pt", trainer.wdir / TEACHER, folder / "report.json", folder / TELEMETRY):
+    written = RECORD, TELEMETRY, TABLE, CARD, PAGE, f"plots/{PREDICTIONS}"
+    for stale in (trainer.wdir / "qat.pt", trainer.wdir / TEACHER, *(folder / name for name in written)):
         stale.unlink(missing_ok=True)  # of an earlier run here
     if RANK in {-1, 0}:
         trainer._model_train()  # batch norms of frozen layers keep their statistics, as they will in training
