@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -50,11 +51,11 @@ def tiles(run: Run) -> str:
     (name, title), size, metrics = main_figure(report), report["size_mb"], report["metrics"]
     value, start = metrics[report["kept"]][name], (metrics.get("float") or {}).get(name)
     share = f", {value / start:.1%} of the float start's {100 * start:.1f}" if start else ""
-    common = max(map(widths_of, report["layers"]), key=[*map(widths_of, report["layers"])].count)
+    ((common, count),) = Counter(map(widths_of, report["layers"])).most_common(1)
     shown = [
         (f"{100 * value:.1f}", f"{title} of best.pt in points{share}"),
         (f"{size['quantized']:.2f} MB", f"of weights, {size['float32'] / size['quantized']:.1f} times less than FP32"),
-        (common, f"bits of weights and activations in most of the {len(report['layers'])} layers"),
+        (common, f"bits of weights and of activations in {count} of {len(report['layers'])} layers"),
         (STAGES[report["kept"]], "is what best.pt holds"),
     ]
     tiles = "".join(f'<div class="tile"><b>{escape(big)}</b><span>{escape(text)}</span></div>' for big, text in shown)
@@ -165,7 +166,7 @@ def layers(run: Run) -> str:
 
 
 def origin(run: Run) -> str:
-    """The command, versions, and where the run is."""
+    """The command and the versions."""
     report = run.report
     if not report:
         return ""

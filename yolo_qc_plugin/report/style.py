@@ -37,7 +37,6 @@ th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid var(--li
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr.kept td { font-weight: 650; color: var(--good); }
-td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 figure { margin: 10px 0 4px; }
 figcaption { font-size: .88rem; max-width: 85ch; }
 figure svg { display: block; width: 100%; height: auto; }
