@@ -48,7 +48,7 @@ def model_card(report: dict[str, Any], sizes: dict[str, int]) -> str:
     """
     made, size, metrics = report["training"], report["size_mb"], report["metrics"]
     base = Path(made["start"]).stem or "model"  # checkpoints of earlier versions do not know it
-    data = Path(made["data"]).stem
+    data = data_name(made["data"])
     widths = Counter(map(widths_of, report["layers"])).most_common()
     columns = [(name, title) for name, title in FIGURES.values() if name in metrics["qat"]]
     stages = [stage for stage in ("float", "qat", "qc") if metrics.get(stage)]
@@ -102,6 +102,12 @@ def model_card(report: dict[str, Any], sizes: dict[str, int]) -> str:
         "AGPL-3.0, as Ultralytics' models and yolo-qc-plugin are. Terms of the training data may add to it.",
         "",
     ])  # fmt: skip
+
+
+def data_name(path: str) -> str:
+    """What a data set is called: by its YAML, or by the folder of a data.yaml, whose name says nothing."""
+    file = Path(path)
+    return file.parent.name if file.stem == "data" and file.parent.name else file.stem
 
 
 WHAT = {
