@@ -86,6 +86,11 @@ def loss_is_summed(task: str) -> bool:
     return task != "classify"
 
 
+def task_of(model: nn.Module) -> str:
+    """The task of an accepted model."""
+    return next(task for task, kind in MODELS.items() if type(model) is kind)
+
+
 def check_task(task: str) -> None:
     """Refuse a task whose models are not supported.
 

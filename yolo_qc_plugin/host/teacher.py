@@ -15,6 +15,7 @@ from ultralytics.nn.tasks import BaseModel, load_checkpoint
 
 from ..config import QCConfig, QCError
 from ..quant.modules import hooked
+from .architecture import task_of
 from .distributed import from_rank_0
 from .record import write_checkpoint
 
@@ -61,8 +62,8 @@ class Teacher:
     def write(self, folder: Path) -> None:
         """Write the file: a float checkpoint as Ultralytics' own, with the spreads."""
         model = deepcopy(self.model).cpu().half()
-        args = getattr(model, "args", {})  # a classifier in training has none
-        args = args if isinstance(args, dict) else vars(args)
+        args = getattr(model, "args", {})  # a classifier in training has none, and would be taken for a detector
+        args = {"task": task_of(model), **(args if isinstance(args, dict) else vars(args))}
         checkpoint = {"model": model, "spreads": [s.cpu() for s in self.spreads], "train_args": args}
         about = {"date": datetime.now().isoformat(), "version": ULTRALYTICS_VERSION, "epoch": -1}
         write_checkpoint({**checkpoint, **about, "ema": None, "optimizer": None, "train_metrics": {}}, folder / FILE)
