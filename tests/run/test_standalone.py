@@ -31,12 +31,16 @@ def test_a_finished_run_is_corrected_again(train, tmp_path):
     for _, conv in quant_convs(checkpoint["model"]):
         if conv.correction:
             conv.correction.gamma.mul_(1.1)
+    checkpoint["train_args"]["plots"] = True  # as is usual
     corrected = run.wdir / "corrected.pt"
     write_checkpoint(checkpoint, corrected)
 
     options = ["correction=tensor", "correction_shift=False", f"project={tmp_path}", "name=again"]
     assert main(["correct", f"model={corrected}", *options]) == 0
     report = json.loads((tmp_path / "again" / "qc" / "report.json").read_text())
+    assert report["training"]["command"].startswith(f"yolo-qc correct model={corrected} data=")
+    page = (tmp_path / "again" / "qc" / "report.html").read_text("utf-8")
+    assert "Predictions</h2>" in page and "Scales</h2>" not in page  # nothing was trained that could be traced
     before, copied = state_of(run.wdir / "qat.pt"), state_of(tmp_path / "again" / "weights" / "qat.pt")
     assert before.keys() == copied.keys() and all(torch.equal(before[k], copied[k]) for k in before)
     assert first["metrics"]["qat"]["map50_95"] > 0.1, "the test must be able to fail"
