@@ -154,6 +154,18 @@ def test_a_changed_litert_file_fails(trained, digits, tmp_path, small_files):
     assert not result["passed"] and result["weights"] == [layer]
 
 
+def test_a_model_for_tensorrt_passes(digits, tmp_path, small_files):
+    """Its residual sums have quantizers of their own, and its outputs lie anywhere: a code may flip by one step."""
+    model = YOLO(FLOAT)
+    add_qc_callbacks(model, target="tensorrt", weight_bits=4, correction="off")
+    model.train(**TINY, data=str(digits), project=str(tmp_path), name="run")
+    checkpoint = tmp_path / "run" / "weights" / "best.pt"
+    result = check(checkpoint, YOLO(checkpoint).export(format="onnx", imgsz=64, device="cpu"), digits, images=2)
+    assert result["weights"] == [] and result["pytorch"]["AP"] > FINDS
+    assert result["checkpoint"]["AP"] == pytest.approx(result["pytorch"]["AP"], abs=1e-3)
+    assert all(r["steps"] <= 1 and r["changed"] < 1e-3 for r in result["runtimes"] if "skipped" not in r)
+
+
 @pytest.fixture(params=["openvino", "torchscript"])
 def whole(request, trained, tmp_path, small_files):
     """A checkpoint and what a format without codes makes of it."""

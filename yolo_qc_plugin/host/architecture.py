@@ -15,6 +15,7 @@ from ..deploy.fold import FixedQuantizer, deploy_activation, deploy_conv
 from ..quant.activations import quant_activations
 from ..quant.layers import QuantConv2d, quant_convs
 from ..quant.modules import evaluating, replace_modules
+from ..quant.quantizer import ActQuantizer
 from ..quant.taps import taps
 
 MODELS = {  # task -> the model that is accepted; subclasses (RT-DETR, World, YOLOE) are not
@@ -47,7 +48,8 @@ def deploy_model(model: nn.Module) -> None:
     replace_modules(model, {m: deploy_conv(m, None, name) for name, m in quant_convs(model)})
     replace_modules(model, {m: deploy_activation(m) for _, m in quant_activations(model)})
     for _, tap in taps(model):
-        tap.act_quant = FixedQuantizer(tap.act_quant)
+        if isinstance(tap.act_quant, ActQuantizer):  # Ultralytics fuses again where a fused model is validated
+            tap.act_quant = FixedQuantizer(tap.act_quant)
 
 
 def output_blocks(model: nn.Module) -> list[Conv]:
