@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import os
 import tempfile
+from math import isnan
 from pathlib import Path
 
 os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="yolo_config_"))  # leave the user's settings alone
@@ -31,9 +32,9 @@ TINY = {
 
 
 def last_epoch(run: Path) -> dict[str, float]:
-    """What the host wrote of a run's last epoch into results.csv."""
-    *_, row = csv.DictReader((run / "results.csv").open())
-    return {k.strip(): float(v) for k, v in row.items()}
+    """What the host wrote of a run's last epoch into results.csv; the row after it is what best.pt holds in the end."""
+    rows = [{k.strip(): float(v) for k, v in row.items()} for row in csv.DictReader((run / "results.csv").open())]
+    return next(row for row in reversed(rows) if not isnan(row["lr/pg0"]))
 
 
 def steps_of(trainer):

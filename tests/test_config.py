@@ -50,6 +50,7 @@ REFUSED = {
     "bn_freeze": FLAG,
     "bn_reestimate": FLAG,
     "telemetry": FLAG,
+    "coco_eval": FLAG,
     "skip": ("non-empty strings", ["", ("",), ("a", 3), (None,), b"model", 5, None]),
     "layer_bits": (
         "",

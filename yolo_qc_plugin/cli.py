@@ -72,7 +72,7 @@ COMMANDS = {
         "AP by pycocotools, of a model or of files in COCO form",
         [
             Form("tools.evaluate", "evaluate", "format_table", json=True),
-            Form("tools.coco", "coco_metrics", "format_metrics", json=True),
+            Form("coco.metrics", "coco_metrics", "format_metrics", json=True),
         ],
     ),
     "compare": (

@@ -103,6 +103,7 @@ class QCConfig:
         label_confidence: Least confidence of a prediction that becomes a label, in (0, 1).
         calibration_batches: Training batches that start the activation scales, at least 1.
         telemetry: Record scales, code flips and oscillation at each optimizer step, in qc/telemetry.parquet.
+        coco_eval: Measure all that is reported by pycocotools too: AP of boxes, masks and keypoints in qc/report.json.
         skip: Names or patterns (fnmatch) of convolutions to leave in float, e.g. ("model.9.*",).
         layer_bits: Name or pattern -> width of weights and activations there, e.g. {"model.24.*": 6}, or of one of the
             two, as "W6", "A8" or "W4A8". Where several match, the last that names a width sets it. As text also the
@@ -146,6 +147,7 @@ class QCConfig:
     label_confidence: float = option(0.25, number(above=0, below=1))
     calibration_batches: int = option(8, whole(1))
     telemetry: bool = option(True, FLAG)
+    coco_eval: bool = option(False, FLAG)
     skip: tuple[str, ...] = option((), PATTERNS)
     layer_bits: Mapping[str, int | str] = option({}, widths(WIDTH))
     budget: str | None = option(None, or_none(BUDGET, " for widths by the other options"))

@@ -104,7 +104,7 @@ def train(name: str, out: Path) -> dict:
     file.unlink()
     report = json.loads((yolo.trainer.save_dir / "qc" / "report.json").read_text())
     returned = {k: float(v) for k, v in metrics.results_dict.items()}
-    *_, epoch = csv.DictReader((yolo.trainer.save_dir / "results.csv").open())
+    *_, epoch, _ = csv.DictReader((yolo.trainer.save_dir / "results.csv").open())  # then what best.pt holds in the end
     return {
         "file": str(yolo.trainer.best),
         "data": str(data),
@@ -216,7 +216,7 @@ def page(record: dict) -> str:
         "epoch from an untrained model (batch norms set from the images), 4 bits, QC, export. The figures are tiny for "
         "that reason; what counts is whether they are the same. In points:",
         "",
-        "- epoch: the last row of results.csv, which has three decimals of a point; file: the checkpoint that "
+        "- epoch: the last epoch's row of results.csv, which has three decimals of a point; file: the checkpoint that "
         "Ultralytics wrote then (outputs not quantized yet), measured after training. The rest is of the model in "
         "best.pt:",
         "- training: what the run reports; val: `yolo val` of the file in a fresh process (it deploys the model), "

@@ -161,8 +161,8 @@ def test_a_cell_has_cocos_ap_of_each_state(digits, tmp_path):
         run = tmp_path / f"{name}-seed0"
         measured_again = evaluate(run / "weights" / f"{state}.pt", digits, imgsz=64)
         figures = found[name]["metrics"][state]
-        assert figures["ap"] == pytest.approx(measured_again["coco"]["AP"], abs=1e-12) and figures["ap"] > 0.01
-        assert figures["map50_95"] == pytest.approx(measured_again["ultralytics"]["map50_95"], abs=1e-12)
+        assert figures["ap"] == pytest.approx(measured_again["coco"]["bbox"]["AP"], abs=1e-12) and figures["ap"] > 0.01
+        assert figures["map50_95"] == pytest.approx(measured_again["ultralytics"]["bbox"]["map50_95"], abs=1e-12)
         assert np.load(run / "coco" / state / "resampled.npy").shape == (1001,)
     states = {file: load_checkpoint(run / "weights" / f"{file}.pt")[0].state_dict() for file in ("best", "qat", "qc")}
     kept = states[found["trained"]["kept"]]

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from copy import deepcopy
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -235,24 +233,22 @@ def test_without_resume_pt_the_file_is_gone_on_from(recorder):
     assert list(other.steps) == [1, 2, 3, 4] and np.array_equal(other.values[:2], record.values[:2], equal_nan=True)
 
 
-def test_tensorboard_gets_shares_and_traces_where_it_is_on(recorder, monkeypatch):
-    seen = []
-    writer = SimpleNamespace(add_scalar=lambda name, value, step: seen.append((name, float(value), step)))
+def test_loggers_get_shares_and_last_scales(recorder):
     record, go = recorder()
+    assert record.scalars() == {}
     go([1, 2, 3])
-    record.to_tensorboard(1)  # the host's is off: nothing is there to write to
-    module = SimpleNamespace(WRITER=writer)
-    monkeypatch.setitem(sys.modules, "ultralytics.utils.callbacks.tensorboard", module)
-    record.to_tensorboard(1)
-    record.to_tensorboard(1)  # nothing new
+    found = record.scalars()
     flips = record.values[..., COLUMNS.index("flips")].mean(0)
-    assert ("qc/flips", pytest.approx((flips * [12, 8]).sum() / 20), 1) in seen
-    scales = [(v, s) for n, v, s in seen if n == "qc_weight_scale/0"]
-    assert scales == [(float(v), s) for v, s in zip(record.values[:, 0, 0], (1, 2, 3))]
-    seen.clear()
-    go(range(4, 1004))
-    record.to_tensorboard(2)
-    assert sum(n == "qc_weight_scale/0" for n, _, _ in seen) <= telemetry.POINTS and seen[-1][2] == 1003
+    assert found["qc/flips"] == pytest.approx((flips * [12, 8]).sum() / 20) and found["qc_flips/1"] == flips[1]
+    assert found["qc_oscillating/0"] == record.values[-1, 0, COLUMNS.index("oscillating")]
+    assert found["qc_weight_scale/0"] == record.values[-1, 0, 0]
+    learned = ~np.isnan(record.values[-1, :, COLUMNS.index("act_scale")])
+    assert [f"qc_act_scale/{i}" in found for i in (0, 1)] == learned.tolist() and not np.isnan(
+        list(found.values())
+    ).any()
+    assert record.scalars() == {}  # nothing new
+    go([4])
+    assert record.scalars()["qc_flips/1"] == record.values[-1, 1, COLUMNS.index("flips")]
 
 
 def test_smoothness_is_numpys():

@@ -64,8 +64,8 @@ def test_a_file_that_is_not_square_passes(trained, digits, tmp_path):
     assert result["passed"] and result["imgsz"] == [64, 96] and result["pytorch"]["AP"] > FINDS
     assert all(r["changed_end_to_end"] == 0 for r in result["runtimes"] if "skipped" not in r)
     stock = evaluate(file, digits)
-    assert stock["imgsz"] == [64, 96] and stock["coco"]["AP"] == result["runtimes"][0]["AP"]
-    assert evaluate(checkpoint, digits, imgsz=96, rect=False)["coco"]["AP"] != result["pytorch"]["AP"]
+    assert stock["imgsz"] == [64, 96] and stock["coco"]["bbox"]["AP"] == result["runtimes"][0]["AP"]
+    assert evaluate(checkpoint, digits, imgsz=96, rect=False)["coco"]["bbox"]["AP"] != result["pytorch"]["AP"]
 
 
 @pytest.mark.skipif(not takes_oblong(), reason="this Ultralytics cannot validate an oblong file")
@@ -133,7 +133,7 @@ def test_a_litert_file_passes(trained, digits, tmp_path, small_files, imgsz):
     assert xnnpack["changed_end_to_end"] == xnnpack["steps"] == 0 and xnnpack["points"] < 0.01, xnnpack
     assert built_in["steps"] <= 1 and built_in["changed"] < 0.05, built_in
     assert result["passed"] == (built_in["points"] <= 0.3)
-    assert evaluate(file, digits)["coco"]["AP"] == xnnpack["AP"]  # Ultralytics' own validation of the file
+    assert evaluate(file, digits)["coco"]["bbox"]["AP"] == xnnpack["AP"]  # Ultralytics' own validation of the file
 
 
 def test_a_changed_litert_file_fails(trained, digits, tmp_path, small_files):

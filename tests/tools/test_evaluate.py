@@ -19,8 +19,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from ultralytics import YOLO
 
+from yolo_qc_plugin.coco.metrics import coco_metrics
+from yolo_qc_plugin.coco.truth import coco_ground_truth
 from yolo_qc_plugin.data.digits import compose
-from yolo_qc_plugin.tools.coco import coco_ground_truth, coco_metrics
 from yolo_qc_plugin.tools.evaluate import evaluate, format_table
 
 KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -240,11 +241,12 @@ def test_malformed_input_is_refused(tmp_path: Path):
 def check_result(result: dict) -> None:
     """Every number is there, fits JSON and shows in the table."""
     assert json.loads(json.dumps(result)) == result
-    assert tuple(key for key in result["coco"] if key != "per_class") == KEYS
+    assert tuple(key for key in result["coco"]["bbox"] if key != "per_class") == KEYS
     table = format_table(result).splitlines()
-    assert f"{result['images']} images, {result['instances']} instances" in table
+    assert f"{result['images']} images, {result['instances']} instances, ground truth: labels" in table
+    own = result["ultralytics"]["bbox"]
     ap = next(line.split() for line in table if line.startswith("AP "))
-    assert ap == ["AP", f"{100 * result['coco']['AP']:.2f}", f"{100 * result['ultralytics']['map50_95']:.2f}"]
+    assert ap == ["AP", f"{100 * result['coco']['bbox']['AP']:.2f}", f"{100 * own['map50_95']:.2f}"]
 
 
 def test_a_detector_of_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -254,9 +256,9 @@ def test_a_detector_of_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     result, cut = (evaluate(FLOAT, data, batch=4, device="cpu", clip=clip) for clip in (False, True))
     rows = sum(len(file.read_text().splitlines()) for file in (tmp_path / "set/labels/val").glob("*.txt"))
     assert (result["images"], result["instances"], result["imgsz"]) == (24, rows, 64)
-    assert cut["coco"]["AP"] > result["coco"]["AP"] > 0.2
-    assert result["coco"]["AP"] == pytest.approx(result["ultralytics"]["map50_95"], abs=0.005)
-    assert result["coco"]["AP50"] == pytest.approx(result["ultralytics"]["map50"], abs=0.005)
+    assert cut["coco"]["bbox"]["AP"] > result["coco"]["bbox"]["AP"] > 0.2
+    assert result["coco"]["bbox"]["AP"] == pytest.approx(result["ultralytics"]["bbox"]["map50_95"], abs=0.005)
+    assert result["coco"]["bbox"]["AP50"] == pytest.approx(result["ultralytics"]["bbox"]["map50"], abs=0.005)
     check_result(result)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]  # no runs folder
 
@@ -267,7 +269,7 @@ def test_a_model_keeps_its_callbacks(digits):
     settings = dict(data=str(digits), imgsz=64, plots=False, verbose=False)
     yolo.val(**settings)  # Ultralytics adds callbacks of its own
     before = {event: list(callbacks) for event, callbacks in yolo.callbacks.items()}
-    assert evaluate(yolo, digits, imgsz=64)["coco"]["AP"] > 0.05
+    assert evaluate(yolo, digits, imgsz=64)["coco"]["bbox"]["AP"] > 0.05
     assert yolo.callbacks == before
 
 
@@ -307,9 +309,9 @@ def test_uncut_boxes_agree_with_ultralytics(bccd_result: dict):
     check_result(bccd_result)
     assert bccd_result["imgsz"] == 320  # the checkpoint's own
     assert bccd_result["images"] == 40
-    assert bccd_result["ultralytics"]["map50_95"] > 0.5
-    assert bccd_result["coco"]["AP"] == pytest.approx(bccd_result["ultralytics"]["map50_95"], abs=0.005)
-    assert bccd_result["coco"]["AP50"] == pytest.approx(bccd_result["ultralytics"]["map50"], abs=0.005)
+    assert bccd_result["ultralytics"]["bbox"]["map50_95"] > 0.5
+    assert bccd_result["coco"]["bbox"]["AP"] == pytest.approx(bccd_result["ultralytics"]["bbox"]["map50_95"], abs=0.005)
+    assert bccd_result["coco"]["bbox"]["AP50"] == pytest.approx(bccd_result["ultralytics"]["bbox"]["map50"], abs=0.005)
 
 
 def test_cut_boxes_are_what_predict_returns(bccd: tuple[Path, Path], bccd_result: dict):
@@ -331,6 +333,8 @@ def test_cut_boxes_are_what_predict_returns(bccd: tuple[Path, Path], bccd_result
             )
     by_predict = coco_metrics(truth, detections)
     # predict() takes one class a box and pads less at rect shapes: close, not equal.
-    assert result["coco"]["AP"] == pytest.approx(by_predict["AP"], abs=0.02)
-    assert result["coco"]["AP"] > bccd_result["coco"]["AP"]  # cells at the border
-    assert math.isclose(result["ultralytics"]["map50_95"], bccd_result["ultralytics"]["map50_95"], abs_tol=0.01)
+    assert result["coco"]["bbox"]["AP"] == pytest.approx(by_predict["AP"], abs=0.02)
+    assert result["coco"]["bbox"]["AP"] > bccd_result["coco"]["bbox"]["AP"]  # cells at the border
+    assert math.isclose(
+        result["ultralytics"]["bbox"]["map50_95"], bccd_result["ultralytics"]["bbox"]["map50_95"], abs_tol=0.01
+    )

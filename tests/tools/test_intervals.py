@@ -11,7 +11,7 @@ from conftest import FLOAT
 from test_evaluate import perfect, random_case
 
 from yolo_qc_plugin.cli import main
-from yolo_qc_plugin.tools.coco import coco_metrics
+from yolo_qc_plugin.coco.metrics import coco_metrics
 from yolo_qc_plugin.tools.evaluate import detect
 from yolo_qc_plugin.tools.intervals import bootstrap, image_weights, weighted_ap
 

@@ -28,6 +28,7 @@ CALLED = {
     (data_utils, "img2label_paths"): ["img_paths"],
     (BaseTrainer, "preprocess_batch"): ["batch"],
     (BaseTrainer, "progress_string"): [],
+    (BaseTrainer, "save_metrics"): ["metrics"],
     (BaseTrainer, "_model_train"): [],
     (BaseTrainer, "_setup_train"): [],
     (BaseTrainer, "_close_dataloader_mosaic"): [],
@@ -53,10 +54,10 @@ CALLED = {
 }
 ARGUMENTS = "task model resume device amp compile quantize distill_model cls dfl format plots save_json".split()
 EVENTS = """on_pretrain_routine_start on_pretrain_routine_end on_train_epoch_start on_train_batch_start
-            on_train_batch_end on_train_epoch_end on_train_end on_val_start on_val_batch_end teardown
+            on_train_batch_end on_train_epoch_end on_fit_epoch_end on_train_end on_val_start on_val_batch_end teardown
             on_export_start""".split()
 AT_START = "args resume device world_size save_dir wdir last best callbacks validator metrics".split()
-WHEN_READY = """model amp ema.ema ema.updates optimizer.param_groups train_loader.reset train_loader._get_iterator
+WHEN_READY = """model amp csv ema.ema ema.updates optimizer.param_groups train_loader.reset train_loader._get_iterator
                 train_loader.generator.get_state test_loader validator.metrics validator.training
                 validator.args.quantize freeze_layer_names""".split()
 

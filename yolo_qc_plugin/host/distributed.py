@@ -50,6 +50,19 @@ def from_rank_0(value: Any) -> Any:
     return found[0]
 
 
+def at_rank_0(items: list) -> list:
+    """The items of all ranks, on rank 0; on other ranks their own. To be called by all ranks.
+
+    Args:
+        items: Anything that can be pickled; tensors on the CPU.
+    """
+    if not dist.is_initialized():
+        return items
+    parts: list[list] = [[]] * dist.get_world_size()
+    dist.gather_object(items, parts if dist.get_rank() == 0 else None, dst=0)
+    return [item for part in parts for item in part] or items
+
+
 @contextmanager
 def alone() -> Iterator[None]:
     """Within the context, collective operations wait for no other rank, and the world has one process.

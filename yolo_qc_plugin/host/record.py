@@ -14,6 +14,7 @@ import io
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -50,7 +51,7 @@ class QuantRecord:
     __module__ = "yolo_qc_plugin"  # by which checkpoints name it
 
     config: dict
-    float_metrics: dict[str, float] = field(default_factory=dict)
+    float_metrics: dict[str, Any] = field(default_factory=dict)
     format: int = field(init=False)
     plugin: str = __version__
     run: str = field(default_factory=lambda: uuid4().hex)

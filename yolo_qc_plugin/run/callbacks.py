@@ -22,6 +22,7 @@ from . import start
 from .budget import with_plan
 from .finish import finish, saying_what_is_safe
 from .labels import label_for_run, refuse_without_labels
+from .loggers import hand_over, take_back
 from .qc import take_all_images
 from .state import RunState
 from .steps import Steps
@@ -51,9 +52,12 @@ class QCCallbacks:
         attach()
 
     def register(self, model) -> None:
-        """Add the callbacks to a YOLO object or a trainer, in place of earlier ones of ours."""
+        """Add the callbacks to a YOLO object or a trainer, in place of earlier ones of ours.
+
+        They come first: loggers are to see what they hand over, and end their runs at on_train_end.
+        """
         for event, callback in self.events().items():
-            model.callbacks[event] = [*_others(model.callbacks[event]), callback]
+            model.callbacks[event] = [callback, *_others(model.callbacks[event])]
         self._registered_with = model
 
     def events(self) -> dict:
@@ -67,6 +71,7 @@ class QCCallbacks:
             "on_train_batch_start": self.on_train_batch_start,
             "on_train_batch_end": self.on_train_batch_end,
             "on_train_epoch_end": self.on_train_epoch_end,  # a timed stop skips the last batch's own callback
+            "on_fit_epoch_end": self.on_fit_epoch_end,
             "on_val_start": self.on_val_start,
             "on_val_batch_end": self.on_val_batch_end,
             "on_train_end": self.on_train_end,
@@ -78,7 +83,7 @@ class QCCallbacks:
         if self._trainer and getattr(self._registered_with, "trainer", None) is self._trainer:
             self._withdraw(trainer, self._registered_with)  # older versions tell no end of a run that failed
         else:
-            start.check_arguments(trainer)
+            start.check_arguments(trainer, self.state.config)
 
     def on_dataset(self, trainer: BaseTrainer) -> None:
         """Have photographs labelled, where that is asked for; of several processes, by the first alone."""
@@ -131,6 +136,7 @@ class QCCallbacks:
 
     def on_train_epoch_start(self, trainer: BaseTrainer) -> None:
         """Take over what Ultralytics replaced in recovering, and save the state that a resumed run starts from."""
+        take_back(trainer)
         self.state.begin_epoch(trainer)
 
     def on_train_batch_start(self, trainer: BaseTrainer) -> None:
@@ -146,6 +152,12 @@ class QCCallbacks:
         self.state.steps.end_epoch(trainer)
         self.validation.expect(architecture.student(trainer.ema.ema))
 
+    def on_fit_epoch_end(self, trainer: BaseTrainer) -> None:
+        """Let loggers see what was noted of the epoch; of Ultralytics' final evaluation there is nothing."""
+        if scalars := self.state.steps.scalars:
+            hand_over(trainer, scalars)
+            self.state.steps.scalars = {}
+
     def on_val_start(self, validator: BaseValidator) -> None:
         """Have the deployed form validated."""
         self.validation.begin(validator)
@@ -158,6 +170,7 @@ class QCCallbacks:
         """Correct, choose the better, report; of several processes, rank 0 alone is here."""
         if self.state.steps.telemetry:
             self.state.steps.telemetry.write()
+        take_back(trainer)
         with alone(), saying_what_is_safe(trainer.wdir):
             take_all_images(trainer)
             finish(trainer, self.state.config, self.state.teacher)
@@ -233,7 +246,7 @@ def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConf
                 "QC: labels='teacher' is too late for a trainer, which has read its data set; add the callbacks to the "
                 "YOLO object, or train on what `yolo-qc label` wrote."
             )
-        start.check_arguments(model)
+        start.check_arguments(model, config)
     module = getattr(model, "model", None)
     if isinstance(module, nn.Module):  # a trainer may have the name of a file there
         start.check_model(module)

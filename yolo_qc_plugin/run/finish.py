@@ -31,6 +31,7 @@ from ..report.record import build_report, figures_of, write_report
 from ..report.runs import shares_at_the_end
 from .budget import format_outcome, outcome, planned_widths
 from .drawing import draw_run
+from .loggers import add_row, tell_result
 from .qc import train_qc
 from .resume import FILE, conclude
 from .rounding import measure_rounding
@@ -57,23 +58,24 @@ def finish(trainer: BaseTrainer, config: QCConfig, teacher: Teacher | None) -> d
     if config.output_bits is None and not config.bn_reestimate:
         with replacing(qat) as temporary:
             shutil.copyfile(best, temporary)
-        metrics["qat"] = metrics["float_outputs"]
+        metrics["qat"] = validate(trainer, qat, coco=True) if config.coco_eval else metrics["float_outputs"]
     else:
         model, _ = load_checkpoint(best, device=trainer.device)
         if config.bn_reestimate:
             reestimate_norms(trainer, model)
             log.info("measuring the model with batch norm statistics measured again")
-            metrics["bn_reestimated"] = metrics["qat"] = validate(trainer, deepcopy(model))
+            metrics["bn_reestimated"] = metrics["qat"] = validate(trainer, deepcopy(model), config.coco_eval)
         if config.output_bits is not None:
             set_outputs(trainer, model, config.output_bits, config.calibration_batches)
             log.info(f"measuring the model with {config.output_bits}-bit outputs")
-            metrics["qat"] = validate(trainer, deepcopy(model))
+            metrics["qat"] = validate(trainer, deepcopy(model), config.coco_eval)
         write_like(best, model, trainer.validator.metrics.results_dict, qat)
     start = own_record(architecture.student(trainer.ema.ema)).start
     planned = planned_widths(trainer.save_dir / "qc") if config.budget else {}
     command = train_command(vars(trainer.args), config, start, planned)
     report = correct_and_choose(trainer, config, metrics, qat, best, command, teacher)
     conclude(trainer.last)
+    tell_result(trainer, report)
     if trainer.args.plots:
         draw_run(trainer, best, start)
     return report
@@ -107,7 +109,7 @@ def correct_and_choose(
     if config.correction != "off":
         corrected = train_qc(trainer, config, qat, teacher)
         log.info("measuring the corrected model")
-        metrics["qc"] = validate(trainer, deepcopy(corrected))
+        metrics["qc"] = validate(trainer, deepcopy(corrected), config.coco_eval)
         if metrics["qc"]["fitness"] > metrics["qat"]["fitness"]:
             kept = "qc"
         else:
@@ -138,6 +140,7 @@ def correct_and_choose(
         if config.budget:
             report["budget"] = outcome(folder, report["metrics"], kept)
         path = write_report(report, folder)
+        add_row(trainer)
     LOGGER.info(f"\n{summary(report, worst=trainer.args.verbose)}")
     log.info(f"best.pt holds the {kept.upper()} model, record in {path}")
     with log.naming_what_fails(TABLE):

@@ -89,7 +89,7 @@ def _correct(trainer: BaseTrainer, config: QCConfig, source: Path, options: dict
         conv.correction = None
     snap(model)
     log.info(f"measuring {source}")
-    metrics = {"qat": validate(trainer, deepcopy(model))}
+    metrics = {"qat": validate(trainer, deepcopy(model), config.coco_eval)}
     qat = trainer.wdir / "qat.pt"
     write_like(source, model, trainer.validator.metrics.results_dict, qat)
     teacher = teacher_of(source.parent, config, trainer.device)

@@ -11,6 +11,7 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
+from ..coco.records import COMPARED
 from ..config import QCConfig, QCError
 from ..files import AtomicPath
 from ..host import architecture, compat, log
@@ -33,8 +34,8 @@ from .validation import training_images, validate
 MIN_FITNESS = 0.05  # of a float start that can teach; new heads and untrained models have about 0
 
 
-def check_arguments(trainer: BaseTrainer) -> None:
-    """Refuse a trainer whose arguments cannot work with quantizers.
+def check_arguments(trainer: BaseTrainer, config: QCConfig) -> None:
+    """Refuse a trainer whose arguments cannot work with quantizers, or with an option of ours.
 
     Raises:
         QCError: Naming the argument and what is accepted.
@@ -42,6 +43,11 @@ def check_arguments(trainer: BaseTrainer) -> None:
     compat.check_trainer(trainer, compat.AT_START)
     args = trainer.args
     architecture.check_task(args.task)
+    if config.coco_eval and args.task not in COMPARED:
+        raise QCError(
+            f"QC: coco_eval=True does not work with task={args.task!r}, of which pycocotools has no metrics; "
+            f"accepted: {', '.join(COMPARED)}."
+        )
     if args.quantize is not None:
         raise QCError(
             f"QC: quantize={args.quantize!r} is Ultralytics' own quantization and cannot be combined with "
@@ -89,7 +95,7 @@ def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> Teacher | None:
     remove(float_model)
     teacher = Teacher(float_model) if config.teacher == "start" and not trainer.args.distill_model else None
     record = own_record(model)
-    record.float_metrics = validate(trainer, float_model)
+    record.float_metrics = validate(trainer, float_model, config.coco_eval)
     fitness = from_rank_0(record.float_metrics["fitness"])  # the other ranks measure nothing
     if teacher and fitness < MIN_FITNESS:
         log.info(f"the start is no teacher: its fitness is {fitness:.3f}, under {MIN_FITNESS}")

@@ -40,6 +40,7 @@ class Steps:
         distillation: Draws the model to a teacher, where there is one.
         oscillation: Counts changes of the weights' codes, where something needs it.
         telemetry: Of rank 0, where it is on.
+        scalars: What loggers are to get of the epoch that has ended.
     """
 
     def __init__(self, trainer: BaseTrainer, config: QCConfig, teacher: Teacher | None = None):
@@ -62,7 +63,7 @@ class Steps:
             self._dampening = Dampening(unwrap_model(trainer.model), self._weights, summed)
         self.distillation = distillation(trainer, config, unwrap_model(trainer.model), teacher)
         self._freezes_norms = config.bn_freeze and teacher is not None
-        self.telemetry = None
+        self.telemetry, self.scalars = None, {}
         if self.oscillation and recorded:
             self.telemetry = Telemetry(model, self.oscillation, Path(trainer.save_dir) / "qc")
         self._take_over(trainer)
@@ -114,7 +115,7 @@ class Steps:
         if self._annealed and temperature(self._progress):
             trainer.stopper.best_epoch = trainer.epoch + 1  # patience begins when weights are rounded as in validation
         if self.telemetry:
-            self.telemetry.to_tensorboard(trainer.epoch + 1)
+            self.scalars = self.telemetry.scalars()
             self.telemetry.write(EVERY)
 
     def _after_step(self, trainer: BaseTrainer) -> None:

@@ -8,7 +8,6 @@ is kept depends on the number of steps alone, however often a run is resumed.
 from __future__ import annotations
 
 import io
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,6 @@ from ..quant.quantizer import Quantizer
 from ..report.traces import COLUMNS, FILE, SCALES, WINDOW, read
 
 BUFFER = EVERY = 500  # steps that wait on the device, and at least between two writings of the file
-POINTS = 10  # of a trace in TensorBoard, an epoch
 
 
 class Telemetry:
@@ -51,7 +49,7 @@ class Telemetry:
         self._pending: list[int] = []  # steps whose rows wait on the device
         self._sizes = [conv.weight.numel() for conv in trained_convs(model).values()]
         self._written = 0  # last step in the file
-        self._shown = 0  # last step in TensorBoard
+        self._shown = 0  # last step that loggers know of
         self._warned = False
 
     def watch(self, model: nn.Module, averaged: nn.Module) -> None:
@@ -157,31 +155,22 @@ class Telemetry:
         except QCError as error:
             log.warning(f"telemetry goes on without what the run had written: {error}")
 
-    def to_tensorboard(self, epoch: int) -> None:
-        """Hand shares and traces to Ultralytics' TensorBoard writer, where that is on.
+    def scalars(self) -> dict[str, float]:
+        """Numbers for loggers, by name, of the steps since the last call; empty where there are none.
 
-        Args:
-            epoch: Number of the epoch, from 1: the abscissa of the shares. That of the traces is the step.
+        Of each layer its share of flips in a step, and of weights that oscillate, and its scales after the last step;
+        and both shares of all weights.
         """
-        writer = getattr(sys.modules.get("ultralytics.utils.callbacks.tensorboard"), "WRITER", None)
-        if not writer:
-            return
         self.collect()
         new = self.values[self.steps > self._shown]
         if not len(new):
-            return
-        flips, oscillating = new[..., COLUMNS.index("flips")].mean(0), new[-1, :, COLUMNS.index("oscillating")]
-        for name, shares in (("flips", flips), ("oscillating", oscillating)):
-            writer.add_scalar(f"qc/{name}", np.average(shares, weights=self._sizes), epoch)
-            for layer, share in zip(self.layers, shares):
-                writer.add_scalar(f"qc_{name}/{layer}", share, epoch)
-        every = -(-len(new) // POINTS)
-        for back in range(len(new), 0, -every):
-            for layer, values in zip(self.layers, self.values[-back]):
-                for name, value in zip(SCALES, values):
-                    if not np.isnan(value):
-                        writer.add_scalar(f"qc_{name}/{layer}", value, int(self.steps[-back]))
+            return {}
         self._shown = int(self.steps[-1])
+        columns = dict(zip(COLUMNS, new[-1].T)) | {"flips": new[..., COLUMNS.index("flips")].mean(0)}
+        found = {f"qc/{n}": float(np.average(columns[n], weights=self._sizes)) for n in ("flips", "oscillating")}
+        for name, values in columns.items():
+            found |= {f"qc_{name}/{layer}": float(v) for layer, v in zip(self.layers, values) if not np.isnan(v)}
+        return found
 
 
 def kept(steps: np.ndarray, window: int = WINDOW) -> np.ndarray:

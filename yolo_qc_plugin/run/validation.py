@@ -9,41 +9,64 @@ same in a run, in a file and in a graph; so that is what every figure is of.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from copy import copy, deepcopy
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.engine.validator import BaseValidator
 from ultralytics.nn.tasks import BaseModel
+from ultralytics.utils import RANK
 
+from ..coco.records import Record, all_metrics, in_coco_form, recording
+from ..host import log
 from ..host.architecture import deploy_model
 from ..host.distillation import Distillation
+from ..host.distributed import at_rank_0
 from ..quant.layers import scale_parameters
 from ..report.record import figures_of
 
 
-def validate(trainer: BaseTrainer, model: nn.Module | Path) -> dict[str, float]:
+def validate(trainer: BaseTrainer, model: nn.Module | Path, coco: bool = False) -> dict[str, Any]:
     """Measure a model on the validation set as Ultralytics' final evaluation does.
 
     Args:
         trainer: Set up; its validator and loader are used.
         model: Checkpoint, or a module (fused in the course of it, so give a copy).
+        coco: Measure the same predictions by pycocotools too; by all processes of a run, or none.
 
     Returns:
-        The task's figures, as `figures_of` names them.
+        The task's figures, as `figures_of` names them; and "coco" where that is asked for (see `_coco_figures`), in a
+        run of several processes on rank 0.
     """
     validator = trainer.validator
     # arguments of its own: a measurement outside training sets some of them for good (save_json on COCO, say)
     args, validator.args = validator.args, copy(validator.args)
     validator.args.plots = validator.args.save_json = False
     try:
-        validator(model=model)
+        with recording(validator) if coco else nullcontext() as records:
+            validator(model=model)
     finally:
         validator.args = args
-    return figures_of(validator.metrics.results_dict)
+    figures: dict[str, Any] = figures_of(validator.metrics.results_dict)
+    if records is not None:
+        records = at_rank_0(records)
+        figures |= {"coco": _coco_figures(validator, records)} if RANK in {-1, 0} else {}
+    return figures
+
+
+def _coco_figures(validator: BaseValidator, records: list[Record]) -> dict[str, Any]:
+    """`coco_metrics` by what is compared, and "ground_truth", what they are held against: a file or "labels"."""
+    truth, results = in_coco_form(validator, records)
+    found = all_metrics(validator, truth, results)
+    source = truth["info"]["description"]
+    told = ", ".join(f"{kind} {100 * (metrics['AP'] or 0):.2f}" for kind, metrics in found.items())
+    log.info(f"AP by pycocotools, in points: {told} (ground truth: {source})")
+    return {"ground_truth": source, **found}
 
 
 def training_images(trainer: BaseTrainer, batches: int) -> Iterator[torch.Tensor]:

@@ -145,7 +145,7 @@ def _compare(
 def _figures(yolo: YOLO, settings: dict[str, Any]) -> dict[str, float | None]:
     """Figures by name, in 0..1; None where there is no ground truth."""
     if yolo.task == "detect":
-        coco = evaluate(yolo, **settings)["coco"]
+        coco = evaluate(yolo, **settings)["coco"]["bbox"]
         return {name: coco[name] for name in ("AP", "AP50")}
     found = figures_of(validate(yolo, **settings).metrics.results_dict)
     return {name: value for name, value in found.items() if name != "fitness"}

@@ -11,15 +11,16 @@ order of scores change. AP needs precision at true positives alone, for precisio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .coco import matched, read_json
-from .evaluate import detect
+from ..coco.metrics import IouType, matched, read_json
+from ..coco.records import COMPARED
+from .evaluate import NAMES, detect, load_scored
 
 RESAMPLES = 1000
 PERCENTILES = 2.5, 97.5
@@ -60,9 +61,11 @@ class ClassMatches:
         return np.where(objects[:, 0] > 0, total / (len(self.hit) * len(recalls)), np.nan)
 
 
-def matches(annotations: dict[str, Any] | str | Path, detections: list[dict] | str | Path) -> Iterator[ClassMatches]:
+def matches(
+    annotations: dict[str, Any] | str | Path, detections: list[dict] | str | Path, **rules
+) -> Iterator[ClassMatches]:
     """What COCOeval found of each class that has detections or ground truth; arguments as of `coco_metrics`."""
-    run = matched(annotations, detections)
+    run = matched(annotations, detections, **rules)
     index = {image: i for i, image in enumerate(run.params.imgIds)}
     for category in range(len(run.params.catIds)):
         start = category * len(run.params.areaRng) * len(index)  # evalImgs: by class, then by size, then by image
@@ -81,7 +84,7 @@ def matches(annotations: dict[str, Any] | str | Path, detections: list[dict] | s
 
 
 def weighted_ap(
-    annotations: dict[str, Any] | str | Path, detections: list[dict] | str | Path, weights: np.ndarray
+    annotations: dict[str, Any] | str | Path, detections: list[dict] | str | Path, weights: np.ndarray, **rules
 ) -> np.ndarray:
     """COCO's AP of a data set in which images are repeated.
 
@@ -89,11 +92,12 @@ def weighted_ap(
         annotations: Ground truth, as of `coco_metrics`.
         detections: Results, as of `coco_metrics`.
         weights: (rows, images), whole numbers: how often each image counts, in the order of their ids.
+        **rules: `iou_type` and `sigmas` of `coco_metrics`.
 
     Returns:
         (rows,), in 0..1: the mean over the classes that have ground truth in a row; NaN where none has.
     """
-    classes, recalls = list(matches(annotations, detections)), np.linspace(0.0, 1.0, 101)
+    classes, recalls = list(matches(annotations, detections, **rules)), np.linspace(0.0, 1.0, 101)
     if not classes:
         return np.full(len(weights), np.nan)
     parts = [weights[i : i + ROWS] for i in range(0, len(weights), ROWS)]
@@ -104,16 +108,16 @@ def weighted_ap(
 
 
 def resampled_ap(
-    annotations: dict[str, Any], detections: list[dict], resamples: int = RESAMPLES, seed: int = 0
+    annotations: dict[str, Any], detections: list[dict], resamples: int = RESAMPLES, seed: int = 0, **rules
 ) -> np.ndarray:
-    """COCO's AP of all images, then of each resample: (1 + resamples,), in 0..1; arguments as of `bootstrap`.
+    """COCO's AP of all images, then of each resample: (1 + resamples,), in 0..1; see `bootstrap`, `weighted_ap`.
 
     Raises:
         ValueError: There is no ground truth, or what `coco_metrics` refuses.
     """
     images = len(annotations["images"])
     weights = np.concatenate([np.ones((1, images), int), image_weights(images, resamples, seed)])
-    found = weighted_ap(annotations, detections, weights)
+    found = weighted_ap(annotations, detections, weights, **rules)
     if np.isnan(found[0]):
         raise ValueError("the ground truth has no objects: there is no AP to compare")
     return found
@@ -136,6 +140,8 @@ def bootstrap(
     detections_b: list[dict[str, Any]] | str | Path,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    iou_type: IouType = "bbox",
+    sigmas: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Compare two models' AP on the same images, with the 95% interval of the difference.
 
@@ -145,10 +151,12 @@ def bootstrap(
         detections_b: Those of the second model.
         resamples: Resamples of the images, >= 1.
         seed: Of the resamples.
+        iou_type: What is compared: "bbox", "segm" or "keypoints"; see `coco_metrics`.
+        sigmas: Of keypoints; see `coco_metrics`.
 
     Returns:
         In points, 0..100: "ap", the two; "difference", the first's less the second's; "interval", its lower and upper
-        end. And "images" and "resamples", how many.
+        end. And "iou_type", "images" and "resamples", how many.
 
     Raises:
         ValueError: `resamples` is too small, there is no ground truth, or what `coco_metrics` refuses.
@@ -157,11 +165,12 @@ def bootstrap(
     if resamples < 1:
         raise ValueError(f"resamples={resamples} is not accepted: it must be >= 1")
     truth, found = read_json(annotations), [read_json(d) for d in (detections_a, detections_b)]
-    a, b = (100 * resampled_ap(truth, d, resamples, seed) for d in found)
+    a, b = (100 * resampled_ap(truth, d, resamples, seed, iou_type=iou_type, sigmas=sigmas) for d in found)
     return {
         "ap": [float(a[0]), float(b[0])],
         "difference": float(a[0] - b[0]),
         "interval": interval((a - b)[1:]),
+        "iou_type": iou_type,
         "images": len(truth["images"]),
         "resamples": resamples,
     }
@@ -179,11 +188,13 @@ def compare(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Validate two detectors on the same images and compare them, see `bootstrap`.
+    """Validate two models on the same images and compare them, see `bootstrap`.
+
+    What is compared is what their task is for: boxes, masks of "segment", keypoints of "pose".
 
     Args:
-        a: The first model: checkpoint, exported model or model YAML, of the task "detect".
-        b: The second model.
+        a: The first model: checkpoint, exported model or model YAML, of the task "detect", "segment" or "pose".
+        b: The second model, of the same task.
         data: Data YAML, as Ultralytics accepts it.
         imgsz: Image side in pixels; None takes the one each checkpoint was trained with.
         batch: Images a batch.
@@ -197,16 +208,23 @@ def compare(
 
     Raises:
         FileNotFoundError: A model or the data is missing.
-        ValueError: A model is no YOLO detector, or `resamples` is too small.
+        ValueError: A model's task has no such metrics or is not the other's, or `resamples` is too small.
     """
-    of_each = [detect(model, data, imgsz, batch=batch, device=device, split=split) for model in (a, b)]
-    (truth, found_a, _), (_, found_b, _) = of_each
-    return {"a": str(a), "b": str(b), "data": str(data), **bootstrap(truth, found_a, found_b, resamples, seed)}
+    models = [load_scored(model) for model in (a, b)]
+    tasks = [model.task for model in models]
+    if tasks[0] != tasks[1]:
+        raise ValueError(f"a={a} is of task '{tasks[0]}', b={b} of task '{tasks[1]}': give two models of one task")
+    of_each = [detect(model, data, imgsz, batch=batch, device=device, split=split) for model in models]
+    (truth, found_a, validator), (_, found_b, _) = of_each
+    *_, iou_type = COMPARED[tasks[0]]
+    result = bootstrap(truth, found_a, found_b, resamples, seed, iou_type, getattr(validator, "sigma", None))
+    return {"a": str(a), "b": str(b), "data": str(data), **result}
 
 
 def format_comparison(result: dict[str, Any]) -> str:
     """The result of `compare` or `bootstrap` as plain text."""
-    rows = [f"AP of {result.get(name, name)}: {ap:.2f}" for name, ap in zip("ab", result["ap"])]
+    of = "" if result["iou_type"] == "bbox" else f" ({NAMES[result['iou_type']]})"
+    rows = [f"AP of {result.get(name, name)}{of}: {ap:.2f}" for name, ap in zip("ab", result["ap"])]
     low, high = result["interval"]
     return "\n".join(
         [
