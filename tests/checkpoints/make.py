@@ -2,6 +2,8 @@
 """Make the checkpoints that tests start from, in this folder.
 
     python tests/checkpoints/make.py float        # tiny.yaml trained on digits for some minutes: float.pt
+    python tests/checkpoints/make.py segment      # tiny-seg.yaml, from float.pt: segment.pt
+    python tests/checkpoints/make.py pose         # tiny-pose.yaml, from segment.pt: pose.pt
     python tests/checkpoints/make.py quantized    # float.pt after an epoch of callbacks=qc, in seconds: quantized.pt
 
 Every later version must open quantized.pt and find in it what quantized.json says. It is made again where the form of a
@@ -15,6 +17,7 @@ import json
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +36,7 @@ SIZE = 300_000  # bytes that a file has at most
 COMMON = {"imgsz": 64, "device": "cpu", "workers": 0, "plots": False, "verbose": False, "name": "run"}
 FLOAT_RUN = {"epochs": 70, "batch": 32, "optimizer": "AdamW", "lr0": 5e-3, "cos_lr": True, "warmup_epochs": 1,
              "cls": 1.0, "mosaic": 0.0, "scale": 0.2, "fliplr": 0.0, "cache": True, "val": False}  # fmt: skip
+TASK_RUN = {**FLOAT_RUN, "epochs": 10, "batch": 16, "lr0": 4e-3, "imgsz": 96}
 QUANTIZED_RUN = {"epochs": 1, "batch": 8, "nbs": 8, "optimizer": "Adam", "lr0": 1e-3, "warmup_epochs": 0, "mosaic": 0.0,
                  "fliplr": 0.0}  # fmt: skip
 
@@ -45,13 +49,13 @@ def hash_of_codes(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def keep(trained: Path, target: Path) -> None:
+def keep(trained: Path, target: Path, yaml: Path = YAML) -> None:
     """Copy a checkpoint without what it says of this machine."""
     checkpoint = torch.load(trained, weights_only=False)
     model = checkpoint["model"]
-    model.yaml["yaml_file"], model.pt_path = YAML.name, None
+    model.yaml["yaml_file"], model.pt_path = yaml.name, None
     chosen = {k: v for k, v in checkpoint["train_args"].items() if k in {*COMMON, *FLOAT_RUN, *QUANTIZED_RUN, "task"}}
-    model.args = {"task": "detect", "imgsz": chosen["imgsz"]}
+    model.args = {"task": chosen["task"], "imgsz": chosen["imgsz"]}
     named = "epoch", "best_fitness", "ema", "updates", "optimizer", "train_metrics", "date", "version", "license"
     torch.save({**{k: checkpoint[k] for k in named}, "train_args": chosen, "model": model}, target)
     content = target.read_bytes()
@@ -65,6 +69,14 @@ def make_float(folder: Path) -> None:
     model = YOLO(YAML)
     model.train(data=str(data), project=str(folder), **COMMON, **FLOAT_RUN)
     keep(model.trainer.best, FLOAT)
+
+
+def make_of_task(folder: Path, task: str) -> None:
+    data = compose(folder / "digits", train=800, val=50, imgsz=TASK_RUN["imgsz"], seed=0, task=task)
+    yaml = HERE / {"segment": "tiny-seg.yaml", "pose": "tiny-pose.yaml"}[task]
+    model = YOLO(yaml).load(FLOAT if task == "segment" else HERE / "segment.pt")
+    model.train(data=str(data), project=str(folder), **{**COMMON, **TASK_RUN})
+    keep(model.trainer.best, HERE / f"{task}.pt", yaml)
 
 
 def make_quantized(folder: Path) -> None:
@@ -86,7 +98,8 @@ def make_quantized(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    kinds = {"float": make_float, "quantized": make_quantized}
+    of_tasks = {task: partial(make_of_task, task=task) for task in ("segment", "pose")}
+    kinds = {"float": make_float, **of_tasks, "quantized": make_quantized}
     if len(sys.argv) != 2 or sys.argv[1] not in kinds:
         raise SystemExit(__doc__)
     with tempfile.TemporaryDirectory() as folder:

@@ -20,6 +20,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolo_qc_plugin import add_qc_callbacks
 from yolo_qc_plugin.quant.layers import is_quantized, scale_parameters
 from yolo_qc_plugin.startup.command import wrap_entrypoint
+from yolo_qc_plugin.tools.evaluate import evaluate
 
 ARGUMENTS = {**TINY, "epochs": 2, "batch": 16, "nbs": 16, "optimizer": "SGD"}  # two batches of 16 and 8 images an epoch
 OPTIONS = {"bits": 4, "rounding": "nearest", "dampening_weight": 1.0}
@@ -57,15 +58,22 @@ def test_rank_0_corrects_alone_and_measures_every_image(run, digits):
 
 
 def test_a_start_teaches_both_ranks(digits, tmp_path):
-    """The other rank measures nothing of the start, and has the calibrated model and the spreads all the same."""
+    """The other rank measures nothing of the start, and has the calibrated model and the spreads all the same.
+
+    What both predict of their images is scored by pycocotools on rank 0.
+    """
     yolo = YOLO(FLOAT)
-    add_qc_callbacks(yolo, bits=4, correction="off", output_bits=None)
+    add_qc_callbacks(yolo, bits=4, correction="off", output_bits=None, coco_eval=True)
     for event, callback in Record().events().items():
         yolo.add_callback(event, callback)
     arguments = {**ARGUMENTS, "epochs": 1, "data": str(digits), "project": str(tmp_path), "name": "run"}
     yolo.train(trainer=GlooTrainer, **arguments)
     first, second = (torch.load(tmp_path / "run" / f"rank{rank}.pt", weights_only=False) for rank in (0, 1))
     assert last_epoch(tmp_path / "run")["train/teacher_loss"] > 0
+    measured = json.loads((tmp_path / "run" / "qc" / "report.json").read_text())["metrics"]
+    expected = evaluate(FLOAT, digits, imgsz=64, device="cpu", rect=False)["coco"]["bbox"]
+    assert measured["float"]["coco"]["bbox"]["AP"] == pytest.approx(expected["AP"], abs=0.02) and expected["AP"] > 0.1
+    assert measured["qat"]["coco"]["ground_truth"] == "labels"
     start, other = (rank["start"]["model"] for rank in (first, second))
     assert all(torch.equal(v, other[k]) for k, v in start.items())
     assert first["scales"] == second["scales"] and len(set(first["scales"])) == 2

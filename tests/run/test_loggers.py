@@ -86,6 +86,18 @@ def test_results_csv_has_the_end_and_can_be_drawn(told, tmp_path, caplog):
     assert (tmp_path / "results.png").exists() and "Plotting error" not in caplog.text
 
 
+def test_a_logger_that_knows_no_such_epoch_fails_no_run(train, caplog):
+    seen = []
+
+    def look(trainer):
+        seen.append(trainer.epoch)
+        assert [True, True][trainer.epoch]  # an epoch, and Ultralytics' evaluation
+
+    yolo = train({"correction": "off", "calibration_batches": 1}, {"on_fit_epoch_end": look})
+    assert seen == [0, 1, 2] and yolo.trainer.epoch == 0
+    assert "failed on the run's final figures (IndexError" in caplog.text
+
+
 def test_checkpoints_and_columns_hold_none_of_it(told, digits, tmp_path):
     """Where epochs are not validated, Ultralytics goes on with the metrics that it has."""
     for name in ("best.pt", "last.pt"):

@@ -128,7 +128,7 @@ def in_coco_form(
         are in the order of their files), and COCO results with a box and what the task has beside it.
 
     Raises:
-        ValueError: COCO's annotations lack an image, or labels lack masks.
+        ValueError: COCO's annotations lack an image.
     """
     task, records = validator.args.task, sorted(records, key=lambda r: r.file)
     file = None if validator.args.single_cls else annotations_file(validator.data, validator.args.split, task)

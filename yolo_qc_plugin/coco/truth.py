@@ -50,7 +50,7 @@ def coco_ground_truth(data: str | Path, split: str = "val", clip: bool = True, t
     Raises:
         FileNotFoundError: The YAML, the split's key or its images are missing.
         RuntimeError: No image of the split is valid.
-        ValueError: The task is "segment" and there are boxes without masks.
+        ValueError: The task is "segment" and there are boxes without masks, which Ultralytics refuses.
     """
     info = check_det_dataset(data, split=split)
     dataset = YOLODataset(img_path=info[split], data=info, task=task, augment=False, rect=False)
@@ -138,8 +138,6 @@ def _of_task(label: dict[str, Any], boxes: np.ndarray, task: str) -> list[dict[s
     height, width = label["shape"]
     areas = (boxes[:, 2] * boxes[:, 3]).tolist()
     if task == "segment":
-        if len(label["segments"]) != len(boxes):
-            raise ValueError(f"{label['im_file']} has boxes without masks in its labels, so there is no AP of masks")
         polygons = ops.resample_segments([np.array(s) for s in label["segments"]], POINTS) if len(boxes) else []
         return [_mask(polygon * (width, height), (height, width)) for polygon in polygons]
     if task == "pose":

@@ -28,6 +28,8 @@ from .state import RunState
 from .steps import Steps
 from .validation import EpochValidation
 
+BEFORE_LOGGERS = "on_fit_epoch_end", "on_train_end"
+
 
 class QCCallbacks:
     """One run's callbacks.
@@ -54,10 +56,11 @@ class QCCallbacks:
     def register(self, model) -> None:
         """Add the callbacks to a YOLO object or a trainer, in place of earlier ones of ours.
 
-        They come first: loggers are to see what they hand over, and end their runs at on_train_end.
+        Those that loggers are to see something of come first: loggers end their runs at on_train_end.
         """
         for event, callback in self.events().items():
-            model.callbacks[event] = [callback, *_others(model.callbacks[event])]
+            others = _others(model.callbacks[event])
+            model.callbacks[event] = [callback, *others] if event in BEFORE_LOGGERS else [*others, callback]
         self._registered_with = model
 
     def events(self) -> dict:

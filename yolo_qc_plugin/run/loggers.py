@@ -20,6 +20,8 @@ from math import nan
 
 from ultralytics.engine.trainer import BaseTrainer
 
+from ..host import log
+
 PREFIX = "qc"
 PAST = 2  # from the last epoch
 
@@ -47,7 +49,7 @@ def add_row(trainer: BaseTrainer) -> None:
 
 
 def tell_result(trainer: BaseTrainer, report: dict) -> None:
-    """Tell loggers how the run has ended.
+    """Tell loggers how the run has ended; one that fails, which may know no such epoch, costs a warning.
 
     Args:
         trainer: Its metrics are those of what best.pt holds.
@@ -55,7 +57,10 @@ def tell_result(trainer: BaseTrainer, report: dict) -> None:
     """
     hand_over(trainer, result_scalars(report))
     with _later(trainer):
-        trainer.run_callbacks("on_fit_epoch_end")
+        try:
+            trainer.run_callbacks("on_fit_epoch_end")
+        except Exception as error:  # of any package; the run itself is over
+            log.warning(f"a callback at on_fit_epoch_end failed on the run's final figures ({error!r}).")
 
 
 def result_scalars(report: dict) -> dict[str, float]:
