@@ -171,9 +171,14 @@ def test_predictions_are_those_of_predict(of_task):
     _, results, _ = detect(model, yaml, 96, device="cpu", rect=False)
     (predicted,) = YOLO(model).predict(wide / "images/a.png", imgsz=96, rect=False, conf=0.05, retina_masks=True,
                                        device="cpu", verbose=False)  # fmt: skip
-    found = sorted(results, key=lambda r: -r["score"])[: len(predicted)]
-    assert len(predicted) > 1
-    for i, result in enumerate(found):
+    compared = 0
+    for i, (box, c) in enumerate(zip(predicted.boxes.xyxy.numpy(), predicted.boxes.cls.tolist())):
+        # in a validation, several classes of a box take part in its suppression of others: some are not there
+        of_class = [r for r in results if r["category_id"] == c + 1]
+        same = [r for r in of_class if np.abs(r["bbox"] - np.r_[box[:2], box[2:] - box[:2]]).max() < 0.05]
+        if not same:
+            continue
+        compared, result = compared + 1, same[0]
         if task == "pose":
             expected = predicted.keypoints.xy[i].numpy()
             assert np.reshape(result["keypoints"], (-1, 3))[:, :2] == pytest.approx(expected, abs=0.5)
@@ -186,6 +191,7 @@ def test_predictions_are_those_of_predict(of_task):
                 [{"image_id": 1, "category_id": 1, "score": 1.0, "segmentation": result["segmentation"]}], "segm",
             )  # fmt: skip
             assert overlap["AP75"] == pytest.approx(1)
+    assert compared > 1
 
 
 def test_compare_takes_what_a_task_is_for(of_task, tmp_path, capsys):

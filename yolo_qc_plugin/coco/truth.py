@@ -144,8 +144,8 @@ def _of_task(label: dict[str, Any], boxes: np.ndarray, task: str) -> list[dict[s
         points = label["keypoints"].astype(float) * (width, height, 1)
         seen = np.count_nonzero(points[..., 2], axis=1).tolist()
         return [
-            {"keypoints": flat, "num_keypoints": n, "area": BODY * area}
-            for flat, n, area in zip(points.reshape(len(points), -1).tolist(), seen, areas)
+            {"keypoints": of_one.flatten().tolist(), "num_keypoints": n, "area": BODY * area}
+            for of_one, n, area in zip(points, seen, areas)
         ]
     return [{"area": area} for area in areas]
 
