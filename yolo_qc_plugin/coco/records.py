@@ -141,7 +141,7 @@ def in_coco_form(
         labels = sorted(validator.dataloader.dataset.labels, key=lambda label: label["im_file"])
         labels = [{**label, "shape": r.shape} for label, r in zip(labels, records, strict=True)]
         truth = to_coco(labels, validator.names, validator.data["path"], clip, task)
-        categories, images = range(1, len(validator.names) + 1), range(1, len(records) + 1)
+        categories, images = list(range(1, len(validator.names) + 1)), list(range(1, len(records) + 1))
     results = []
     for image_id, record in zip(images, records):
         rows = ops.clip_boxes(record.rows.copy(), record.shape) if clip else record.rows

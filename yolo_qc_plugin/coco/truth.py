@@ -86,9 +86,10 @@ def published(file: Path, images: Iterable[str]) -> tuple[dict[str, Any], dict[s
     """
     truth = read_json(file)
     known = {image["file_name"]: image["id"] for image in truth["images"]}
-    ids = {path: known.get(Path(path).name) for path in images}
-    if missing := [path for path, found in ids.items() if found is None]:
+    paths = list(images)
+    if missing := [path for path in paths if Path(path).name not in known]:
         raise ValueError(f"{file} does not have the image {missing[0]}: its images are those of COCO's val2017")
+    ids = {path: known[Path(path).name] for path in paths}
     chosen = set(ids.values())
     return {
         "info": {"description": str(file)},

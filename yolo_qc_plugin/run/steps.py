@@ -63,7 +63,8 @@ class Steps:
             self._dampening = Dampening(unwrap_model(trainer.model), self._weights, summed)
         self.distillation = distillation(trainer, config, unwrap_model(trainer.model), teacher)
         self._freezes_norms = config.bn_freeze and teacher is not None
-        self.telemetry, self.scalars = None, {}
+        self.telemetry = None
+        self.scalars: dict[str, float] = {}
         if self.oscillation and recorded:
             self.telemetry = Telemetry(model, self.oscillation, Path(trainer.save_dir) / "qc")
         self._take_over(trainer)
