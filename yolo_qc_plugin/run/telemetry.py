@@ -21,7 +21,7 @@ from ..qat.oscillation import Oscillation
 from ..qat.prepare import trained_convs
 from ..quant.layers import quant_convs
 from ..quant.quantizer import Quantizer
-from ..report.traces import COLUMNS, FILE, SCALES, WINDOW, read
+from ..report.traces import COLUMNS, FILE, WINDOW, read
 
 BUFFER = EVERY = 500  # steps that wait on the device, and at least between two writings of the file
 
