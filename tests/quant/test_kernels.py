@@ -4,10 +4,14 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import TINY
+from gpu_arithmetic import FusedKernel
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.utils import counters
 from ultralytics import YOLO
@@ -16,6 +20,9 @@ from yolo_qc_plugin import add_qc_callbacks
 from yolo_qc_plugin.quant import kernels, native
 from yolo_qc_plugin.quant.activations import QuantActivation
 from yolo_qc_plugin.quant.functional import fake_quantize, to_codes
+
+
+FINITE = st.floats(2.0**-60, 2.0**60, width=32)  # quotients that are normal numbers
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +125,54 @@ def test_quantized_silu_where_compiling_fails(monkeypatch):
         y.backward()
         gradients.append(x.grad)
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-6) and gradients[0].abs().max() > 0.5
+
+
+GRIDS = {
+    "any": (torch.tensor([0.0371]), torch.tensor([-0.0371 * 5]), torch.tensor([0.0, 15.0, 1.0])),
+    "binary": (torch.tensor([2.0**-5]), torch.tensor([-100 * 2.0**-5]), torch.tensor([0.0, 255.0, 1.0])),
+    "rows": (torch.tensor([[0.1], [0.3]]), torch.zeros(1), torch.tensor([-8.0, 7.0, 1.0])),
+}
+
+
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_what_a_gpu_may_do_changes_no_value(grid, up):
+    """Inexact quotients and fused sums, on values at and beside every threshold of a grid."""
+    scale, offset, bounds = GRIDS[grid]
+    middles = (torch.arange(bounds[0].item() - 2, bounds[1].item() + 2) + 0.5) * scale + offset
+    around = [middles]
+    for towards in (-float("inf"), float("inf")):
+        for _ in range(2):
+            around.append(torch.nextafter(around[-1], torch.tensor(towards)))
+    x = torch.cat([*around, (middles + 0.5 * scale)], -1)
+    x = x.expand(2, -1).contiguous() if scale.numel() == 2 else x
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    plain, gpu = {}, {}
+    for found, mode in ((plain, nullcontext()), (gpu, FusedKernel(up))):
+        with mode:
+            found["xhat"] = kernels._forward(x, scale, offset, bounds)
+            found["by x"], *_ = kernels._backward(grad, x, scale, offset, bounds)
+            if grid == "binary":
+                found["silu"] = kernels._silu_forward(x, scale, offset, bounds)
+    codes = to_codes(x, scale, offset, *map(int, bounds[:2]))
+    assert torch.equal(plain["xhat"], codes * scale + offset)
+    for name, value in plain.items():
+        assert torch.equal(value, gpu[name]), name
+    zero = -(offset / scale).round()
+    assert not gpu["xhat"][codes == zero].any() and (codes == zero).any()
+
+    def naive(x):  # what the values of a GPU would show if it were written so
+        return kernels._nearest_codes((x - offset) / scale, bounds) * scale + offset
+
+    with FusedKernel(up):
+        assert not torch.equal(naive(x), plain["xhat"])
+
+
+@given(st.lists(st.tuples(FINITE, FINITE), min_size=1, max_size=50))
+@settings(max_examples=200, deadline=None)
+def test_the_quotient_is_the_nearest_fp32_number(pairs):
+    x, scale = torch.tensor(pairs).abs().unbind(1)
+    assert torch.equal(kernels._position(x, scale, torch.zeros(1)), x / scale)
 
 
 @pytest.mark.parametrize("change", ["slice", "transposed", "expanded gradient", "strided gradient"])

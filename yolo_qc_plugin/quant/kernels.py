@@ -8,6 +8,10 @@ offset taken on the way. Written as separate tensor operations, the same takes s
 For torch.compile all arguments are tensors of one or two dimensions with dynamic sizes, the grid (quant_min,
 quant_max, LSQ's gradient scale) and an absent offset included, so that one compilation (of each dtype) serves every
 layer and batch. Where nothing can be compiled, or YOLO_QC_COMPILE=0 is in the environment, callers take their own way.
+
+Values are those of separate operations, bit for bit, on a GPU too. There a compiler may divide in FP32 to within two
+units in the last place, and may round a product and the sum it goes into once instead of twice. So neither is written
+here: quotients and products of FP32 are taken in FP64, where both would be right, and rounded to FP32 by themselves.
 """
 
 from __future__ import annotations
@@ -31,8 +35,21 @@ _log = logging.getLogger("ultralytics")  # Ultralytics'; this file works without
 
 def _forward(x: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    code = _nearest_codes((wide - offset) / scale, grid)
-    return (code * scale + offset).to(x.dtype)
+    code = _nearest_codes(_position(wide, scale, offset), grid)
+    return _value(code, scale, offset).to(x.dtype)
+
+
+def _position(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """(x - offset) / scale, rounded once."""
+    if x.dtype == torch.float64:
+        return (x - offset) / scale
+    # a quotient of two FP32 numbers is 2^-49 off every middle between two such numbers, what is computed here 2^-52
+    return ((x - offset).double() * scale.double().reciprocal()).to(x.dtype)
+
+
+def _value(code: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """code * scale + offset, rounded twice: the code of 0 gives 0."""
+    return (code.double() * scale.double()).to(code.dtype) + offset
 
 
 def _nearest_codes(v: Tensor, grid: Tensor) -> Tensor:
@@ -42,7 +59,7 @@ def _nearest_codes(v: Tensor, grid: Tensor) -> Tensor:
 def _backward(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     g = grad.to(wide.dtype)
-    v = (wide - offset) / scale
+    v = _position(wide, scale, offset)
     inside = (v > grid[0]) & (v < grid[1])
     code = _nearest_codes(v, grid)
     by_scale = (g * torch.where(inside, code - v, code)).sum(-1, keepdim=True) * grid[2]
@@ -52,15 +69,15 @@ def _backward(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, grid: Tens
 
 def _silu_forward(u: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> Tensor:
     x = _forward(u, scale, offset, grid)
-    return x * _sigmoid_code(x.sigmoid()) / 256
+    return x * (_sigmoid_code(x.sigmoid()) * 2.0**-8)
 
 
 def _silu_backward(grad: Tensor, u: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> Tensor:
-    v = (u - offset) / scale
-    x = _nearest_codes(v, grid) * scale + offset
+    v = _position(u, scale, offset)
+    x = _value(_nearest_codes(v, grid), scale, offset)
     sigmoid = x.sigmoid()
     slope = torch.where((sigmoid > 0) & (256 * sigmoid < 255), x * sigmoid * (1 - sigmoid), 0.0)
-    by_x = grad * (_sigmoid_code(sigmoid) / 256 + slope)
+    by_x = grad * (_sigmoid_code(sigmoid) * 2.0**-8 + slope)
     return torch.where((v > grid[0]) & (v < grid[1]), by_x, 0.0)
 
 
