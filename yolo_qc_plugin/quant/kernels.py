@@ -34,22 +34,25 @@ _log = logging.getLogger("ultralytics")  # Ultralytics'; this file works without
 
 
 def _forward(x: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    code = _nearest_codes(_position(wide, scale, offset), grid)
-    return _value(code, scale, offset).to(x.dtype)
+    wide, offset = x.to(torch.promote_types(x.dtype, torch.float32)), _grid_offset(offset, scale, grid)
+    return (_product(_nearest_codes(_quotient(wide - offset, scale), grid), scale) + offset).to(x.dtype)
 
 
-def _position(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """(x - offset) / scale, rounded once."""
+def _grid_offset(offset: Tensor, scale: Tensor, grid: Tensor) -> Tensor:
+    """`functional.grid_offset`, once more for each value: free, where memory is what is waited for."""
+    steps = torch.minimum(torch.maximum(_quotient(offset, scale).round(), -grid[1]), -grid[0])
+    return _product(steps, scale).to(offset.dtype)
+
+
+def _quotient(x: Tensor, scale: Tensor) -> Tensor:
     if x.dtype == torch.float64:
-        return (x - offset) / scale
+        return x / scale
     # a quotient of two FP32 numbers is 2^-49 off every middle between two such numbers, what is computed here 2^-52
-    return ((x - offset).double() * scale.double().reciprocal()).to(x.dtype)
+    return (x.double() * scale.double().reciprocal()).to(x.dtype)
 
 
-def _value(code: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """code * scale + offset, rounded twice: the code of 0 gives 0."""
-    return (code.double() * scale.double()).to(code.dtype) + offset
+def _product(code: Tensor, scale: Tensor) -> Tensor:
+    return (code.double() * scale.double()).to(code.dtype)
 
 
 def _nearest_codes(v: Tensor, grid: Tensor) -> Tensor:
@@ -59,7 +62,7 @@ def _nearest_codes(v: Tensor, grid: Tensor) -> Tensor:
 def _backward(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     g = grad.to(wide.dtype)
-    v = _position(wide, scale, offset)
+    v = _quotient(wide - _grid_offset(offset, scale, grid), scale)
     inside = (v > grid[0]) & (v < grid[1])
     code = _nearest_codes(v, grid)
     by_scale = (g * torch.where(inside, code - v, code)).sum(-1, keepdim=True) * grid[2]
@@ -73,8 +76,9 @@ def _silu_forward(u: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> Ten
 
 
 def _silu_backward(grad: Tensor, u: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> Tensor:
-    v = _position(u, scale, offset)
-    x = _value(_nearest_codes(v, grid), scale, offset)
+    offset = _grid_offset(offset, scale, grid)
+    v = _quotient(u - offset, scale)
+    x = _product(_nearest_codes(v, grid), scale) + offset
     sigmoid = x.sigmoid()
     slope = torch.where((sigmoid > 0) & (256 * sigmoid < 255), x * sigmoid * (1 - sigmoid), 0.0)
     by_x = grad * (_sigmoid_code(sigmoid) * 2.0**-8 + slope)
