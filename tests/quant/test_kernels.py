@@ -19,7 +19,7 @@ from ultralytics import YOLO
 from yolo_qc_plugin import add_qc_callbacks
 from yolo_qc_plugin.quant import kernels, native
 from yolo_qc_plugin.quant.activations import QuantActivation
-from yolo_qc_plugin.quant.functional import fake_quantize, to_codes
+from yolo_qc_plugin.quant.functional import fake_quantize, grid_offset, to_codes
 
 
 FINITE = st.floats(2.0**-60, 2.0**60, width=32)  # quotients that are normal numbers
@@ -209,6 +209,7 @@ def test_c_over_chunks_rows_and_threads(scales, columns, threads):
         found.append((native.forward(x, scale, offset, -8, 7), *native.backward(grad, x, scale, offset, -8, 7, 0.5)))
     torch.set_num_threads(was)
     assert all(map(torch.equal, *found))
+    offset = grid_offset(offset, scale, -8, 7)
     wide, s, o = x.double(), scale.double().view(-1, 1), offset.double().view(-1, 1)
     v = (x - offset.view(-1, 1)) / scale.view(-1, 1)
     inside, code = (v > -8) & (v < 7), v.round().clamp(-8, 7)
