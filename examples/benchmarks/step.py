@@ -228,15 +228,20 @@ def page(record: dict) -> str:
             f"{one['starts']} starts with {one['turns']} turns of {one['turn']} steps each. {versions(one)}.",
         ]
         for model, rows in one["results"].items():
-            lines += ["", f"### {Path(model).stem}", "", "| variant | ms [10%, 90%] | of float | peak MB | of float |"]
-            lines.append("|---|---|---|---|---|")
-            for v, r in rows.items():
-                lines.append(
-                    f"| {v}: {VARIANTS[v]} | {r['median']:.0f} [{r['p10']:.0f}, {r['p90']:.0f}] | "
-                    f"{r['ratio']:.3f}x [{', '.join(f'{ratio:.3f}' for ratio in r['ratios'])}] | "
-                    f"{r['mb']:.0f} | {r['mb'] / rows['float']['mb']:.2f}x |"
-                )
+            lines += ["", f"### {Path(model).stem}", "", *table(rows)]
     return "\n".join([*lines, ""])
+
+
+def table(rows: dict[str, dict]) -> list[str]:
+    """Lines of a table of what `measure` found of a model."""
+    lines = ["| variant | ms [10%, 90%] | of float | peak MB | of float |", "|---|---|---|---|---|"]
+    for v, r in rows.items():
+        lines.append(
+            f"| {v}: {VARIANTS[v]} | {r['median']:.0f} [{r['p10']:.0f}, {r['p90']:.0f}] | "
+            f"{r['ratio']:.3f}x [{', '.join(f'{ratio:.3f}' for ratio in r['ratios'])}] | "
+            f"{r['mb']:.0f} | {r['mb'] / rows['float']['mb']:.2f}x |"
+        )
+    return lines
 
 
 def main() -> None:
