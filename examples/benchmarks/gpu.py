@@ -7,8 +7,8 @@ Each part runs in a process of its own with a time limit, so that one that hangs
 
 kernels     The quantizer's compiled passes give what separate operations give, there and on the CPU.
 codes       A deployed model has the same codes on the GPU as on the CPU, layer by layer and end to end.
-runs        Two epochs of the stock trainer with AMP in FP16 and in BF16, 8 workers and MuSGD, which optimizer=auto takes
-            above 10,000 iterations; killed, resumed, corrected, measured again, exported.
+runs        Two epochs of the stock trainer with AMP in FP16 and in BF16, 8 workers and MuSGD (optimizer=auto takes it
+            above 10,000 iterations); killed, resumed, corrected, measured again, exported.
 operations  A step asks for few more operations than the stock one, and waits for the device no more often.
 step        Time and memory of a step at 640 px, batch 64.
 quantizer   Time of the quantizer beside that of the memory it reads and writes.
@@ -106,7 +106,7 @@ def operation_faults(rows: dict[str, dict]) -> list[str]:
 def time_of_step(gpu: bool, quick: bool, folder: Path) -> dict:
     """Part `step`."""
     models = MODELS[:1] if quick else MODELS
-    asked = dict(imgsz=640, batch=64, threads=8, turn=5, turns=2 if quick else 3, starts=1, device="0")
+    asked = dict(imgsz=640, batch=64, threads=8, turn=5, turns=2 if quick else 3, starts=1, device="0", clock="wall")
     variants = ["float", OURS, "LSQ+ EMA, no telemetry", "quantize=8"]
     args = argparse.Namespace(models=models, variants=variants, **asked)
     data = compose(folder / "digits", train=2 * args.batch, val=8, imgsz=args.imgsz, seed=0)

@@ -1,7 +1,7 @@
 # yolo_qc_plugin, AGPL-3.0
 """A run of the stock trainer from its start to an exported file, killed and resumed on the way.
 
-    python examples/benchmarks/gpu_runs.py FOLDER '{"model": ..., "data": ..., ...}'     trains, for `faults` below
+python examples/benchmarks/gpu_runs.py FOLDER '{"model": ..., "data": ..., ...}'     trains, for `faults` below
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from yolo_qc_plugin.quant import kernels, native
 from yolo_qc_plugin.quant.activations import QuantActivation
 from yolo_qc_plugin.quant.functional import fake_quantize, grid_offset, to_codes
 
-
 FINITE = st.floats(2.0**-60, 2.0**60, width=32)  # quotients that are normal numbers
 
 

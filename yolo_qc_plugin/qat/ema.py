@@ -49,7 +49,7 @@ class ConstantEMA:
             torch._foreach_copy_(copies, sources)
 
     def _match(self, model: nn.Module) -> tuple[list, list, dict]:
-        """What is averaged and its values; and by dtype, of which one kernel takes one, what is copied and from where."""
+        """What is averaged and its values; and what is copied and from where, by dtype, of which a kernel takes one."""
         state = model.state_dict()
         averages: list[Tensor] = []
         values: list[Tensor] = []
