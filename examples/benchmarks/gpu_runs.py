@@ -19,7 +19,7 @@ from pathlib import Path
 from ultralytics import YOLO
 
 from yolo_qc_plugin import add_qc_callbacks
-from yolo_qc_plugin.run.report import figures_of
+from yolo_qc_plugin.report.record import figures_of
 
 TOLERANCE = 1e-4  # of a figure that is measured again
 
