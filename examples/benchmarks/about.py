@@ -14,14 +14,25 @@ import ultralytics
 from yolo_qc_plugin import __version__
 from yolo_qc_plugin.tools.latency import cpu_name
 
+# what makes a convolution fast, as /proc/cpuinfo names it
+FEATURES = "avx2", "avx512f", "avx512_bf16", "avx_vnni", "avx512_vnni", "amx_tile"
+
+
+def features() -> list[str]:
+    """Which of FEATURES the processor has; none where the system does not tell."""
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text().split()) if info.exists() else set()
+    return [name for name in FEATURES if name in flags]
+
 
 def about() -> dict:
-    """Plain values: "cpu", "machine" (its operating system), "versions", "commit", "date"."""
+    """Plain values: "cpu", its "features", "machine" (its operating system), "versions", "commit", "date"."""
     shown = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
     )
     return {
         "cpu": cpu_name(),
+        "features": features(),
         "machine": platform.platform(),
         "versions": {"yolo_qc_plugin": __version__, "ultralytics": ultralytics.__version__, "torch": torch.__version__},
         "commit": shown.stdout.strip() or "unknown",

@@ -8,8 +8,9 @@ Ultralytics' on_train_batch_start and the end of on_train_batch_end, optimizer s
 The processes take turns of a few steps, one at a time, so that a slow minute of the machine hits all alike, and are
 started anew several times, because one and the same variant is some percent faster or slower in one process than in the
 next; the ratio is the median over all turns of the ratio to float within a round. Memory is that of tensors, at the
-peak of one more step, above what was there when it began. Variants whose packages are missing are left out. Each
-set of measurements is a section of step.md.
+peak of one more step, above what was there when it began, and besides what the process had resident at most before.
+`--clock cpu` counts the processor's time in place of the clock's, for a machine that does other work too. Variants
+whose packages are missing are left out. Each set of measurements is a section of step.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -113,6 +115,7 @@ def child(args: argparse.Namespace) -> None:
         options["trainer"] = brevitas_trainer()
     state = {"steps": None, "profile": None}
     cuda = args.device != "cpu"
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
 
     def wait() -> None:
         state["steps"] = []
@@ -129,7 +132,7 @@ def child(args: argparse.Namespace) -> None:
             wait()
         if cuda:
             torch.cuda.synchronize()
-        state["start"] = time.perf_counter()
+        state["start"] = clock()
 
     def end(trainer) -> None:
         if cuda:
@@ -138,9 +141,10 @@ def child(args: argparse.Namespace) -> None:
             state["profile"].__exit__(None, None, None)
             answers.write(json.dumps(peak(state["profile"], cuda)) + "\n")
             os._exit(0)
-        state["steps"].append(1e3 * (time.perf_counter() - state["start"]))
+        state["steps"].append(1e3 * (clock() - state["start"]))
         if len(state["steps"]) == args.turn + SETTLE:
-            answers.write(json.dumps({"ms": state["steps"][SETTLE:]}) + "\n")
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # of kB, as Linux has it
+            answers.write(json.dumps({"ms": state["steps"][SETTLE:], "resident": resident}) + "\n")
             wait()
 
     model.add_callback("on_train_batch_start", begin)
@@ -153,8 +157,8 @@ def child(args: argparse.Namespace) -> None:
 
 
 def measure(model: str, args: argparse.Namespace, data: Path, work: Path) -> dict[str, dict]:
-    """Variant -> median, 10th and 90th percentile in ms, ratio to float, that of each start, MB."""
-    times, ratios, memory = ({v: [] for v in args.variants} for _ in range(3))
+    """Variant -> median, 10th and 90th percentile in ms, ratio to float, that of each start, MB, MB resident."""
+    times, ratios, memory, resident = ({v: [] for v in args.variants} for _ in range(4))
     for start in range(args.starts):
         found = take_turns(model, args, data, work, f"{model}: start {start + 1} of {args.starts}")
         base = [statistics.median(turn) for turn in found["float"]["turns"]]
@@ -162,6 +166,7 @@ def measure(model: str, args: argparse.Namespace, data: Path, work: Path) -> dic
             times[variant] += (ms for turn in answers["turns"] for ms in turn)
             ratios[variant].append([statistics.median(turn) / b for turn, b in zip(answers["turns"], base)])
             memory[variant].append(answers["mb"])
+            resident[variant].append(answers["resident"])
     result = {}
     for variant in (v for v in args.variants if times[v]):
         tenths = statistics.quantiles(times[variant], n=10)
@@ -169,18 +174,18 @@ def measure(model: str, args: argparse.Namespace, data: Path, work: Path) -> dic
             "median": statistics.median(times[variant]), "p10": tenths[0], "p90": tenths[-1],
             "ratio": statistics.median(r for start in ratios[variant] for r in start),
             "ratios": [statistics.median(start) for start in ratios[variant]],
-            "mb": statistics.median(memory[variant]),
+            "mb": statistics.median(memory[variant]), "resident": statistics.median(resident[variant]),
         }  # fmt: skip
     return result
 
 
 def take_turns(model: str, args: argparse.Namespace, data: Path, work: Path, title: str) -> dict[str, dict]:
-    """Variant -> "turns", ms of each step in each turn, and "mb", of one process each; without those that failed."""
+    """Variant -> "turns", ms of each step in each turn, "mb" and "resident", of a process each that did not fail."""
     running = {}
     for variant in args.variants:
         command = [sys.executable, __file__, "--variant", variant, "--models", model, "--data", str(data)]
         command += ["--work", str(work / Path(model).stem)]
-        for key in ("imgsz", "batch", "threads", "turn", "device"):
+        for key in ("imgsz", "batch", "threads", "turn", "device", "clock"):
             command += [f"--{key}", str(getattr(args, key))]
         env = {**os.environ, "YOLO_QC_COMPILE": str(int("eager" not in variant)), "OMP_WAIT_POLICY": "passive"}
         log = (work / f"{Path(model).stem}-{variant}.log").open("w")
@@ -202,6 +207,7 @@ def take_turns(model: str, args: argparse.Namespace, data: Path, work: Path, tit
                 del running[variant], found[variant]
             elif turn:  # the first compiles
                 found[variant]["turns"].append(json.loads(answer)["ms"])
+                found[variant]["resident"] = json.loads(answer)["resident"]
         print(f"{title}, turn {turn} of {args.turns}", flush=True)
     for variant, process in running.items():
         process.stdin.write("memory\n")
@@ -220,23 +226,32 @@ def page(record: dict) -> str:
     lines = ["# Time of a training step", "", "Written by `examples/benchmarks/step.py` from `step.json`."]
     lines.append("In brackets behind a ratio: that of each start of the processes.")
     for name, one in record.items():
+        cpu = " ".join([one["cpu"], *one.get("features", [])])
         lines += [
             "",
             f"## {name}",
             "",
-            f"{one['cpu']}, {one['threads']} threads, device {one['device']}, {one['imgsz']} px, batch {one['batch']}, "
-            f"{one['starts']} starts with {one['turns']} turns of {one['turn']} steps each. {versions(one)}.",
+            f"{cpu}, {one['threads']} threads, device {one['device']}, {one['imgsz']} px, batch {one['batch']}, "
+            f"{one['starts']} starts with {one['turns']} turns of {one['turn']} steps each"
+            f"{', time of the processor' if one.get('clock') == 'cpu' else ''}. {versions(one)}.",
         ]
         for model, rows in one["results"].items():
-            lines += ["", f"### {Path(model).stem}", "", "| variant | ms [10%, 90%] | of float | peak MB | of float |"]
-            lines.append("|---|---|---|---|---|")
-            for v, r in rows.items():
-                lines.append(
-                    f"| {v}: {VARIANTS[v]} | {r['median']:.0f} [{r['p10']:.0f}, {r['p90']:.0f}] | "
-                    f"{r['ratio']:.3f}x [{', '.join(f'{ratio:.3f}' for ratio in r['ratios'])}] | "
-                    f"{r['mb']:.0f} | {r['mb'] / rows['float']['mb']:.2f}x |"
-                )
+            lines += ["", f"### {Path(model).stem}", "", *table(rows)]
     return "\n".join([*lines, ""])
+
+
+def table(rows: dict[str, dict]) -> list[str]:
+    """Lines of a table of what `measure` found of a model."""
+    sizes = {"peak MB": "mb"} | ({"resident MB": "resident"} if "resident" in rows["float"] else {})
+    lines = [f"| variant | ms [10%, 90%] | of float |{''.join(f' {name} | of float |' for name in sizes)}"]
+    lines.append("|---|---|---|" + "---|---|" * len(sizes))
+    for v, r in rows.items():
+        lines.append(
+            f"| {v}: {VARIANTS[v]} | {r['median']:.0f} [{r['p10']:.0f}, {r['p90']:.0f}] | "
+            f"{r['ratio']:.3f}x [{', '.join(f'{ratio:.3f}' for ratio in r['ratios'])}] |"
+            + "".join(f" {r[key]:.0f} | {r[key] / rows['float'][key]:.2f}x |" for key in sizes.values())
+        )
+    return lines
 
 
 def main() -> None:
@@ -251,6 +266,7 @@ def main() -> None:
     p.add_argument("--turns", type=int, default=4, help="of a start")
     p.add_argument("--starts", type=int, default=3, help="of each process")
     p.add_argument("--device", default="cpu")
+    p.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     p.add_argument("--out", type=Path, default=Path("docs/results"))
     p.add_argument("--name", default="step", help="of the section")
     p.add_argument("--assemble", action="store_true", help="make the page from the JSON file, without measuring")
@@ -275,7 +291,9 @@ def write(results: dict, args: argparse.Namespace) -> None:
     file = args.out / "step.json"
     record = json.loads(file.read_text()) if file.exists() else {}
     if results:
-        asked = {k: getattr(args, k) for k in ("imgsz", "batch", "threads", "turn", "turns", "starts", "device")}
+        asked = {
+            k: getattr(args, k) for k in ("imgsz", "batch", "threads", "turn", "turns", "starts", "device", "clock")
+        }
         record[args.name] = {**asked, **about(), "results": results}
         file.write_text(json.dumps(record, indent=1))
     file.with_suffix(".md").write_text(page(record))

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from gpu_arithmetic import DivisionByNumbers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from ultralytics.nn.modules import Conv, Conv2, ConvTranspose, RepConv
@@ -19,6 +20,7 @@ from yolo_qc_plugin.host import architecture
 from yolo_qc_plugin.qat.correction import insert_correction
 from yolo_qc_plugin.quant.activations import QuantActivation, quant_activations
 from yolo_qc_plugin.quant.calibrate import calibrate, calibrate_outputs
+from yolo_qc_plugin.quant.functional import to_codes
 from yolo_qc_plugin.quant.inject import inject, quantize_outputs, remove
 from yolo_qc_plugin.quant.layers import ChannelAffine, QuantConv2d, quant_convs
 from yolo_qc_plugin.quant.quantizer import ActQuantizer
@@ -422,6 +424,28 @@ def test_positive_scale(lowest, highest, codes, scale, wanted, signed):
     assert (positive > 0).all() and (sign is not None) == signed
     sign = torch.ones(4) if sign is None else sign
     assert torch.equal(found.flatten() * positive * sign, deployed.weight_codes.flatten() * deployed.scale)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@torch.no_grad()
+def test_codes_do_not_depend_on_how_a_gpu_divides_by_numbers(bits):
+    """At and beside every threshold of some grids."""
+    moved = 0
+    for seed in range(20):
+        quant = ActQuantizer(bits, offset=True)
+        quant.scale.fill_(torch.rand(1, generator=torch.Generator().manual_seed(seed)).item() + 0.01)
+        quant.offset.copy_(-3 * quant.scale)
+        fixed = FixedQuantizer(quant)
+        x = [(torch.arange(*fixed.range) + 0.5) * fixed.scale]
+        for towards in (-torch.inf, torch.inf):
+            x.append(torch.nextafter(x[0], torch.tensor(towards)))
+        x = torch.cat(x)
+        steps = fixed.steps(x)
+        assert torch.equal(steps, (x.double() / fixed.scale).float().round().clamp(*fixed.range))
+        with DivisionByNumbers():
+            assert torch.equal(fixed.steps(x), steps)
+            moved += (to_codes(x, fixed.scale, None, *fixed.range) != steps).sum().item()
+    assert moved > 10  # were the scale a number
 
 
 class ConvolutionTypes(TorchDispatchMode):

@@ -89,13 +89,14 @@ def test_codes_are_those_of_the_layers():
 
 def test_weights_are_quantized_once_a_step(monkeypatch):
     """To codes, whatever the number of micro-batches; no layer quantizes one by itself."""
-    calls, codes = [], WeightQuantizer.codes
-    monkeypatch.setattr(WeightQuantizer, "codes", lambda *args: calls.append("codes") or codes(*args))
+    calls, positions = [], TrainedWeights.positions
+    monkeypatch.setattr(TrainedWeights, "positions", lambda *args: calls.append("positions") or positions(*args))
+    monkeypatch.setattr(WeightQuantizer, "codes", lambda *args: calls.append("codes"))
     monkeypatch.setattr(WeightQuantizer, "forward", lambda *args: calls.append("forward"))
     model = quantized_model()
     weights = TrainedWeights(model)
     gradients(model, *[torch.rand(1, 3, 12, 12)] * 3, weights=weights)
-    assert calls == ["codes"] * 3  # of three layers
+    assert calls == ["positions"]  # of all layers
 
 
 def test_a_weight_that_nothing_uses_has_no_gradient():

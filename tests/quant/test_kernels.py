@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import TINY
+from gpu_arithmetic import FusedKernel
 from torch import nn
 from torch._dynamo.utils import counters
 from ultralytics import YOLO
@@ -15,7 +16,7 @@ from ultralytics import YOLO
 from yolo_qc_plugin import add_qc_callbacks
 from yolo_qc_plugin.quant import kernels, native
 from yolo_qc_plugin.quant.activations import QuantActivation
-from yolo_qc_plugin.quant.functional import fake_quantize, to_codes
+from yolo_qc_plugin.quant.functional import fake_quantize, grid_offset, to_codes
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +121,35 @@ def test_quantized_silu_where_compiling_fails(monkeypatch):
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-6) and gradients[0].abs().max() > 0.5
 
 
+GRIDS = {
+    "any": (torch.tensor([0.0371]), torch.tensor([-0.0371 * 5]), torch.tensor([0.0, 15.0, 1.0])),
+    "binary": (torch.tensor([2.0**-5]), torch.tensor([-100 * 2.0**-5]), torch.tensor([0.0, 255.0, 1.0])),
+    "rows": (torch.tensor([[0.1], [0.3]]), torch.zeros(1), torch.tensor([-8.0, 7.0, 1.0])),
+}
+
+
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_what_a_gpu_may_do_moves_a_value_at_a_threshold_by_one_code(grid, up):
+    """Inexact quotients and fused sums, on values at and beside every threshold of a grid, and between them."""
+    scale, offset, bounds = GRIDS[grid]
+    middles = (torch.arange(bounds[0].item() - 2, bounds[1].item() + 2) + 0.5) * scale + offset
+    around = [middles]
+    for towards in (-float("inf"), float("inf")):
+        for _ in range(2):
+            around.append(torch.nextafter(around[-1], torch.tensor(towards)))
+    x, between = torch.cat(around, -1), middles + 0.3 * scale
+    x, between = (v.expand(2, -1).contiguous() if scale.numel() == 2 else v for v in (x, between))
+    for values, most in ((x, 1.01), (between, 1e-4)):
+        plain = kernels._forward(values, scale, offset, bounds)
+        codes = to_codes(values, scale, offset, *map(int, bounds[:2]))
+        assert torch.equal(plain, codes * scale + offset)
+        with FusedKernel(up):
+            moved = (kernels._forward(values, scale, offset, bounds) - plain).abs() / scale
+        assert moved.max() <= most
+        assert most < 1 or grid == "binary" or moved.max() > 0.99  # it does move some
+
+
 @pytest.mark.parametrize("change", ["slice", "transposed", "expanded gradient", "strided gradient"])
 def test_any_memory_layout(change, way):
     torch.manual_seed(0)
@@ -154,6 +184,7 @@ def test_c_over_chunks_rows_and_threads(scales, columns, threads):
         found.append((native.forward(x, scale, offset, -8, 7), *native.backward(grad, x, scale, offset, -8, 7, 0.5)))
     torch.set_num_threads(was)
     assert all(map(torch.equal, *found))
+    offset = grid_offset(offset, scale, -8, 7)
     wide, s, o = x.double(), scale.double().view(-1, 1), offset.double().view(-1, 1)
     v = (x - offset.view(-1, 1)) / scale.view(-1, 1)
     inside, code = (v > -8) & (v < 7), v.round().clamp(-8, 7)

@@ -13,6 +13,7 @@ The integer codes stay as they are. Batch norm folded into the weight, as for a 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -50,7 +51,9 @@ class FixedQuantizer(nn.Module):
 
     def steps(self, x: Tensor) -> Tensor:
         """Codes minus the zero point, i.e. whole steps from 0, as floats of FP32 at least."""
-        return to_codes(widen(x), self.scale, None, *self.range)
+        wide = widen(x)
+        scale = wide.new_full((), self.scale)  # by a number CUDA would not divide, but multiply by 1 / scale
+        return to_codes(wide, scale, None, *self.range)
 
     @property
     def range(self) -> tuple[int, int]:
@@ -72,7 +75,8 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
 
     The convolution of codes is exact, so this is what integer hardware computes. FP32 holds all integers up to 2^24; a
     layer whose sums can be larger (8-bit weights and inputs, some hundred channels) computes them in FP64, which takes
-    longer. Parameters of the convolution (stride, padding, ...) are those of nn.Conv2d.
+    longer. On CUDA it is PyTorch's own convolution, a product of matrices: cuDNN may choose Winograd's or FFT, which
+    multiply by fractions. Parameters of the convolution (stride, padding, ...) are those of nn.Conv2d.
 
     Attributes:
         name: The layer's name in its model.
@@ -109,7 +113,8 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
             return traced_convolve(self.act_quant(x), self)
         steps = self.act_quant.steps(x)
         steps = steps.double() if self.wide_sums else steps
-        sums = self.convolve(steps, self.weight_codes.to(steps.dtype))
+        with torch.backends.cudnn.flags(enabled=False) if steps.is_cuda else nullcontext():
+            sums = self.convolve(steps, self.weight_codes.to(steps.dtype))
         scale = (self.act_quant.scale * self.scale).to(steps.dtype)
         return torch.addcmul(along_channels(self.shift).to(steps.dtype), sums, along_channels(scale)).to(x.dtype)
 

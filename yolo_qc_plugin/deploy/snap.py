@@ -19,10 +19,11 @@ SiLU, LeakyReLU and ReLU. Their values can be anywhere; a few codes in a million
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..quant.activations import QuantActivation, quant_activations
 from ..quant.layers import ChannelAffine, QuantConv2d, quant_convs
@@ -54,8 +55,9 @@ def snap(model: nn.Module) -> None:
 def snap_scale(quant: ActQuantizer) -> None:
     """Snap an input's scale, in place; the zero point stays."""
     zero_point = quant.zero_point
-    unit = 2.0 ** (torch.log2(quant.scale).floor() - (SCALE_BITS - 1 - quant.bits))
-    quant.scale.copy_(_nearest_odd(quant.scale / unit) * unit)
+    mantissa, exponent = math.frexp(quant.scale.item())  # on a GPU 2.0 ** tensor need not be a power of two
+    unit = 2.0 ** (SCALE_BITS - quant.bits)
+    quant.scale.fill_(math.ldexp(_nearest_odd(mantissa * unit) / unit, exponent))
     if quant.offset is not None:
         quant.offset.copy_(-zero_point * quant.scale)
 
@@ -81,5 +83,5 @@ def snap_conv(conv: QuantConv2d, bn: nn.BatchNorm2d, act: QuantActivation) -> No
     conv.correction.beta.add_(torch.where(change.isfinite(), change, 0.0))
 
 
-def _nearest_odd(x: Tensor) -> Tensor:
-    return 2 * torch.floor(x / 2) + 1
+def _nearest_odd(x):
+    return 2 * (x // 2) + 1

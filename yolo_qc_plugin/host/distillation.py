@@ -92,8 +92,9 @@ def outputs_loss(student: dict, teacher: dict, reg_max: int, cls: float, dfl: fl
         sides = sides_loss(s["boxes"], t["boxes"], reg_max)
     else:
         shapes = [f.shape[2:] for f in student["feats"]]  # stride over the image's size is 1 over the feature map's
-        over = [s["boxes"].new_tensor([1 / w, 1 / h] * 2)[:, None].expand(4, h * w) for h, w in shapes]
-        sides = distances_loss(s["boxes"], t["boxes"], torch.cat(over, 1))
+        # filled on the device, as a tensor made of numbers is a copy that waits for it
+        filled = [[s["boxes"].new_full((h * w,), 1 / side) for side in (w, h)] for h, w in shapes]
+        sides = distances_loss(s["boxes"], t["boxes"], torch.cat([torch.stack(pair * 2) for pair in filled], 1))
     total = cls * scores_loss(s["scores"], t["scores"]) + dfl * (sides * confidence).sum()
     return total / confidence.sum().clamp_min(1)
 

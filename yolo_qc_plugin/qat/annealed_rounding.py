@@ -43,13 +43,7 @@ class AnnealedRounding:
     """
 
     def __init__(self, weights: TrainedWeights):
-        self.convs, self.sizes, self.by_layer = weights.convs, weights.sizes, weights.by_layer
-        rows = [(q.scale.numel(), q.quant_min, q.quant_max) for q in weights.quants]  # a row shares a scale
-        device = weights.codes.device
-        self.counts = torch.tensor([n // r for n, (r, *_) in zip(self.sizes, rows) for _ in range(r)], device=device)
-        self.low, self.high = (
-            torch.tensor([float(row[i]) for row in rows for _ in range(row[0])], device=device) for i in (1, 2)
-        )
+        self.weights, self.convs = weights, weights.convs
 
     def hand_out(self, temperature: float) -> tuple[Tensor, ...]:
         """Give each convolution `what` of the formula, with gradients by its weight and its scale.
@@ -63,51 +57,41 @@ class AnnealedRounding:
             The weights.
         """
         scales = [conv.weight_quant.scale for conv in self.convs]
-        found = _Annealed.apply(self, temperature, *(conv.weight for conv in self.convs), *scales)
+        found = _Annealed.apply(self.weights, temperature, *(conv.weight for conv in self.convs), *scales)
         for conv, value in zip(self.convs, found):
             conv.given_weight = value
         return found
-
-    def positions(self, weights: tuple[Tensor, ...], scales: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Grid positions of all weights before and after clipping, and their scales; flat, FP32."""
-        scale, low, high = (
-            rows.repeat_interleave(self.counts, output_size=sum(self.sizes))
-            for rows in (torch.cat(scales), self.low, self.high)
-        )
-        position = torch.cat([widen(w).reshape(-1) for w in weights]).div_(scale)
-        return position, position.clamp(low, high), scale
 
 
 class _Annealed(torch.autograd.Function):
     """All layers in one flat buffer: some twenty passes over the weights, whatever the number of layers."""
 
     @staticmethod
-    def forward(ctx, rounding, temperature, *tensors):
+    def forward(ctx, layers, temperature, *tensors):
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)  # a weight that nothing used gets no gradient
-        ctx.rounding, ctx.temperature = rounding, temperature
-        n = len(rounding.convs)
-        _, clipped, scale = rounding.positions(tensors[:n], tensors[n:])
-        value, _ = _steps(clipped, temperature)
-        return tuple(part.to(w.dtype) for part, w in zip(rounding.by_layer(value.mul_(scale)), tensors))
+        ctx.layers, ctx.temperature = layers, temperature
+        n = len(layers.convs)
+        position, scale = layers.positions(tensors[:n], tensors[n:])
+        value, _ = _steps(layers.clip_(position), temperature)
+        return tuple(part.to(w.dtype) for part, w in zip(layers.by_layer(value.mul_(scale)), tensors))
 
     @staticmethod
     def backward(ctx, *grads):
-        rounding, n = ctx.rounding, len(grads)
+        layers, n = ctx.layers, len(grads)
         weights, scales = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
-        position, clipped, _ = rounding.positions(weights, scales)
+        position, _ = layers.positions(weights, scales)
+        clipped = layers.clip_(position.clone())
         grad = torch.cat([widen(w.new_zeros(w.shape) if g is None else g).reshape(-1) for g, w in zip(grads, weights)])
         value, soft = _steps(clipped, ctx.temperature)
         slope = (1 - soft.square_()).div_(4 * ctx.temperature * _top(ctx.temperature))
         by_weight = slope.mul_(position == clipped).mul_(grad)
         by_scale = value.mul_(grad).sub_(position.mul_(by_weight))
-        found: list[Tensor | None] = [None] * 2 * n
-        for i, (by_w, by_s) in enumerate(zip(rounding.by_layer(by_weight), rounding.by_layer(by_scale))):
-            if grads[i] is not None:
-                found[i] = by_w.to(weights[i].dtype)
-                rows = by_s.reshape(scales[i].numel(), -1).sum(1)
-                found[n + i] = rows.mul_(rounding.convs[i].weight_quant.grad_scale(weights[i]))
-        return None, None, *found
+        rows = [part.reshape(s.numel(), -1).sum(1) for part, s in zip(layers.by_layer(by_scale), scales)]
+        torch._foreach_mul_(rows, [q.grad_scale(w) for q, w in zip(layers.quants, weights)])
+        used = [g is not None for g in grads]
+        by_weights = [part.to(w.dtype) for part, w in zip(layers.by_layer(by_weight), weights)]
+        return None, None, *(g if u else None for g, u in zip([*by_weights, *rows], used * 2))
 
 
 def _steps(position: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ ema <- decay * ema + (1 - decay) * value        after each optimizer step
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class ConstantEMA:
@@ -31,7 +31,7 @@ class ConstantEMA:
         self.max_decay = decay
         self.updates = updates
         self.enabled = True
-        self._pairs: tuple[list, list, list, list] | None = None
+        self._pairs: tuple[list, list, dict] | None = None
 
     def decay(self, updates: int) -> float:
         """Decay of update number `updates` (1 is the first)."""
@@ -43,22 +43,25 @@ class ConstantEMA:
         self.updates += 1
         if self._pairs is None:  # tensors are moved in place, so they are matched once
             self._pairs = self._match(model)
-        averages, values, copies, sources = self._pairs
+        averages, values, copied = self._pairs
         torch._foreach_lerp_(averages, values, 1 - self.decay(self.updates))
-        for copy, source in zip(copies, sources):
-            copy.copy_(source)
+        for copies, sources in copied.values():
+            torch._foreach_copy_(copies, sources)
 
-    def _match(self, model: nn.Module) -> tuple[list, list, list, list]:
+    def _match(self, model: nn.Module) -> tuple[list, list, dict]:
+        """What is averaged and its values; and what is copied and from where, by dtype, of which a kernel takes one."""
         state = model.state_dict()
-        pairs: tuple[list, list, list, list] = [], [], [], []
-        averages, values, copies, sources = pairs
+        averages: list[Tensor] = []
+        values: list[Tensor] = []
+        copied: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         # a tensor shared by two modules has two names and is to be moved once
         own = {tensor.data_ptr(): (name, tensor) for name, tensor in self.ema.state_dict().items() if tensor.numel()}
         for name, tensor in own.values():
             floating = tensor.is_floating_point()
-            (averages if floating else copies).append(tensor)
-            (values if floating else sources).append(state[name])
-        return pairs
+            averaged, source = (averages, values) if floating else copied.setdefault(tensor.dtype, ([], []))
+            averaged.append(tensor)
+            source.append(state[name])
+        return averages, values, copied
 
     def update(self, model: nn.Module) -> None:
         """The host's call inside its optimizer step; the average is moved by `step` at on_train_batch_end instead."""

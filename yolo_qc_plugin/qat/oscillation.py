@@ -71,7 +71,7 @@ class Oscillation:
         opposite = (self.change * self.direction).clamp_max_(0)  # -1 where it is an oscillation, else 0
         self.frequency.mul_(1 - self.momentum).sub_(opposite, alpha=self.momentum)
         self.direction.mul_(1 - self.change.abs()).add_(self.change)  # faster than a masked copy
-        self.flipped, self.oscillating = map(self._shares, (self.change, self.frequency > self._threshold))
+        self.flipped, self.oscillating = self._shares(self.change, (self.frequency > self._threshold).view(torch.int8))
         self.codes.copy_(now)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -83,6 +83,8 @@ class Oscillation:
         for name, value in self.state_dict().items():
             value.copy_(state[name])
 
-    def _shares(self, marked: Tensor) -> Tensor:
-        """Share of each layer's weights that are marked by anything but 0."""
-        return torch.stack([part.count_nonzero() for part in marked.split(self.weights.sizes)]) / self._numbers
+    def _shares(self, *marked: Tensor) -> list[Tensor]:
+        """Of each, int8: share of each layer's weights that are marked, by 1 or -1."""
+        parts = torch.cat(marked).float().split(self.weights.sizes * len(marked))
+        counts = torch.stack(torch._foreach_norm(parts, 1))  # whole numbers, exact in FP32 up to 2^24
+        return [*(counts.view(len(marked), -1) / self._numbers)]

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ..quant import kernels
-from ..quant.functional import gradients, per_slice
+from ..quant.functional import gradients, per_slice, widen
 from ..quant.layers import QuantConv2d, quant_convs
 
 
@@ -43,16 +43,36 @@ class TrainedWeights:
         self.names, self.convs = list(found), list(found.values())
         self.quants = [conv.weight_quant for conv in self.convs]
         self.sizes = [conv.weight.numel() for conv in self.convs]
-        self.codes = torch.empty(sum(self.sizes), dtype=torch.int8, device=next(model.parameters()).device)
+        device = next(model.parameters()).device
+        self.codes = torch.empty(sum(self.sizes), dtype=torch.int8, device=device)
+        counts = [n // q.scale.numel() for n, q in zip(self.sizes, self.quants) for _ in range(q.scale.numel())]
+        self._counts = torch.tensor(counts, device=device)  # of weights that share a scale
         self.fixed: tuple[Tensor, Tensor] | None = None
         self.read()
 
     @torch.no_grad()
     def read(self) -> None:
         """Compute the codes; to be called whenever weights or scales have changed."""
-        for codes, quant, conv in zip(self.by_layer(self.codes), self.quants, self.convs):
-            codes.copy_(quant.codes(conv.weight))
+        position, _ = self.positions([conv.weight for conv in self.convs], [q.scale for q in self.quants])
+        self.codes.copy_(self.clip_(position.round_()))
         self._fix()
+
+    def positions(self, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Grid positions of all weights, and their scales; flat, FP32 at least.
+
+        Args:
+            weights: Of each layer.
+            scales: Of each layer.
+        """
+        scale = torch.cat([*scales]).repeat_interleave(self._counts, output_size=sum(self.sizes))
+        return torch.cat([widen(w).reshape(-1) for w in weights]).div_(scale), scale
+
+    def clip_(self, position: Tensor) -> Tensor:
+        """Clip flat grid positions to each layer's range, in place."""
+        parts = position.split(self.sizes)
+        torch._foreach_clamp_min_(parts, [float(q.quant_min) for q in self.quants])
+        torch._foreach_clamp_max_(parts, [float(q.quant_max) for q in self.quants])
+        return position
 
     def hand_out(self) -> tuple[Tensor, ...]:
         """Give each convolution its quantized weight, with gradients; to be called before each forward pass.

@@ -65,8 +65,7 @@ class QuantActivation(KeepWide, nn.Module):
         """Quantize and activate x of any shape."""
         if self._in_one_pass(x):
             quant = self.quant
-            offset = cast(Tensor, quant.grid_offset())
-            return quantized_silu(x, quant.scale, offset, quant.quant_min, quant.quant_max)
+            return quantized_silu(x, quant.scale, cast(Tensor, quant.offset), quant.quant_min, quant.quant_max)
         return self.function(self.quant(x))
 
     def _in_one_pass(self, x: Tensor) -> bool:

@@ -98,7 +98,7 @@ def gradients(
         grad: By the result, in its shape.
         x: As of `fake_quantize`.
         scale: As of `fake_quantize`.
-        offset: None, or as it is used: a whole number of steps.
+        offset: As of `fake_quantize`.
         quant_min: Smallest code.
         quant_max: Largest code.
         grad_scale: As of `fake_quantize`.
@@ -111,7 +111,7 @@ def gradients(
         return found
     wide = widen(x)
     g = grad.to(wide.dtype)
-    v = grid_position(wide, *_on_slices(scale, offset, x))
+    v = grid_position(wide, *_on_slices(x, scale, offset, quant_min, quant_max))
     # one fused pass: g where quant_min < v < quant_max, else 0
     inside = torch.ops.aten.hardtanh_backward(g, v, quant_min, quant_max)
     if free is not None:
@@ -162,7 +162,7 @@ def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, qua
     Args:
         u: Any shape, FP32.
         scale: Positive, shape (1,).
-        offset: Shape (1,), a whole number of steps.
+        offset: Shape (1,); `grid_offset` of it is used.
         quant_min: Smallest code.
         quant_max: Largest code.
     """
@@ -201,8 +201,9 @@ def dot(a: Tensor, b: Tensor, slices: int) -> Tensor:
     return (a * b).reshape(slices, -1).sum(1)
 
 
-def _on_slices(scale: Tensor, offset: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    return per_slice(scale, x), None if offset is None else per_slice(offset, x)
+def _on_slices(x: Tensor, scale: Tensor, offset: Tensor | None, low: int, high: int) -> tuple[Tensor, Tensor | None]:
+    """Scale, and offset as it is used, along x's first axis."""
+    return per_slice(scale, x), None if offset is None else per_slice(grid_offset(offset, scale, low, high), x)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -210,8 +211,6 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, offset, quant_min, quant_max, grad_scale):
-        if offset is not None:
-            offset = grid_offset(offset, scale, quant_min, quant_max)
         ctx.save_for_backward(x, scale, offset)
         ctx.quant_min, ctx.quant_max, ctx.grad_scale = quant_min, quant_max, grad_scale
         # measuring alone is not worth compiling
@@ -236,7 +235,7 @@ class _FakeQuantize(torch.autograd.Function):
 def _values(x, scale, offset, quant_min, quant_max, compiled):
     if compiled and (out := kernels.forward(x, scale, offset, quant_min, quant_max)) is not None:
         return out
-    s, z = _on_slices(scale, offset, x)
+    s, z = _on_slices(x, scale, offset, quant_min, quant_max)
     out = to_codes(widen(x), s, z, quant_min, quant_max).mul_(s)
     return (out if z is None else out.add_(z)).to(x.dtype)
 

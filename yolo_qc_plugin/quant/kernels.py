@@ -8,6 +8,11 @@ offset taken on the way. Written as separate tensor operations, the same takes s
 For torch.compile all arguments are tensors of one or two dimensions with dynamic sizes, the grid (quant_min,
 quant_max, LSQ's gradient scale) and an absent offset included, so that one compilation (of each dtype) serves every
 layer and batch. Where nothing can be compiled, or YOLO_QC_COMPILE=0 is in the environment, callers take their own way.
+
+On a CPU values are those of separate operations, bit for bit. On a GPU a compiler may divide to within two units in the
+last place and round a product and its sum once, so that a value at a threshold gets the neighbouring code. That is
+noise of training alone: what is measured, deployed and exported is computed by separate operations. FP64 would be
+exact, and has a small fraction of FP32's rate on the GPUs that most people have.
 """
 
 from __future__ import annotations
@@ -30,9 +35,14 @@ _log = logging.getLogger("ultralytics")  # Ultralytics'; this file works without
 
 
 def _forward(x: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    code = _nearest_codes((wide - offset) / scale, grid)
-    return (code * scale + offset).to(x.dtype)
+    wide, offset = x.to(torch.promote_types(x.dtype, torch.float32)), _grid_offset(offset, scale, grid)
+    return (_nearest_codes((wide - offset) / scale, grid) * scale + offset).to(x.dtype)
+
+
+def _grid_offset(offset: Tensor, scale: Tensor, grid: Tensor) -> Tensor:
+    """`functional.grid_offset`, once more for each value: free, where memory is what is waited for."""
+    steps = torch.minimum(torch.maximum((offset / scale).round(), -grid[1]), -grid[0])
+    return (steps * scale).to(offset.dtype)
 
 
 def _nearest_codes(v: Tensor, grid: Tensor) -> Tensor:
@@ -42,7 +52,7 @@ def _nearest_codes(v: Tensor, grid: Tensor) -> Tensor:
 def _backward(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     g = grad.to(wide.dtype)
-    v = (wide - offset) / scale
+    v = (wide - _grid_offset(offset, scale, grid)) / scale
     inside = (v > grid[0]) & (v < grid[1])
     code = _nearest_codes(v, grid)
     by_scale = (g * torch.where(inside, code - v, code)).sum(-1, keepdim=True) * grid[2]
@@ -52,15 +62,16 @@ def _backward(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, grid: Tens
 
 def _silu_forward(u: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> Tensor:
     x = _forward(u, scale, offset, grid)
-    return x * _sigmoid_code(x.sigmoid()) / 256
+    return x * (_sigmoid_code(x.sigmoid()) * 2.0**-8)
 
 
 def _silu_backward(grad: Tensor, u: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> Tensor:
+    offset = _grid_offset(offset, scale, grid)
     v = (u - offset) / scale
     x = _nearest_codes(v, grid) * scale + offset
     sigmoid = x.sigmoid()
     slope = torch.where((sigmoid > 0) & (256 * sigmoid < 255), x * sigmoid * (1 - sigmoid), 0.0)
-    by_x = grad * (_sigmoid_code(sigmoid) / 256 + slope)
+    by_x = grad * (_sigmoid_code(sigmoid) * 2.0**-8 + slope)
     return torch.where((v > grid[0]) & (v < grid[1]), by_x, 0.0)
 
 

@@ -3,8 +3,9 @@
  * The two passes of fake quantization over memory, for FP32 on a CPU: native.py compiles this file and calls it.
  *
  * x has `rows` rows of `columns` values, each row with its own scale (and offset, where there are any). A code is
- * round((x - offset) / scale), half to even, clipped to low..high. No operation may be contracted or reordered but the
- * sums: values and gradients by x are those of PyTorch's separate operations, bit for bit.
+ * round((x - offset) / scale), half to even, clipped to low..high, with the offset brought to whole steps. No operation
+ * may be contracted or reordered but the sums: values and gradients by x are those of PyTorch's separate operations, bit
+ * for bit.
  */
 #include <math.h>
 #include <stdint.h>
@@ -22,6 +23,12 @@ static float nearest_code(float v, float low, float high)
     return code > high ? high : code;
 }
 
+/* The nearest whole number of steps for which the code of 0 is in the range. */
+static float grid_offset(const float *offset, int64_t row, float scale, float low, float high)
+{
+    return offset ? nearest_code(offset[row] / scale, -high, -low) * scale : 0.0f;
+}
+
 /* out = code * scale + offset */
 void fake_quantize(const float *x, float *out, int64_t rows, int64_t columns, const float *scale, const float *offset,
                    float low, float high, int threads)
@@ -31,7 +38,7 @@ void fake_quantize(const float *x, float *out, int64_t rows, int64_t columns, co
     for (int64_t k = 0; k < rows * chunks; k++) {
         int64_t row = k / chunks, start = row * columns + k % chunks * CHUNK;
         int64_t end = smaller(start + CHUNK, (row + 1) * columns);
-        float s = scale[row], o = offset ? offset[row] : 0.0f;
+        float s = scale[row], o = grid_offset(offset, row, s, low, high);
         for (int64_t i = start; i < end; i++) {
             out[i] = nearest_code((x[i] - o) / s, low, high) * s + o;
         }
@@ -52,7 +59,7 @@ int fake_quantize_backward(const float *grad, const float *x, float *by_x, float
     for (int64_t k = 0; k < rows * chunks; k++) {
         int64_t row = k / chunks, start = row * columns + k % chunks * CHUNK;
         int64_t end = smaller(start + CHUNK, (row + 1) * columns);
-        float s = scale[row], o = offset ? offset[row] : 0.0f, sum = 0.0f, outside = 0.0f;
+        float s = scale[row], o = grid_offset(offset, row, s, low, high), sum = 0.0f, outside = 0.0f;
 #pragma omp simd reduction(+ : sum, outside)
         for (int64_t i = start; i < end; i++) {
             float g = grad[i], v = (x[i] - o) / s, code = nearest_code(v, low, high);

@@ -1,0 +1,160 @@
+# yolo_qc_plugin, AGPL-3.0
+"""What must not depend on the device: the quantizer's values and gradients, and the codes of a deployed model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from yolo_qc_plugin import QCConfig
+from yolo_qc_plugin.deploy.fold import DeployedConv2d, deployed_convs
+from yolo_qc_plugin.deploy.snap import snap
+from yolo_qc_plugin.host import architecture
+from yolo_qc_plugin.quant import kernels
+from yolo_qc_plugin.quant.calibrate import calibrate, calibrate_outputs
+from yolo_qc_plugin.quant.functional import fake_quantize
+from yolo_qc_plugin.quant.inject import inject, quantize_outputs
+from yolo_qc_plugin.quant.modules import hooked
+
+# shape, scales, whether with offset, memory format; sizes that are no multiple of anything
+CASES = {
+    "activation": ((3, 7, 41, 53), 1, True, torch.contiguous_format),
+    "channels last": ((3, 7, 41, 53), 1, True, torch.channels_last),
+    "weight": ((67, 31, 3, 3), 1, False, torch.contiguous_format),
+    "weight per channel": ((67, 31, 3, 3), 67, False, torch.contiguous_format),
+}
+DTYPES = torch.float32, torch.float16, torch.bfloat16
+STRAY = 1e-4  # share of values that lie at a threshold, where a compiled pass on a GPU may take the neighbouring code
+
+
+def kernel_faults(device: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> list[str]:
+    """In which cases the compiled passes differ from separate operations, on the device and on a CPU, in words.
+
+    Values and gradients by x are to be the same bits, of FP32 on every device; but of compiled passes on a GPU (see
+    `quant.kernels`) a value may be a step off and a gradient another, in a share of `STRAY`. Sums by scale and offset
+    are to be the same to rounding.
+    """
+    faults = []
+    was, kernels.MIN_SIZE = kernels.MIN_SIZE, 1
+    for dtype in dtypes:
+        for name, (shape, scales, with_offset, memory) in CASES.items():
+            torch.manual_seed(0)
+            x, grad = (torch.randn(shape).to(dtype).contiguous(memory_format=memory) for _ in range(2))
+            scale, offset = torch.rand(scales) * 0.2 + 0.1, torch.tensor([-0.3]) if with_offset else None
+            bounds = (0, 15) if with_offset else (-8, 7)
+            found = {
+                "compiled": _values(x, grad, scale, offset, bounds, device, True),
+                "separate": _values(x, grad, scale, offset, bounds, device, False),
+                "on a CPU": _values(x, grad, scale, offset, bounds, "cpu", False),
+            }
+            wanted = found.pop("separate")
+            for way, (xhat, by_x, *sums) in found.items():
+                where = f"{name}, {str(dtype).removeprefix('torch.')}, {way}"
+                exact = device == "cpu" or way != "compiled"
+                if n := values_apart(xhat, wanted[0], scale, exact):
+                    faults.append(f"{where}: {n} of {xhat.numel()} values differ")
+                if n := beyond(by_x != wanted[1], exact):
+                    faults.append(f"{where}: {n} gradients by x differ")
+                terms = 16 * grad.double().abs().sum() / scales
+                allowed = 1e-6 if exact else 1e-6 + STRAY
+                if any(((a - b).abs() > allowed * terms).any() for a, b in zip(sums, wanted[2:])):
+                    faults.append(f"{where}: sums by scale or offset differ")
+    kernels.MIN_SIZE = was
+    return faults
+
+
+def values_apart(found: Tensor, wanted: Tensor, scale: Tensor, exact: bool) -> int:
+    """How many values differ; of those that need not be exact none where few do, and by a step at most."""
+    if exact:
+        return int((found != wanted).sum())
+    steps = (found.double() - wanted.double()).abs() / scale.double().view(-1, *[1] * (found.dim() - 1))
+    return int((steps > 1.01).sum()) or beyond(steps > 0.5, exact)
+
+
+def beyond(different: Tensor, exact: bool) -> int:
+    """How many differ, none where they need not be exact and few do."""
+    count = int(different.sum())
+    return count if exact or count > STRAY * different.numel() else 0
+
+
+def _values(x, grad, scale, offset, bounds, device, compiled) -> list[Tensor]:
+    """Values and gradients, on a CPU."""
+    was, kernels.enabled = kernels.enabled, compiled
+    x, scale = (t.to(device).requires_grad_() for t in (x.detach().clone(), scale.clone()))
+    offset = None if offset is None else offset.clone().to(device).requires_grad_()
+    try:
+        y = fake_quantize(x, scale, offset, *bounds, 1.0)
+        y.backward(grad.to(device))
+        if kernels.enabled is not compiled:
+            raise RuntimeError("the compiler has given up; the warning above says why")
+    finally:
+        kernels.enabled = was
+    return [t.detach().cpu() for t in (y, x.grad, scale.grad, None if offset is None else offset.grad) if t is not None]
+
+
+def deployed(yaml: str, imgsz: int) -> nn.Module:
+    """A model of 4 bits with 8-bit outputs in its deployed form, with the numbers of a trained one by their look."""
+    torch.manual_seed(0)
+    model = architecture.MODELS["detect"](yaml, nc=10, verbose=False)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.weight, 1.0, 0.3)
+            nn.init.normal_(m.bias, 0.0, 0.3)
+            nn.init.normal_(m.running_mean, 0.0, 0.2)
+            nn.init.uniform_(m.running_var, 0.1, 1.0)
+    model.eval().requires_grad_(False)
+    config = QCConfig(bits=4, scale_init="lsq")
+    images = [torch.rand(2, 3, imgsz, imgsz)]
+    inject(model, config, architecture.edge_convs(model), architecture.fixed_convs(model))
+    calibrate(model, images, model, config.scale_init)
+    quantize_outputs(architecture.output_blocks(model), 8)
+    calibrate_outputs(model, images, model)
+    snap(model)
+    architecture.deploy_model(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def code_faults(model: nn.Module, images: Tensor, device: str) -> list[str]:
+    """Which layers of a deployed model get other codes on the device than on a CPU, in words.
+
+    Twice: with what the layer is given on the CPU, so that a fault shows at the layer behind it; and end to end.
+
+    Args:
+        model: In the deployed form, on a CPU.
+        images: Shape (n, 3, h, w), in 0..1.
+        device: Where to run a copy.
+    """
+    given: dict[str, Tensor] = {}
+    with _watched(model, lambda layer, x: given.setdefault(layer.name, x)):
+        model(images)
+    theirs, faults = deepcopy(model).to(device), []
+    for way in ("layer by layer", "end to end"):
+        forced = way == "layer by layer"
+
+        def compare(layer: DeployedConv2d, x: Tensor, way: str = way, forced: bool = forced) -> Tensor | None:
+            wanted = given[layer.name]
+            changed = (layer.act_quant.steps(x).cpu() != layer.act_quant.steps(wanted)).sum().item()
+            if changed:
+                faults.append(f"{layer.name}, {way}: {changed} of {x.numel()} codes of its input differ")
+            return wanted.to(device) if forced else None
+
+        with _watched(theirs, compare):
+            theirs(images.to(device))
+    return faults
+
+
+@contextmanager
+def _watched(model: nn.Module, see) -> Iterator[None]:
+    """Within the context, each deployed convolution is given what `see` makes of its input, if that is not None."""
+
+    def hook(layer: nn.Module, args: tuple) -> tuple | None:
+        changed = see(layer, args[0])
+        return None if changed is None else (changed,)
+
+    with hooked(layer.register_forward_pre_hook(hook) for layer in deployed_convs(model).values()):
+        yield
