@@ -42,9 +42,9 @@ def test_a_run(train, tmp_path, monkeypatch):
     """Of a run with a frozen layer: all other statistics are new, nothing else is, and what is measured is written."""
     measured, validate = [], finish.validate
 
-    def look(trainer, model):
+    def look(trainer, model, coco):
         measured.append({k: v.cpu().clone() for k, v in model.state_dict().items()})
-        return validate(trainer, model)
+        return validate(trainer, model, coco)
 
     monkeypatch.setattr(finish, "validate", look)
     train({"bits": 4, "bn_reestimate": True, "correction": "off", "output_bits": None}, freeze=1)
