@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 DATA = {"train": 400, "val": 200, "imgsz": 128, "seed": 0}
-COMMON = {"imgsz": 128, "batch": 16, "nbs": 16, "device": "cpu", "cache": "ram", "workers": 0, "single_cls": True}
+COMMON = {"imgsz": 128, "batch": 16, "nbs": 16, "device": "cpu", "workers": 0, "single_cls": True}
 COMMON |= {"optimizer": "AdamW", "mosaic": 0, "fliplr": 0, "warmup_bias_lr": 0, "plots": False, "verbose": False}
 FLOAT = {"epochs": 25, "lr0": 2e-3, "lrf": 0.05, "warmup_epochs": 1}
 LONGER = {"epochs": 6, "lr0": 3e-4, "lrf": 0.02, "cos_lr": True, "warmup_epochs": 1}  # of the float model and of 4 bits
@@ -50,6 +50,7 @@ def draw(images: list[Path], labels: Path, models: dict[str, Path], file: Path) 
         for ax, image, found in zip(row, images, per_image):
             ax.imshow(Image.open(image))
             ax.set(xticks=[], yticks=[])
+            ax.autoscale(False)
             for left, top, right, bottom in found:
                 ax.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color="#ff9500", linewidth=1)
         row[0].set_ylabel(name)
@@ -86,7 +87,7 @@ def main() -> None:
     run("yolo", "train", model=start, name="longer", **common, **LONGER)
     run("yolo", "train", "callbacks=qc", "qc_target=cpu", model=start, name="qc", **common, **LONGER)
     best, report = out / "qc" / "weights" / "best.pt", json.loads((out / "qc" / "qc" / "report.json").read_text())
-    files = {"float checkpoint": start, "4-bit checkpoint": best}
+    files = {"float checkpoint": start, "4-bit checkpoint*": best}
     if find_spec("onnx") and find_spec("onnxruntime"):
         run("yolo", "export", model=best, format="onnx", imgsz=COMMON["imgsz"])
         files["4-bit file"] = best.with_suffix(".onnx")
@@ -115,6 +116,7 @@ def table(result: dict, out: Path) -> str:
         rows.append(f"  {name:<22}{100 * figure:6.1f}{'   <- best.pt' * (name == best)}")
     rows.append(f"  best.pt of float, trained on: {result['of_float_trained_on']:.1%}")
     rows += ["MB", *(f"  {name:<22}{size:6.2f}" for name, size in result["mb"].items())]
+    rows.append("  * trains on: its latent weights are in FP32")
     shown = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
     best_file = shown / "qc" / "weights" / "best.pt"
     rows += [
