@@ -40,10 +40,8 @@ def take_back(trainer: BaseTrainer) -> None:
 def add_row(trainer: BaseTrainer) -> None:
     """Add what `trainer.validator` has measured last to results.csv, with "nan" for losses and learning rates."""
     if trainer.csv.exists():  # not where a finished run is corrected again
-        header, found = (
-            trainer.csv.read_text(encoding="utf-8").partition("\n")[0],
-            trainer.validator.metrics.results_dict,
-        )
+        header = trainer.csv.read_text(encoding="utf-8").partition("\n")[0]
+        found = trainer.validator.metrics.results_dict
         with _later(trainer):
             trainer.save_metrics({name: found.get(name, nan) for name in header.split(",")[2:]})  # after epoch and time
 
