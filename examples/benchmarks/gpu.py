@@ -131,7 +131,7 @@ def step_faults(found: dict[str, dict]) -> list[str]:
 
 def time_of_quantizer(gpu: bool, quick: bool, folder: Path) -> dict:
     """Part `quantizer`."""
-    sizes = [1e6, 4e6, 16e6, 100e6, 400e6]
+    sizes = [mb * 2**20 for mb in (1, 4, 16, 100, 400)]
     found = [{"mb": size / 1e6, "ms": quantizer.measure(size, "cuda", 10 if quick else 30)} for size in sizes]
     return {"faults": quantizer_faults(found), "figures": found}
 
@@ -166,6 +166,12 @@ def run_part(name: str, args: argparse.Namespace, folder: Path) -> dict:
     return {**found, "seconds": round(time.monotonic() - began)}
 
 
+def kept(file: Path, record: dict) -> dict:
+    """Parts in a file that the same machine has found with the same versions."""
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return found.get("parts", {}) if all(found.get(k) == v for k, v in record.items() if k != "date") else {}
+
+
 def page(record: dict) -> str:
     """The record as Markdown."""
     lines = ["# On a GPU", "", "Written by `examples/benchmarks/gpu.py` from `gpu.json`."]
@@ -190,7 +196,7 @@ def main() -> None:
     """Parse the command line and run."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="one precision of AMP, one model's step, fewer repeats")
-    p.add_argument("--parts", nargs="+", choices=LIMITS, default=list(LIMITS))
+    p.add_argument("--parts", nargs="+", choices=LIMITS, default=list(LIMITS), help="the file keeps the others")
     p.add_argument("--limit", type=float, help="seconds of each part, in place of its own")
     p.add_argument("--out", type=Path, default=Path("docs/results"))
     p.add_argument("--assemble", action="store_true", help="make the page from the JSON file, without measuring")
@@ -215,9 +221,9 @@ def main() -> None:
         parts[name] = run_part(name, args, folder)
         print(f"{name}, {parts[name]['seconds']} s: {'; '.join(parts[name]['faults']) or 'nothing found'}", flush=True)
     if gpu:
-        record = {**about(), "gpu": torch.cuda.get_device_name(), "quick": args.quick, "parts": parts}
-        file.write_text(json.dumps(record, indent=1) + "\n")
-        file.with_suffix(".md").write_text(page(record))
+        record = {**about(), "gpu": torch.cuda.get_device_name(), "quick": args.quick}
+        file.write_text(json.dumps({**record, "parts": {**kept(file, record), **parts}}, indent=1) + "\n")
+        file.with_suffix(".md").write_text(page(json.loads(file.read_text())))
     else:
         print("Not measured on a GPU: with small sizes on a CPU; nothing was written.")
     sys.exit(any(part["faults"] for part in parts.values()))

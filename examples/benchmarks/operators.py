@@ -46,7 +46,7 @@ class OneStep:
     Attributes:
         operations: Of the step.
         waits: Operator, or on CUDA file and line -> number of reads.
-        names: Operator -> number of calls among `operations`, on a CPU.
+        names: Operator, on CUDA kernel -> number of calls among `operations`.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,12 @@ class OneStep:
         self._profile.__exit__(None, None, None)  # waits for what was launched
         events = self._profile.events()
         if trainer.device.type == "cuda":
-            self.operations = sum(e.device_type == DeviceType.CUDA for e in events)
+            # annotations of a CPU's spans are shown on the device too
+            ran = (
+                e for e in events if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)
+            )
+            self.names = Counter(e.name for e in ran)
+            self.operations = self.names.total()
             found = (w for w in self._warned if "synchronizing CUDA operation" in str(w.message))
             self.waits = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in found)
         else:

@@ -31,6 +31,7 @@ from about import about, versions
 
 from yolo_qc_plugin import compose
 
+LOADED = {"workers": 4, "cache": "ram", "mosaic": 0.0}  # a GPU is not to wait for its images
 SETTLE = 1  # steps at the start of a turn that are not counted
 VARIANTS = {
     "float": "stock training",
@@ -151,8 +152,8 @@ def child(args: argparse.Namespace) -> None:
     model.add_callback("on_train_start", lambda t: t.callbacks["on_train_batch_end"].append(end))  # after all others
     model.train(
         data=args.data, imgsz=args.imgsz, batch=args.batch, nbs=args.batch, epochs=10_000, device=args.device,
-        workers=0, optimizer="SGD", val=False, save=False, plots=False, verbose=False, project=args.work,
-        name=args.variant, exist_ok=True, **options,
+        optimizer="SGD", val=False, save=False, plots=False, verbose=False, project=args.work, name=args.variant,
+        exist_ok=True, **(LOADED if cuda else {"workers": 0}), **options,
     )  # fmt: skip
 
 

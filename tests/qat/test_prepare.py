@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from yolo_qc_plugin.qat.annealed_rounding import AnnealedRounding
+from yolo_qc_plugin.qat.oscillation import Oscillation
 from yolo_qc_plugin.qat.prepare import TrainedWeights, weights_quantized_once
 from yolo_qc_plugin.quant import kernels
 from yolo_qc_plugin.quant.layers import QuantConv2d
@@ -71,6 +73,31 @@ def test_a_model_trains_as_by_itself(micro_batches):
         step(plain)
         step(together)
         weights.read()
+
+
+@pytest.mark.parametrize("softness", [None, 0.2])
+def test_channels_last(softness):
+    """As the host has weights on a GPU: what is handed out has that format, and is otherwise the same."""
+    results, states = [], []
+    for memory in (torch.contiguous_format, torch.channels_last):
+        model = quantized_model().to(memory_format=memory)
+        weights = TrainedWeights(model)
+        given = AnnealedRounding(weights).hand_out(softness) if softness else weights.hand_out()
+        assert [v.stride() for v in given] == [conv.weight.stride() for conv in model]
+        loss = model(torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))).square().sum()
+        loss.backward()
+        results.append([loss.detach(), *given, *(p.grad for p in model.parameters() if p.grad is not None)])
+        followed = Oscillation(weights)
+        for part, conv in zip(weights.by_layer(followed.codes), model):
+            assert torch.equal(part, conv.weight_codes())
+        states.append(followed.state_dict()["codes"])
+        again = Oscillation(weights)
+        again.codes.zero_()
+        again.load_state_dict(followed.state_dict())
+        assert torch.equal(again.codes, followed.codes)
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert torch.equal(*states)
 
 
 def test_codes_are_those_of_the_layers():

@@ -82,12 +82,12 @@ class _Annealed(torch.autograd.Function):
         weights, scales = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
         position, _ = layers.positions(weights, scales)
         clipped = layers.clip_(position.clone())
-        grad = torch.cat([widen(w.new_zeros(w.shape) if g is None else g).reshape(-1) for g, w in zip(grads, weights)])
+        grad = layers.join(widen(torch.zeros_like(w) if g is None else g) for g, w in zip(grads, weights))
         value, soft = _steps(clipped, ctx.temperature)
         slope = (1 - soft.square_()).div_(4 * ctx.temperature * _top(ctx.temperature))
         by_weight = slope.mul_(position == clipped).mul_(grad)
         by_scale = value.mul_(grad).sub_(position.mul_(by_weight))
-        rows = [part.reshape(s.numel(), -1).sum(1) for part, s in zip(layers.by_layer(by_scale), scales)]
+        rows = list(layers.sums(by_scale).split([s.numel() for s in scales]))
         torch._foreach_mul_(rows, [q.grad_scale(w) for q, w in zip(layers.quants, weights)])
         used = [g is not None for g in grads]
         by_weights = [part.to(w.dtype) for part, w in zip(layers.by_layer(by_weight), weights)]

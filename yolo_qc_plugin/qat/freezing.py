@@ -72,6 +72,5 @@ class Freezing(Oscillation):
             conv: Any = model.get_submodule(name)
             conv.weight.mul_(free).add_(held * conv.weight_quant.per_weight(held))  # faster than a masked copy
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What the next steps depend on."""
-        return {**super().state_dict(), "free": self.free, "held": self.held, "mean": self.mean}
+    def _state(self) -> dict[str, Tensor]:
+        return {**super()._state(), "free": self.free, "held": self.held, "mean": self.mean}

@@ -74,17 +74,21 @@ class Oscillation:
         self.flipped, self.oscillating = self._shares(self.change, (self.frequency > self._threshold).view(torch.int8))
         self.codes.copy_(now)
 
+    def _state(self) -> dict[str, Tensor]:
+        """The flat buffers that the next steps depend on."""
+        return {"codes": self.codes, "direction": self.direction, "frequency": self.frequency}
+
     def state_dict(self) -> dict[str, Tensor]:
         """What the next steps depend on."""
-        return {"codes": self.codes, "direction": self.direction, "frequency": self.frequency}
+        return {name: self.weights.saved(flat) for name, flat in self._state().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take up what `state_dict` gave for this model."""
-        for name, value in self.state_dict().items():
-            value.copy_(state[name])
+        for name, flat in self._state().items():
+            self.weights.load(flat, state[name])
 
     def _shares(self, *marked: Tensor) -> list[Tensor]:
         """Of each, int8: share of each layer's weights that are marked, by 1 or -1."""
-        parts = torch.cat(marked).float().split(self.weights.sizes * len(marked))
-        counts = torch.stack(torch._foreach_norm(parts, 1))  # whole numbers, exact in FP32 up to 2^24
-        return [*(counts.view(len(marked), -1) / self._numbers)]
+        lengths = self._numbers.repeat(len(marked))
+        counts = torch.segment_reduce(torch.cat(marked).abs_().float(), "sum", lengths=lengths, unsafe=True)
+        return [*(counts.view(len(marked), -1) / self._numbers)]  # whole numbers, exact in FP32 up to 2^24

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,7 +22,9 @@ def trained_convs(model: nn.Module) -> dict[str, QuantConv2d]:
 class TrainedWeights:
     """All trained quantized weights of a model, and their codes, in flat buffers and in model order.
 
-    Values and gradients of what it hands out are those of each layer's own `weight_quant`.
+    Values and gradients of what it hands out are those of each layer's own `weight_quant`, in the memory format of the
+    weight: convolutions take theirs from it. Flat buffers have each weight in the order of its memory, so that nothing
+    is copied to get there.
 
     Args:
         model: Injected and calibrated model, whose frozen layers are frozen already: with those of the others, their
@@ -65,7 +67,11 @@ class TrainedWeights:
             scales: Of each layer.
         """
         scale = torch.cat([*scales]).repeat_interleave(self._counts, output_size=sum(self.sizes))
-        return torch.cat([widen(w).reshape(-1) for w in weights]).div_(scale), scale
+        return self.join(map(widen, weights)).div_(scale), scale
+
+    def join(self, tensors: Iterable[Tensor]) -> Tensor:
+        """A flat buffer of tensors in the shapes of the weights."""
+        return torch.cat([_line(t, conv.weight) for t, conv in zip(tensors, self.convs)])
 
     def clip_(self, position: Tensor) -> Tensor:
         """Clip flat grid positions to each layer's range, in place."""
@@ -93,9 +99,23 @@ class TrainedWeights:
         for conv in self.convs:
             conv.given_weight = None
 
+    def sums(self, flat: Tensor) -> Tensor:
+        """Sums of a flat buffer over the weights that share a scale, in the order of the scales; one operation."""
+        return torch.segment_reduce(flat, "sum", lengths=self._counts, unsafe=True)  # that the lengths fit is known
+
     def by_layer(self, flat: Tensor) -> list[Tensor]:
-        """Views of a flat buffer, one per layer, in the shapes of the weights."""
-        return [part.view(conv.weight.shape) for part, conv in zip(flat.split(self.sizes), self.convs)]
+        """Views of a flat buffer, one per layer, in the shapes and memory formats of the weights."""
+        weights = [conv.weight for conv in self.convs]
+        return [part.as_strided(w.shape, w.stride()) for part, w in zip(flat.split(self.sizes), weights)]
+
+    def saved(self, flat: Tensor) -> Tensor:
+        """A flat buffer as a file has it, whatever the memory format: in the order of the weights' indices."""
+        return torch.cat([part.reshape(-1) for part in self.by_layer(flat)])
+
+    def load(self, flat: Tensor, saved: Tensor) -> None:
+        """Fill a flat buffer with what `saved` gave of one."""
+        for part, values in zip(self.by_layer(flat), saved.split(self.sizes)):
+            part.copy_(values.view(part.shape))
 
     def _fix(self) -> None:
         if self.fixed is not None:
@@ -114,6 +134,13 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
     finally:
         for conv in convs:
             conv.given_weight = None
+
+
+def _line(x: Tensor, like: Tensor) -> Tensor:
+    """x, of the shape of a dense tensor, as one line in the order of that tensor's memory; a view if x has it too."""
+    if x.stride() != like.stride():
+        x = torch.empty_like(like, dtype=x.dtype).copy_(x)
+    return x.as_strided((x.numel(),), (1,))
 
 
 class _Values(torch.autograd.Function):

@@ -48,19 +48,6 @@ def separate_scales(optimizer: Optimizer, scales: list[nn.Parameter], lr_factor:
     return optimizer.param_groups[-1]
 
 
-def rescale_steps(parameters: list[torch.Tensor], old: list[torch.Tensor], factors: list) -> None:
-    """Make what an optimizer's step has changed, since `old`, times a factor for each parameter; in place.
-
-    Args:
-        parameters: After the step.
-        old: Before it.
-        factors: Numbers, or tensors of one element.
-    """
-    steps = torch._foreach_sub(parameters, old)
-    torch._foreach_mul_(steps, factors)
-    torch._foreach_copy_(parameters, torch._foreach_add(old, steps))
-
-
 class ScaleSteps:
     """Keeps every optimizer step on scales and offsets in proportion to the scale, and every scale positive.
 
@@ -82,9 +69,15 @@ class ScaleSteps:
     def __init__(self, optimizer: Optimizer, model: nn.Module):
         quantizers = [m for m in model.modules() if isinstance(m, Quantizer) and m.learned]
         offsets = {i: o.detach() for i, q in enumerate(quantizers) if (o := getattr(q, "offset", None)) is not None}
-        self.scales = [q.scale.detach() for q in quantizers]
-        self.parameters = [*self.scales, *offsets.values()]
-        self.unit = [*range(len(quantizers)), *offsets]  # index of the scale that each parameter is measured in
+        scales = [q.scale.detach() for q in quantizers]
+        self.parameters = [*scales, *offsets.values()]
+        self._sizes = [p.numel() for p in self.parameters]
+        self._scales = sum(s.numel() for s in scales)  # numbers among the parameters' that are scales
+        places = torch.arange(self._scales)
+        # for each number of the parameters: which of them is the scale that it is measured in
+        of_scale = places.split(self._sizes[: len(scales)]) if scales else ()
+        unit = torch.cat([places, *(of_scale[i] for i in offsets)])
+        self._unit = unit.to(self.parameters[0].device) if self.parameters else unit
         self.relative = type(optimizer).__name__ in self.ADAPTIVE
         self.optimizer = optimizer
         self._taken = 0
@@ -109,17 +102,23 @@ class ScaleSteps:
         self._taken = number
 
     def _before(self, optimizer, args, kwargs) -> None:
-        self.old = list(torch._foreach_add(self.parameters, 0.0))
+        self._old = torch.cat(self.parameters) if self.parameters else torch.empty(0)
 
     def _after(self, optimizer, args, kwargs) -> None:
-        if self.relative:
-            rescale_steps(self.parameters, self.old, [self.old[i] for i in self.unit])
-        old = self.old[: len(self.scales)]
-        torch._foreach_maximum_(self.scales, torch._foreach_mul(old, 1 - MAX_STEP))
-        torch._foreach_clamp_min_(self.scales, TINY)
-        torch._foreach_minimum_(self.scales, torch._foreach_mul(old, 1 + MAX_STEP))
+        if self.parameters:
+            self._bound()
         overflow = getattr(optimizer, "found_inf", None)  # set by GradScaler during the call of a fused optimizer
         if overflow is None:
             self._taken += 1
         else:
             self._overflows.append(overflow)
+
+    def _bound(self) -> None:
+        """All in one line: there are some two hundred parameters of one number each."""
+        old, new = self._old, torch.cat(self.parameters)
+        if self.relative:
+            new = old + (new - old) * old[self._unit]
+        before, after = old[: self._scales], new[: self._scales]
+        within = after.maximum(before * (1 - MAX_STEP)).clamp_min_(TINY)
+        torch.minimum(within, before * (1 + MAX_STEP), out=after)
+        torch._foreach_copy_(self.parameters, new.split(self._sizes))

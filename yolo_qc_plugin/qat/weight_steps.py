@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from .prepare import TrainedWeights
-from .scale_steps import ScaleSteps, rescale_steps
+from .scale_steps import ScaleSteps
 
 
 class WeightSteps:
@@ -48,7 +48,9 @@ class WeightSteps:
 
     @torch.no_grad()
     def _after(self, optimizer, args, kwargs) -> None:
-        rescale_steps(self.tensors, self.old, self.factors)
+        steps = torch._foreach_sub(self.tensors, self.old)
+        torch._foreach_mul_(steps, self.factors)
+        torch._foreach_copy_(self.tensors, torch._foreach_add(self.old, steps))
 
     def state_dict(self) -> dict:
         """What resume.pt keeps."""

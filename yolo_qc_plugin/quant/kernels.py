@@ -1,18 +1,15 @@
 # yolo_qc_plugin, AGPL-3.0
-"""The two passes of fake quantization over memory, each compiled into one loop: of C for FP32 on a CPU (`native`), else
-by torch.compile.
+"""The two passes of fake quantization over memory, each compiled into one loop: of C on a CPU (`native`), by Triton on
+a GPU (`gpu`); and a quantized SiLU, by torch.compile.
 
 Forward reads x and writes xhat; backward reads the gradient and x and writes a gradient, with the two sums by scale and
-offset taken on the way. Written as separate tensor operations, the same takes some twenty passes.
+offset taken on the way. Written as separate tensor operations, the same takes some twenty passes. The values are those
+of separate operations, bit for bit; but where torch.compile works for a GPU, an input of SiLU at a threshold may get
+the neighbouring code, which is noise of training alone: what is measured, deployed and exported is computed apart.
 
-For torch.compile all arguments are tensors of one or two dimensions with dynamic sizes, the grid (quant_min,
-quant_max, LSQ's gradient scale) and an absent offset included, so that one compilation (of each dtype) serves every
-layer and batch. Where nothing can be compiled, or YOLO_QC_COMPILE=0 is in the environment, callers take their own way.
-
-On a CPU values are those of separate operations, bit for bit. On a GPU a compiler may divide to within two units in the
-last place and round a product and its sum once, so that a value at a threshold gets the neighbouring code. That is
-noise of training alone: what is measured, deployed and exported is computed by separate operations. FP64 would be
-exact, and has a small fraction of FP32's rate on the GPUs that most people have.
+For torch.compile all arguments are tensors of one dimension with dynamic sizes, the grid (quant_min, quant_max)
+included, so that one compilation serves every layer and batch. Where nothing can be compiled, or YOLO_QC_COMPILE=0 is
+in the environment, callers take their own way.
 """
 
 from __future__ import annotations
@@ -21,11 +18,12 @@ import logging
 import os
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import native
+from . import gpu, native
 
 MIN_SIZE = 2**16  # elements below which a call of what torch.compile made costs what it saves
 
@@ -34,34 +32,9 @@ enabled = os.environ.get("YOLO_QC_COMPILE", "1") != "0"
 _log = logging.getLogger("ultralytics")  # Ultralytics'; this file works without it
 
 
-def _forward(x: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> Tensor:
-    wide, offset = x.to(torch.promote_types(x.dtype, torch.float32)), _grid_offset(offset, scale, grid)
-    return (_nearest_codes((wide - offset) / scale, grid) * scale + offset).to(x.dtype)
-
-
-def _grid_offset(offset: Tensor, scale: Tensor, grid: Tensor) -> Tensor:
-    """`functional.grid_offset`, once more for each value: free, where memory is what is waited for."""
-    steps = torch.minimum(torch.maximum((offset / scale).round(), -grid[1]), -grid[0])
-    return (steps * scale).to(offset.dtype)
-
-
-def _nearest_codes(v: Tensor, grid: Tensor) -> Tensor:
-    return torch.minimum(torch.maximum(v.round(), grid[0]), grid[1])
-
-
-def _backward(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    g = grad.to(wide.dtype)
-    v = (wide - _grid_offset(offset, scale, grid)) / scale
-    inside = (v > grid[0]) & (v < grid[1])
-    code = _nearest_codes(v, grid)
-    by_scale = (g * torch.where(inside, code - v, code)).sum(-1, keepdim=True) * grid[2]
-    by_offset = torch.where(inside, 0.0, g).sum(-1, keepdim=True) * grid[2]
-    return torch.where(inside, g, 0.0).to(x.dtype), by_scale.view(-1), by_offset.view(-1)
-
-
 def _silu_forward(u: Tensor, scale: Tensor, offset: Tensor, grid: Tensor) -> Tensor:
-    x = _forward(u, scale, offset, grid)
+    offset = _grid_offset(offset, scale, grid)
+    x = _nearest_codes((u - offset) / scale, grid) * scale + offset
     return x * (_sigmoid_code(x.sigmoid()) * 2.0**-8)
 
 
@@ -73,6 +46,15 @@ def _silu_backward(grad: Tensor, u: Tensor, scale: Tensor, offset: Tensor, grid:
     slope = torch.where((sigmoid > 0) & (256 * sigmoid < 255), x * sigmoid * (1 - sigmoid), 0.0)
     by_x = grad * (_sigmoid_code(sigmoid) * 2.0**-8 + slope)
     return torch.where((v > grid[0]) & (v < grid[1]), by_x, 0.0)
+
+
+def _grid_offset(offset: Tensor, scale: Tensor, grid: Tensor) -> Tensor:
+    """`functional.grid_offset`, once more for each value: free, where memory is what is waited for."""
+    return torch.minimum(torch.maximum((offset / scale).round(), -grid[1]), -grid[0]) * scale
+
+
+def _nearest_codes(v: Tensor, grid: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(v.round(), grid[0]), grid[1])
 
 
 def _sigmoid_code(sigmoid: Tensor) -> Tensor:
@@ -95,7 +77,7 @@ def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
 
 def usable(x: Tensor, scale: Tensor, offset: Tensor | None) -> bool:
     """Whether x (any shape) is to be fake-quantized by the compiled passes."""
-    return worth_compiling(x) or (enabled and native.takes(x, scale, offset))
+    return enabled and (native.takes(x, scale, offset) or gpu.takes(x, scale, offset))
 
 
 def worth_compiling(x: Tensor) -> bool:
@@ -105,28 +87,18 @@ def worth_compiling(x: Tensor) -> bool:
 
 def forward(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int) -> Tensor | None:
     """Fake-quantize x; arguments as of `functional.fake_quantize`. None where it cannot be compiled."""
-    x = _dense(x, scale)
-    if native.takes(x, scale, offset):
-        return native.forward(x, scale, offset, quant_min, quant_max)
-    x = x.detach()
-    out = _run(_forward, (x,), scale, offset, quant_min, quant_max)
-    return None if out is None else out.as_strided_(x.shape, x.stride())
+    passes = native if x.is_cpu else gpu
+    return _unless_given_up(passes.forward, _dense(x, scale).detach(), scale, offset, quant_min, quant_max)
 
 
 def backward(
     grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int, grad_scale: float
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Gradients by x, scale and offset, shape (scales,) each of the latter; or None."""
-    x = _dense(x, scale)
-    grad = _like(grad, x)
-    if native.takes(x, scale, offset) and grad.dtype == x.dtype:
-        return native.backward(grad, x, scale, offset, quant_min, quant_max, grad_scale)
-    grad, x = grad.detach(), x.detach()
-    found = _run(_backward, (grad, x), scale, offset, quant_min, quant_max, grad_scale)
-    if found is None:
-        return None
-    by_x, by_scale, by_offset = found
-    return by_x.as_strided_(x.shape, x.stride()), by_scale, by_offset
+    x = _dense(x, scale).detach()
+    grad = _like(grad, x).detach()
+    passes = native if x.is_cpu else gpu
+    return _unless_given_up(passes.backward, grad, x, scale, offset, quant_min, quant_max, grad_scale)
 
 
 def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int) -> Tensor:
@@ -144,37 +116,21 @@ def quantized_silu_backward(
 
 def _each(f: Callable, tensors: tuple[Tensor, ...], scale: Tensor, offset: Tensor, low: int, high: int) -> Tensor:
     """f of each element, in the memory order of the tensors; not compiled where it cannot be."""
-    out = _run(f, tensors, scale, offset, low, high)
-    if out is None:
-        grid = _constant((low, high, 1.0), torch.float32, scale.device)
-        return f(*tensors, scale.detach(), offset.detach(), grid)
-    return out.as_strided_(tensors[0].shape, tensors[0].stride())
+    grid = _constant((low, high), scale.dtype, scale.device)
+    with torch.no_grad():
+        arguments = (*map(_flat, tensors), scale.detach(), offset.detach(), grid)
+        out = _unless_given_up(_compiled(f), *arguments)
+        return (f(*arguments) if out is None else out).as_strided_(tensors[0].shape, tensors[0].stride())
 
 
-def _run(
-    f: Callable,
-    tensors: tuple[Tensor, ...],
-    scale: Tensor,
-    offset: Tensor | None,
-    low: int,
-    high: int,
-    grad_scale: float = 1.0,
-):
+def _unless_given_up(f: Callable, *arguments: Any) -> Any:
+    """What f makes of the arguments, or None, now and ever after, where it cannot be compiled."""
     global enabled
     if not enabled:  # given up since
         return None
-    if offset is None:
-        offset = _constant((0.0,), scale.dtype, scale.device)
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    grid = _constant((low, high, grad_scale), wide, scale.device)
-    scale, offset = scale.detach(), offset.detach()
     try:
-        with torch.no_grad():
-            flat = [_flat(t, scale) for t in tensors]
-            if scale.numel() > 1:
-                scale, offset = scale.view(-1, 1), offset.view(-1, 1)
-            return _compiled(f)(*flat, scale, offset, grid)
-    except torch.OutOfMemoryError:
+        return f(*arguments)
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as e:  # whatever a missing or broken compiler makes of it
         enabled = False
@@ -197,9 +153,6 @@ def _like(grad: Tensor, x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
-def _flat(x: Tensor, scale: Tensor) -> Tensor:
-    """One line, or one row per scale."""
-    columns = x.numel() // scale.numel()
-    shape, stride = ([columns], [1]) if scale.numel() == 1 else ([scale.numel(), columns], [columns, 1])
-    # the same memory, but no view: of a view, dynamo compiles for the shape of its base
-    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape, stride)
+def _flat(x: Tensor) -> Tensor:
+    """One line: the same memory, but no view; of a view, dynamo compiles for the shape of its base."""
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), [x.numel()], [1])

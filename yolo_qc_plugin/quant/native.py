@@ -9,6 +9,7 @@ a network's convolutions (docs/results/quantizer.md).
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import shlex
 import subprocess
@@ -26,12 +27,15 @@ COMPILERS = "cc", "gcc", "clang"  # tried in this order where CC is not in the e
 EXACT = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 FASTER = [["-march=native", "-fopenmp"], ["-march=native", "-fopenmp-simd"], []]  # the first that the compiler knows
 
+_log = logging.getLogger("ultralytics")  # Ultralytics'; this file works without it
+
 
 @cache
 def library() -> Any:
     """The compiled functions, a ctypes.CDLL, or None where there is no C compiler."""
     source = Path(__file__).with_suffix(".c")
     compilers = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else [[name] for name in COMPILERS]
+    tried = [" ".join(compiler) for compiler in compilers]
     for compiler in compilers:
         for flags in FASTER:
             try:
@@ -48,6 +52,7 @@ def library() -> Any:
             found.fake_quantize.restype = None
             found.fake_quantize_backward.argtypes = [*[c_void_p] * 5, *sizes, *grid, c_float, c_int]
             return found
+    _log.warning(f"QC: quantizers are not compiled, training will be slower (no C compiler: tried {', '.join(tried)})")
     return None
 
 

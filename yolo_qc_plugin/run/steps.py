@@ -62,6 +62,8 @@ class Steps:
             summed = architecture.loss_is_summed(trainer.args.task)
             self._dampening = Dampening(unwrap_model(trainer.model), self._weights, summed)
         self.distillation = distillation(trainer, config, unwrap_model(trainer.model), teacher)
+        if teacher:
+            teacher.follow(model)
         self._freezes_norms = config.bn_freeze and teacher is not None
         self.telemetry = None
         self.scalars: dict[str, float] = {}

@@ -79,6 +79,8 @@ class Telemetry:
             np.repeat(np.arange(len(COLUMNS)), [len(convs)] * 2 + [len(read)] * 2 + [len(convs)] * 2),
         )
         self._counts = np.array([s.numel() for s in self._scales] + [1] * 2 * len(convs), np.float32)
+        sizes = [s.numel() for s in self._scales]
+        self._lengths = torch.tensor(sizes, device=self._scales[0].device)
         self._buffer = torch.empty(BUFFER, len(self._counts), device=self._scales[0].device)
 
     @torch.no_grad()
@@ -86,7 +88,7 @@ class Telemetry:
         """Note where a step has led; one that comes again takes the place of the earlier one and of what followed."""
         if len(self._pending) == BUFFER or (self._pending and step <= self._pending[-1]):
             self.collect()
-        sums = torch.stack(torch._foreach_norm(self._scales, 1))  # scales are positive
+        sums = torch.segment_reduce(torch.cat(self._scales), "sum", lengths=self._lengths, unsafe=True)
         torch.cat([sums, self.oscillation.flipped, self.oscillation.oscillating], out=self._buffer[len(self._pending)])
         self._pending.append(step)
 

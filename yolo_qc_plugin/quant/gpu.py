@@ -1,0 +1,143 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Fake quantization in few passes, on a GPU, by Triton, which PyTorch brings along where it knows the GPU.
+
+Values and gradients by x are those of separate operations, bit for bit but for the sign of a zero: division is rounded
+correctly, and no product is joined with a sum. Sums by scale and offset are taken in a fixed order. A call costs a
+tenth of one of a function of torch.compile, and a model has two hundred of them in a step.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton  # type: ignore[import-untyped]
+    import triton.language as tl  # type: ignore[import-untyped]
+except ImportError:  # as beside a CPU's PyTorch
+    triton = None
+
+BLOCK = 4096  # elements of a program
+WARPS = 8
+DTYPES = torch.float32, torch.float16, torch.bfloat16
+
+
+def takes(x: Tensor, scale: Tensor, offset: Tensor | None) -> bool:
+    """Whether the functions below are for these; x of any shape and memory order."""
+    if triton is None or not x.is_cuda or x.dtype not in DTYPES or scale.dtype != torch.float32:
+        return False
+    if not 0 < x.numel() < 2**31:
+        return False
+    if offset is not None and not (offset.dtype == torch.float32 and offset.numel() == scale.numel()):
+        return False
+    return not torch.compiler.is_compiling()
+
+
+def forward(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
+    """Fake-quantize a dense x; arguments as of `functional.fake_quantize`."""
+    out = torch.empty_like(x)
+    grid, columns = _grid(x, scale)
+    shift = _no_offset(scale) if offset is None else offset
+    _launch(_forward, grid, (x, out, scale, shift), columns, float(quant_min), float(quant_max))
+    return out
+
+
+def backward(
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int, grad_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by x, scale and offset; `grad` and x dense and in the same memory order."""
+    grid, columns = _grid(x, scale)
+    by_x = torch.empty_like(x)
+    parts = torch.empty(2, scale.numel(), grid[0], dtype=torch.float32, device=x.device)
+    shift = _no_offset(scale) if offset is None else offset
+    tensors = grad, x, by_x, parts, scale, shift
+    _launch(_backward, grid, tensors, columns, float(quant_min), float(quant_max), float(grad_scale))
+    by_scale, by_offset = parts.sum(2)
+    return by_x, by_scale, by_offset
+
+
+def _grid(x: Tensor, scale: Tensor) -> tuple[tuple[int, int, int], int]:
+    """Programs, blocks along each scale's row; and the length of a row."""
+    rows = scale.numel()
+    columns = x.numel() // rows
+    return (-(-columns // BLOCK), rows, 1), columns
+
+
+@cache
+def _zeros(rows: int, device: torch.device) -> Tensor:
+    return torch.zeros(rows, device=device)
+
+
+def _no_offset(scale: Tensor) -> Tensor:
+    return _zeros(scale.numel(), scale.device)
+
+
+_compiled: dict[tuple, Any] = {}  # kernel, device and what Triton compiles anew for -> what it has compiled
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], columns: int, *numbers: float
+) -> None:
+    """Launch a kernel; once it is compiled without asking Triton, which takes longer than the kernel.
+
+    Compiled anew is for dtypes, and for pointers and integers that are multiples of 16 or not.
+    """
+    aligned = columns % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in tensors)
+    key = kernel, tensors[0].device, tensors[0].dtype, tensors[1].dtype
+    if aligned and (compiled := _compiled.get(key)) and tensors[0].device.index == torch.cuda.current_device():
+        compiled[grid](*tensors, columns, *numbers)
+        return
+    with torch.cuda.device_of(tensors[0]):
+        compiled = kernel[grid](*tensors, columns, *numbers, num_warps=WARPS, enable_fp_fusion=False)
+    if aligned:
+        _compiled[key] = compiled
+
+
+if triton is not None:
+    _BLOCK = tl.constexpr(BLOCK)
+
+    @triton.jit
+    def _place(columns):
+        """Indices of a program's elements, and which of them there are."""
+        column = tl.program_id(0) * _BLOCK + tl.arange(0, _BLOCK)
+        return tl.program_id(1) * columns + column, column < columns
+
+    @triton.jit
+    def _code(v, low, high):
+        """clip(round(v)), half to even: next to 1.5 * 2^23 floats are whole numbers."""
+        clipped = tl.maximum(v, low, propagate_nan=tl.PropagateNan.ALL)
+        clipped = tl.minimum(clipped, high, propagate_nan=tl.PropagateNan.ALL)
+        return (clipped + 12582912.0) - 12582912.0
+
+    @triton.jit
+    def _scale_and_shift(scales, offsets, low, high):
+        """A row's scale, and its `functional.grid_offset`."""
+        scale = tl.load(scales + tl.program_id(1))
+        offset = tl.load(offsets + tl.program_id(1))
+        return scale, _code(tl.div_rn(offset, scale), -high, -low) * scale
+
+    @triton.jit
+    def _forward(x, out, scales, offsets, columns, low, high):
+        place, there = _place(columns)
+        scale, shift = _scale_and_shift(scales, offsets, low, high)
+        value = tl.load(x + place, mask=there).to(tl.float32)
+        value = _code(tl.div_rn(value - shift, scale), low, high) * scale + shift
+        tl.store(out + place, value.to(out.dtype.element_ty), mask=there)
+
+    @triton.jit
+    def _backward(grad, x, by_x, parts, scales, offsets, columns, low, high, grad_scale):
+        place, there = _place(columns)
+        scale, shift = _scale_and_shift(scales, offsets, low, high)
+        value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+        g = tl.load(grad + place, mask=there, other=0.0).to(tl.float32)
+        v = tl.div_rn(value - shift, scale)
+        code = _code(v, low, high)
+        inside = (v > low) & (v < high)
+        tl.store(by_x + place, tl.where(inside, g, 0.0).to(by_x.dtype.element_ty), mask=there)
+        part = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(parts + part, tl.sum(g * tl.where(inside, code - v, code)) * grad_scale)
+        part += tl.num_programs(0) * tl.num_programs(1)
+        tl.store(parts + part, tl.sum(tl.where(inside, 0.0, g)) * grad_scale)
