@@ -27,9 +27,8 @@ def features() -> list[str]:
 
 def about() -> dict:
     """Plain values: "cpu", its "features", "machine" (its operating system), "versions", "commit", "date"."""
-    shown = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    shown = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return {
         "cpu": cpu_name(),
         "features": features(),

@@ -7,14 +7,15 @@ Each part runs in a process of its own with a time limit, so that one that hangs
 
 kernels     The quantizer's compiled passes give what separate operations give, there and on the CPU.
 codes       A deployed model has the same codes on the GPU as on the CPU, layer by layer and end to end.
-runs        Two epochs of the stock trainer with AMP in FP16 and in BF16, 8 workers and MuSGD (optimizer=auto takes it
-            above 10,000 iterations); killed, resumed, corrected, measured again, exported.
+runs        Two epochs of the stock trainer from a small trained model with AMP in FP16 and in BF16, 8 workers and MuSGD
+            (optimizer=auto takes it above 10,000 iterations); killed, resumed, corrected, measured again, exported.
 operations  A step asks for few more operations than the stock one, and waits for the device no more often.
 step        Time and memory of a step at 640 px, batch 64.
 quantizer   Time of the quantizer beside that of the memory it reads and writes.
 
-With a GPU it writes gpu.json and gpu.md. Without one it runs what a CPU allows, on small sizes, says what was left out
-and writes nothing. It exits with 1 where something was found; the logs that it names say more.
+With a GPU it writes gpu.json and gpu.md after each part, in which the parts that were not asked for stay. Without one
+it runs what a CPU allows, on small sizes, says what was left out and writes nothing. It exits with 1 where something
+was found; the logs that it names say more.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ LIMITS = {"kernels": 60, "codes": 40, "runs": 150, "operations": 60, "step": 140
 WITHOUT_GPU = "kernels", "codes", "runs", "operations"  # timings of small sizes would say nothing
 MOST_OPERATIONS, MOST_TIME, MOST_MEMORY, MOST_PASSES = 1.25, 1.10, 1.15, 1.3  # times stock's; times five passes
 MODELS = "yolov5n.yaml", "yolo11n.yaml"
+TRAINED = Path(__file__).parents[2] / "tests" / "checkpoints" / "float.pt"  # on digits of TRAINED_SIZE
+TRAINED_SIZE = 64
 OURS = "LSQ+ EMA"
 
 
@@ -64,13 +67,13 @@ def codes(gpu: bool, quick: bool, folder: Path) -> dict:
 
 def runs(gpu: bool, quick: bool, folder: Path) -> dict:
     """Part `runs`."""
-    imgsz, batch = (320, 16) if gpu else (64, 8)
+    imgsz, batch = TRAINED_SIZE, 16 if gpu else 8
     data = compose(folder / "digits", train=(4 if gpu else 2) * batch, val=8, imgsz=imgsz, seed=0)
     arguments = dict(workers=8 if gpu else 0, optimizer="MuSGD", device="0" if gpu else "cpu")
     faults = []
     for amp in ([True] if quick else [True, "bf16"]) if gpu else [False]:
         run = folder / f"amp-{amp}"
-        found = gpu_runs.faults(run, MODELS[0], data, imgsz=imgsz, batch=batch, amp=amp, **arguments)
+        found = gpu_runs.faults(run, str(TRAINED), data, imgsz=imgsz, batch=batch, amp=amp, **arguments)
         faults += [f"amp={amp}: {fault}" for fault in found]
     return {"faults": faults}
 
@@ -163,21 +166,28 @@ def run_part(name: str, args: argparse.Namespace, folder: Path) -> dict:
             process.wait()
             said = f"took more than {args.limit or LIMITS[name]} s, see {log}"
     found = json.loads(answer.read_text()) if answer.exists() else {"faults": [said]}
-    return {**found, "seconds": round(time.monotonic() - began)}
+    return {**found, "seconds": round(time.monotonic() - began), "quick": args.quick}
 
 
-def kept(file: Path, record: dict) -> dict:
-    """Parts in a file that the same machine has found with the same versions."""
+def write(file: Path, name: str, part: dict) -> None:
+    """Put a part into the record, beside those of the same machine and versions, and make the page."""
+    record = {**about(), "gpu": torch.cuda.get_device_name()}
+    part = {**part, **{k: record.pop(k) for k in ("commit", "date")}}
     found = json.loads(file.read_text()) if file.exists() else {}
-    return found.get("parts", {}) if all(found.get(k) == v for k, v in record.items() if k != "date") else {}
+    others = found.get("parts", {}) if record.items() <= found.items() else {}
+    parts = {**others, name: part}
+    file.write_text(json.dumps({**record, "parts": {k: parts[k] for k in LIMITS if k in parts}}, indent=1) + "\n")
+    file.with_suffix(".md").write_text(page(json.loads(file.read_text())))
 
 
 def page(record: dict) -> str:
     """The record as Markdown."""
     lines = ["# On a GPU", "", "Written by `examples/benchmarks/gpu.py` from `gpu.json`."]
-    lines += [f"{record['gpu']}, {record['cpu']}. {versions(record)}.", "", "| part | s | found |", "|---|---|---|"]
+    lines += [f"{record['gpu']}, {record['cpu']}. {versions(record)}.", ""]
+    lines += ["| part | at commit | | s | found |", "|---|---|---|---|---|"]
     for name, part in record["parts"].items():
-        lines.append(f"| {name} | {part['seconds']} | {'; '.join(part['faults']) or 'nothing'} |")
+        shown = [name, part["commit"], "quick" if part["quick"] else "", str(part["seconds"])]
+        lines.append(f"| {' | '.join(shown)} | {'; '.join(part['faults']) or 'nothing'} |")
     parts = {name: part["figures"] for name, part in record["parts"].items() if "figures" in part}
     if rows := parts.get("operations"):
         lines += ["", "| step | operations | waits for the device |", "|---|---|---|"]
@@ -220,11 +230,9 @@ def main() -> None:
             continue
         parts[name] = run_part(name, args, folder)
         print(f"{name}, {parts[name]['seconds']} s: {'; '.join(parts[name]['faults']) or 'nothing found'}", flush=True)
-    if gpu:
-        record = {**about(), "gpu": torch.cuda.get_device_name(), "quick": args.quick}
-        file.write_text(json.dumps({**record, "parts": {**kept(file, record), **parts}}, indent=1) + "\n")
-        file.with_suffix(".md").write_text(page(json.loads(file.read_text())))
-    else:
+        if gpu:
+            write(file, name, parts[name])
+    if not gpu:
         print("Not measured on a GPU: with small sizes on a CPU; nothing was written.")
     sys.exit(any(part["faults"] for part in parts.values()))
 

@@ -83,6 +83,8 @@ def _changed(folder: Path, asked: dict) -> list[str]:
     told = report["metrics"][report["kept"]]
     measured = {k: asked[k] for k in ("data", "imgsz", "batch", "device")}
     found = figures_of(YOLO(folder / "weights" / "best.pt").val(**measured, plots=False, verbose=False).results_dict)
+    if not any(found.values()):
+        return ["all figures are 0: there is nothing to compare"]
     return [
         f"{name}: {value} in the report, {found[name]} again"
         for name, value in told.items()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_YAML
+from ultralytics import YOLO
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
@@ -68,14 +69,19 @@ def test_a_convolution_that_is_not_exact_is_found(monkeypatch):
 
 def test_a_run_that_was_killed_and_resumed_has_no_fault(digits, tmp_path, small_files):
     folder = tmp_path / "run"
-    asked = dict(model=str(TINY_YAML), data=digits, imgsz=64, batch=8, device="cpu", workers=0, optimizer="MuSGD")
+    asked = dict(model=str(gpu.TRAINED), data=digits, imgsz=64, batch=8, device="cpu", workers=0, optimizer="MuSGD")
     assert gpu_runs.faults(folder, **asked) == []
     assert gpu_runs._changed(folder, {**asked, "data": str(digits)}) == []
 
     report = json.loads((folder / "qc" / "report.json").read_text())
     report["metrics"][report["kept"]]["fitness"] += 0.01
     (folder / "qc" / "report.json").write_text(json.dumps(report))
-    assert "fitness: 0.0" in gpu_runs._changed(folder, {**asked, "data": str(digits)})[0]
+    assert "fitness: 0." in gpu_runs._changed(folder, {**asked, "data": str(digits)})[0]
+    untrained = YOLO(TINY_YAML)
+    untrained.save(folder / "weights" / "best.pt")
+    assert gpu_runs._changed(folder, {**asked, "data": str(digits)}) == [
+        "all figures are 0: there is nothing to compare"
+    ]
     rows = (folder / "results.csv").read_text().splitlines()
     (folder / "results.csv").write_text("\n".join(rows[:2]))
     assert gpu_runs._lost(folder) == ["results.csv has 1 rows in place of 2 epochs and what is kept"]
@@ -124,6 +130,19 @@ def test_without_a_gpu_it_says_so_and_a_part_that_hangs_is_ended(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_part_is_written_beside_the_others_of_the_same_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    file, part = tmp_path / "gpu.json", {"faults": [], "seconds": 1, "quick": False}
+    gpu.write(file, "codes", part)
+    gpu.write(file, "kernels", part)
+    record = json.loads(file.read_text())
+    assert list(record["parts"]) == ["kernels", "codes"] and record["parts"]["codes"]["commit"]
+    assert file.with_suffix(".md").read_text() == gpu.page(record)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another GPU")
+    gpu.write(file, "runs", part)
+    assert list(json.loads(file.read_text())["parts"]) == ["runs"]
+
+
 def test_the_page_shows_every_part():
     row = {"median": 9.0, "p10": 8.0, "p90": 10.0, "ratio": 1.05, "ratios": [1.05], "mb": 100.0}
     parts = {
@@ -132,6 +151,13 @@ def test_the_page_shows_every_part():
         "step": {"seconds": 5, "faults": [], "figures": {"results": {"yolov5n.yaml": {"float": row, gpu.OURS: row}}}},
         "quantizer": {"seconds": 6, "faults": [], "figures": [{"mb": 16.0, "ms": {"five passes": 2, "compiled": 3}}]},
     }
+    for part in parts.values():
+        part.update(commit="abc", quick=True)
     text = gpu.page({"gpu": "some GPU", "cpu": "some CPU", "versions": {"torch": "2"}, "parts": parts})
-    for shown in ("| kernels | 3 | activation: 7 of 9 values differ |", "| stock | 900 | 9 |", "1.050x", "| 1.50x |"):
+    for shown in (
+        "| kernels | abc | quick | 3 | activation: 7 of 9 values differ |",
+        "| stock | 900 | 9 |",
+        "1.050x",
+        "| 1.50x |",
+    ):
         assert shown in text
