@@ -13,11 +13,13 @@ from ultralytics.nn.tasks import DetectionModel
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.host.architecture import blank_image, edge_convs, fixed_convs
 from yolo_qc_plugin.qat.correction import insert_correction
+from yolo_qc_plugin.quant import quantizer
 from yolo_qc_plugin.quant.calibrate import calibrate, quantizers_off
 from yolo_qc_plugin.quant.inject import inject, remove
 from yolo_qc_plugin.quant.layers import QuantConv2d, quant_convs
 from yolo_qc_plugin.quant.observers import SampleObserver
 from yolo_qc_plugin.quant.precision import WideConv2d
+from yolo_qc_plugin.quant.quantizer import ActQuantizer
 from yolo_qc_plugin.quant.share import share_quantizers
 
 MODELS = ["yolov5n.yaml", "yolov8n.yaml", "yolo11n.yaml", "yolo26n.yaml"]
@@ -344,6 +346,51 @@ def test_eight_bits_are_near_float_and_two_are_not(small):
 
 def share(model):
     return share_quantizers(model, blank_image(model))
+
+
+def test_a_tensor_that_several_read_is_quantized_once_in_training(model, monkeypatch):
+    """The same values, and gradients to rounding; nothing is kept when all have read."""
+    put_in(model)
+    gone, calls, found = share(model), [], []
+    true = quantizer.fake_quantize
+    monkeypatch.setattr(quantizer, "fake_quantize", lambda x, *args: calls.append(x) or true(x, *args))
+    quants = {conv.act_quant for _, conv in quant_convs(model)}
+    assert sum(q.readers for q in quants) - len(quants) == gone
+    for once in (True, False):
+        if not once:
+            for quant in quants:
+                quant.readers = 1
+        calls.clear()
+        model.zero_grad()
+        out = model.train()(images())
+        values = [branch[k] for branch in (out.values() if "one2one" in out else [out]) for k in ("boxes", "scores")]
+        assert all(quant._kept is None for quant in quants)
+        sum(v.square().mean() for v in values).backward()
+        found.append((len(calls), values, [p.grad for p in model.parameters() if p.grad is not None]))
+    (few, values, gradients), (many, others, other_gradients) = found
+    # the second head of YOLO26 reads the first one's inputs detached, which are other tensors
+    assert many - few == gone - 3 * ("one2one" in out) and all(map(torch.equal, values, others))
+    assert len(gradients) == len(other_gradients)
+    for a, b in zip(gradients, other_gradients):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 + 1e-3 * b.abs().max().item())
+
+
+def test_what_was_quantized_is_not_read_again_when_anything_has_changed():
+    quant = ActQuantizer(4, offset=True)
+    quant.readers, x = 9, torch.rand(1, 2, 4, 4)
+    first = quant(x)
+    assert quant(x) is first and copy.deepcopy(quant)._kept is None
+    with torch.no_grad():
+        quant.scale.mul_(0.5)
+    second = quant(x)
+    assert not torch.equal(second, first)
+    x.mul_(2)
+    assert not torch.equal(quant(x), second)
+    assert quant(x.clone()) is not quant(x.clone())
+    assert quant._kept is not None
+    with torch.no_grad():
+        assert quant(x) is not quant(x)
+    assert quant._kept is None
 
 
 def test_convolutions_that_read_one_tensor_share_its_quantizer(model, pristine):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +131,15 @@ class WeightQuantizer(Quantizer):
         return per_slice(self.scale, weight)
 
 
+@dataclass
+class _Kept:
+    """What was quantized last, the versions of all that the result depends on, and the result."""
+
+    x: Tensor
+    versions: list[int]
+    result: Tensor
+
+
 class ActQuantizer(Quantizer):
     """Per tensor; symmetric without offset (LSQ), or with a learned one (LSQ+).
 
@@ -145,11 +155,16 @@ class ActQuantizer(Quantizer):
 
     Attributes:
         offset: Parameter of shape (1,), FP32, or None.
+        readers: Number of convolutions that quantize their inputs by this. In training a tensor that they all read is
+            quantized once, and the result let go of after as many calls.
     """
 
     __module__ = "yolo_qc_plugin"  # by which checkpoints name it
 
     int8 = False  # of checkpoints written before there was the choice
+    readers = 1
+    _kept: _Kept | None = None
+    _reads = 0  # in this pass
 
     def __init__(self, bits: int, offset: bool, int8: bool = False):
         super().__init__(bits, signed=not offset)
@@ -173,8 +188,28 @@ class ActQuantizer(Quantizer):
         """Fake-quantize activations of shape (batch, ...)."""
         if not self.enabled:
             return x
+        if self.readers == 1 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if self._kept is not None:  # of a pass that ended in an error
+                self._let_go()
+            return self._quantized(x)
+        versions = [t._version for t in (x, self.scale, self.offset) if t is not None]  # as they are changed in place
+        if self._kept is None or self._kept.x is not x or self._kept.versions != versions:
+            self._kept = _Kept(x, versions, self._quantized(x))
+        result = self._kept.result
+        self._reads += 1
+        if self._reads == self.readers:
+            self._let_go()
+        return result
+
+    def _let_go(self) -> None:
+        self._kept, self._reads = None, 0
+
+    def _quantized(self, x: Tensor) -> Tensor:
         grad_scale = (max(math.prod(x.shape[1:]), 1) * self.quant_max) ** -0.5
         return fake_quantize(x, self.scale, self.offset, self.quant_min, self.quant_max, grad_scale)
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in vars(self).items() if k not in {"_kept", "_reads"}}
 
     @torch.no_grad()
     def calibrate(self, values: Tensor, low: float, method: str) -> None:

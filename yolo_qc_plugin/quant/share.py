@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,9 +14,8 @@ from .watch import Watched
 def share_quantizers(model: nn.Module, image: Tensor, joined: bool = False) -> int:
     """Give convolutions that read one tensor one quantizer of it, in place; to be done before calibration.
 
-    In an exported graph the tensor is then quantized once, and its producer becomes an integer operation if one
-    quantizer is all that reads it. In training each convolution quantizes it, on the same grid. Quantizers of different
-    widths stay apart.
+    In an exported graph the tensor is then quantized once, as in training, and its producer becomes an integer
+    operation if one quantizer is all that reads it. Quantizers of different widths stay apart.
 
     Those that read the image are not learned but fixed to the range [0, 1]: 8-bit codes are then the bytes it was made
     of, and backward ends there (at the image, the gradient that a scale would need takes a sixteenth of the step).
@@ -47,6 +47,8 @@ def share_quantizers(model: nn.Module, image: Tensor, joined: bool = False) -> i
             quant.fix(1 / quant.quant_max)
         owner.act_quant = first.setdefault(key, quant)
         gone += owner.act_quant is not quant
+    for quant, readers in Counter(owner.act_quant for owner in owners).items():
+        quant.readers = readers
     return gone
 
 
