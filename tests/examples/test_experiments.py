@@ -262,7 +262,7 @@ def page_tables(lines: list[str]) -> list[list[str]]:
 
 
 SCRIPTS = {
-    "benchmarks": ("step", "quantizer", "correction"),
+    "benchmarks": ("step", "quantizer", "gpu"),
     "experiments": (
         "paper table1", "paper cost", "summary", "defaults", "sensitivity", "families", "parity", "kill_and_resume",
         "reliability",
