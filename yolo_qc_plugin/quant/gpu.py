@@ -2,8 +2,8 @@
 """Fake quantization in few passes, on a GPU, by Triton, which PyTorch brings along where it knows the GPU.
 
 Values and gradients by x are those of separate operations, bit for bit but for the sign of a zero: division is rounded
-correctly, and no product is joined with a sum. Sums by scale and offset are taken in a fixed order. A call costs a
-tenth of one of a function of torch.compile, and a model has two hundred of them in a step.
+correctly, and no product is joined with a sum. Sums by scale and offset are taken in a fixed order. torch.compile would
+make the same passes, but a call of what it made took longer than the kernel, and a model has some two hundred in a step.
 """
 
 from __future__ import annotations
