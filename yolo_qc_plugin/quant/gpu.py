@@ -3,7 +3,7 @@
 
 Values and gradients by x are those of separate operations, bit for bit but for the sign of a zero: division is rounded
 correctly, and no product is joined with a sum. Sums by scale and offset are taken in a fixed order. torch.compile would
-make the same passes, but a call of what it made took longer than the kernel, and a model has some two hundred in a step.
+make the same passes, but a call of what it makes takes longer than the kernel, of which a step has some two hundred.
 """
 
 from __future__ import annotations
