@@ -22,7 +22,7 @@ from pathlib import Path
 DATA = {"train": 400, "val": 200, "imgsz": 128, "seed": 0}
 COMMON = {"imgsz": 128, "batch": 16, "nbs": 16, "device": "cpu", "workers": 0, "single_cls": True}
 COMMON |= {"optimizer": "AdamW", "mosaic": 0, "fliplr": 0, "warmup_bias_lr": 0, "plots": False, "verbose": False}
-FLOAT = {"epochs": 25, "lr0": 2e-3, "lrf": 0.05, "warmup_epochs": 1}
+FLOAT = {"epochs": 36, "lr0": 2e-3, "lrf": 0.05, "warmup_epochs": 1}
 LONGER = {"epochs": 6, "lr0": 3e-4, "lrf": 0.02, "cos_lr": True, "warmup_epochs": 1}  # of the float model and of 4 bits
 SHOWN = 8  # images in the picture
 
