@@ -37,7 +37,6 @@ def test_commands_of_the_readme(digits, tmp_path):
     def run(*words):
         done = subprocess.run([scripts / words[0], *words[1:]], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, f"{' '.join(map(str, words))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        return done.stdout + done.stderr
 
     run("yolo", "settings", f"runs_dir={tmp_path / 'runs'}")
     start = YOLO("yolov5n.yaml")

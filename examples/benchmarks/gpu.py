@@ -176,8 +176,9 @@ def write(file: Path, name: str, part: dict) -> None:
     found = json.loads(file.read_text()) if file.exists() else {}
     others = found.get("parts", {}) if record.items() <= found.items() else {}
     parts = {**others, name: part}
-    file.write_text(json.dumps({**record, "parts": {k: parts[k] for k in LIMITS if k in parts}}, indent=1) + "\n")
-    file.with_suffix(".md").write_text(page(json.loads(file.read_text())))
+    record["parts"] = {k: parts[k] for k in LIMITS if k in parts}
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    file.with_suffix(".md").write_text(page(record))
 
 
 def page(record: dict) -> str:

@@ -56,7 +56,7 @@ class Oscillation:
         self.weights, self.names, self.by_layer = weights, weights.names, weights.by_layer
         self.momentum, self._threshold = momentum, threshold
         self.codes = weights.codes.clone()
-        self._numbers = torch.tensor(weights.sizes, device=self.codes.device)
+        self._numbers = torch.tensor([weights.sizes] * 2, device=self.codes.device)
         self.direction = torch.zeros_like(self.codes)
         self.frequency = torch.zeros_like(self.codes, dtype=torch.float32)
         self.change = torch.zeros_like(self.codes)
@@ -87,8 +87,8 @@ class Oscillation:
         for name, flat in self._state().items():
             self.weights.load(flat, state[name])
 
-    def _shares(self, *marked: Tensor) -> list[Tensor]:
+    def _shares(self, first: Tensor, second: Tensor) -> list[Tensor]:
         """Of each, int8: share of each layer's weights that are marked, by 1 or -1."""
-        lengths = self._numbers.repeat(len(marked))
-        counts = torch.segment_reduce(torch.cat(marked).abs_().float(), "sum", lengths=lengths, unsafe=True)
-        return [*(counts.view(len(marked), -1) / self._numbers)]  # whole numbers, exact in FP32 up to 2^24
+        marked = torch.cat([first, second]).abs_().float()  # whole numbers: their sums are exact in FP32 up to 2^24
+        counts = torch.segment_reduce(marked, "sum", lengths=self._numbers.view(-1), unsafe=True)
+        return [*(counts.view_as(self._numbers) / self._numbers)]

@@ -138,9 +138,7 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
 
 def _line(x: Tensor, like: Tensor) -> Tensor:
     """x, of the shape of a dense tensor, as one line in the order of that tensor's memory; a view if x has it too."""
-    if x.stride() != like.stride():
-        x = torch.empty_like(like, dtype=x.dtype).copy_(x)
-    return x.as_strided((x.numel(),), (1,))
+    return kernels.in_order_of(like, x).as_strided((x.numel(),), (1,))
 
 
 class _Values(torch.autograd.Function):

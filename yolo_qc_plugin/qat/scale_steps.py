@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -73,16 +75,16 @@ class ScaleSteps:
         self.parameters = [*scales, *offsets.values()]
         self._sizes = [p.numel() for p in self.parameters]
         self._scales = sum(s.numel() for s in scales)  # numbers among the parameters' that are scales
-        places = torch.arange(self._scales)
+        first = [0, *accumulate(self._sizes)]  # number of each parameter; a scale beside an offset is one number
         # for each number of the parameters: which of them is the scale that it is measured in
-        of_scale = places.split(self._sizes[: len(scales)]) if scales else ()
-        unit = torch.cat([places, *(of_scale[i] for i in offsets)])
-        self._unit = unit.to(self.parameters[0].device) if self.parameters else unit
+        unit = [*range(self._scales), *(first[i] for i in offsets)]
+        self._unit = torch.tensor(unit, dtype=torch.long, device=next(model.parameters()).device)
         self.relative = type(optimizer).__name__ in self.ADAPTIVE
         self.optimizer = optimizer
         self._taken = 0
         self._overflows: list[torch.Tensor] = []  # of steps of a fused optimizer, not yet read
-        optimizer.register_step_pre_hook(self._before)
+        if self.parameters:
+            optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
     @property
@@ -102,7 +104,7 @@ class ScaleSteps:
         self._taken = number
 
     def _before(self, optimizer, args, kwargs) -> None:
-        self._old = torch.cat(self.parameters) if self.parameters else torch.empty(0)
+        self._old = torch.cat(self.parameters)
 
     def _after(self, optimizer, args, kwargs) -> None:
         if self.parameters:

@@ -27,13 +27,16 @@ DTYPES = torch.float32, torch.float16, torch.bfloat16
 
 def takes(x: Tensor, scale: Tensor, offset: Tensor | None) -> bool:
     """Whether the functions below are for these; x of any shape and memory order."""
-    if triton is None or not x.is_cuda or x.dtype not in DTYPES or scale.dtype != torch.float32:
+    if not x.is_cuda or x.dtype not in DTYPES or scale.dtype != torch.float32:
         return False
-    if not 0 < x.numel() < 2**31:
+    if not 0 < x.numel() < 2**31 or torch.compiler.is_compiling():
         return False
-    if offset is not None and not (offset.dtype == torch.float32 and offset.numel() == scale.numel()):
-        return False
-    return not torch.compiler.is_compiling()
+    return offset is None or (offset.dtype == torch.float32 and offset.numel() == scale.numel())
+
+
+def missing() -> str | None:
+    """In words, what there is not on this machine to compile with; None where all is there."""
+    return "no Triton" if triton is None else None
 
 
 def forward(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int) -> Tensor:

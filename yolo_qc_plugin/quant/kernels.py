@@ -63,7 +63,7 @@ def _sigmoid_code(sigmoid: Tensor) -> Tensor:
 
 @cache
 def _compiled(f: Callable) -> Callable:
-    # dynamo's own limit of 8 counts every dtype, rank and mode of determinism that a process has seen
+    # dynamo's own limit of 8 counts every mode of determinism and number of threads that a process has seen
     config = torch._dynamo.config
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name before torch 2.6
     setattr(config, limit, max(getattr(config, limit), 64))
@@ -77,7 +77,16 @@ def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
 
 def usable(x: Tensor, scale: Tensor, offset: Tensor | None) -> bool:
     """Whether x (any shape) is to be fake-quantized by the compiled passes."""
-    return enabled and (native.takes(x, scale, offset) or gpu.takes(x, scale, offset))
+    passes = native if x.is_cpu else gpu
+    return enabled and passes.takes(x, scale, offset) and _there(passes)
+
+
+@cache
+def _there(passes: Any) -> bool:
+    """Whether `native` or `gpu` has what it compiles with; where not, that is said once."""
+    if missing := passes.missing():
+        _warn(missing)
+    return not missing
 
 
 def worth_compiling(x: Tensor) -> bool:
@@ -87,8 +96,10 @@ def worth_compiling(x: Tensor) -> bool:
 
 def forward(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int) -> Tensor | None:
     """Fake-quantize x; arguments as of `functional.fake_quantize`. None where it cannot be compiled."""
-    passes = native if x.is_cpu else gpu
-    return _unless_given_up(passes.forward, _dense(x, scale).detach(), scale, offset, quant_min, quant_max)
+    x = _dense(x, scale).detach()
+    if x.is_cpu:
+        return native.forward(x, scale, offset, quant_min, quant_max)
+    return _unless_given_up(gpu.forward, x, scale, offset, quant_min, quant_max)
 
 
 def backward(
@@ -96,9 +107,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Gradients by x, scale and offset, shape (scales,) each of the latter; or None."""
     x = _dense(x, scale).detach()
-    grad = _like(grad, x).detach()
-    passes = native if x.is_cpu else gpu
-    return _unless_given_up(passes.backward, grad, x, scale, offset, quant_min, quant_max, grad_scale)
+    grad = in_order_of(x, grad).detach()
+    if x.is_cpu:
+        return native.backward(grad, x, scale, offset, quant_min, quant_max, grad_scale)
+    return _unless_given_up(gpu.backward, grad, x, scale, offset, quant_min, quant_max, grad_scale)
 
 
 def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int) -> Tensor:
@@ -111,7 +123,7 @@ def quantized_silu_backward(
 ) -> Tensor:
     """Gradient of `quantized_silu` by u alone."""
     u = _dense(u, scale).detach()
-    return _each(_silu_backward, (_like(grad, u).detach(), u), scale, offset, quant_min, quant_max)
+    return _each(_silu_backward, (in_order_of(u, grad).detach(), u), scale, offset, quant_min, quant_max)
 
 
 def _each(f: Callable, tensors: tuple[Tensor, ...], scale: Tensor, offset: Tensor, low: int, high: int) -> Tensor:
@@ -130,13 +142,17 @@ def _unless_given_up(f: Callable, *arguments: Any) -> Any:
         return None
     try:
         return f(*arguments)
-    except (torch.OutOfMemoryError, MemoryError):
+    except torch.OutOfMemoryError:
         raise
     except Exception as e:  # whatever a missing or broken compiler makes of it
         enabled = False
         reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        _log.warning(f"QC: quantizers are not compiled, training will be slower ({reason[:120]})")
+        _warn(reason[:120])
         return None
+
+
+def _warn(reason: str) -> None:
+    _log.warning(f"QC: quantizers are not compiled, training will be slower ({reason})")
 
 
 def _dense(x: Tensor, scale: Tensor) -> Tensor:
@@ -146,11 +162,11 @@ def _dense(x: Tensor, scale: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _like(grad: Tensor, x: Tensor) -> Tensor:
-    """`grad` in the memory order of x."""
-    if grad.stride() == x.stride():
-        return grad
-    return torch.empty_strided(x.shape, x.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
+def in_order_of(dense: Tensor, x: Tensor) -> Tensor:
+    """x in the memory order of a dense tensor of its shape; x itself where it has it."""
+    if x.stride() == dense.stride():
+        return x
+    return torch.empty_strided(dense.shape, dense.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _flat(x: Tensor) -> Tensor:

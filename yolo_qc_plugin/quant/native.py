@@ -9,7 +9,6 @@ a network's convolutions (docs/results/quantizer.md).
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import shlex
 import subprocess
@@ -27,16 +26,12 @@ COMPILERS = "cc", "gcc", "clang"  # tried in this order where CC is not in the e
 EXACT = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 FASTER = [["-march=native", "-fopenmp"], ["-march=native", "-fopenmp-simd"], []]  # the first that the compiler knows
 
-_log = logging.getLogger("ultralytics")  # Ultralytics'; this file works without it
-
 
 @cache
 def library() -> Any:
     """The compiled functions, a ctypes.CDLL, or None where there is no C compiler."""
     source = Path(__file__).with_suffix(".c")
-    compilers = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else [[name] for name in COMPILERS]
-    tried = [" ".join(compiler) for compiler in compilers]
-    for compiler in compilers:
+    for compiler in map(shlex.split, _compilers()):
         for flags in FASTER:
             try:
                 with TemporaryDirectory(prefix="yolo_qc_") as folder:
@@ -52,17 +47,23 @@ def library() -> Any:
             found.fake_quantize.restype = None
             found.fake_quantize_backward.argtypes = [*[c_void_p] * 5, *sizes, *grid, c_float, c_int]
             return found
-    _log.warning(f"QC: quantizers are not compiled, training will be slower (no C compiler: tried {', '.join(tried)})")
     return None
+
+
+def missing() -> str | None:
+    """In words, what there is not on this machine to compile with; None where all is there."""
+    return f"no C compiler: tried {', '.join(_compilers())}" if library() is None else None
+
+
+def _compilers() -> tuple[str, ...]:
+    return (os.environ["CC"],) if os.environ.get("CC") else COMPILERS
 
 
 def takes(x: Tensor, scale: Tensor, offset: Tensor | None) -> bool:
     """Whether the functions below are for these; x of any shape and memory order."""
     if not (x.is_cpu and x.dtype == scale.dtype == torch.float32 and x.numel()) or torch.compiler.is_compiling():
         return False
-    if offset is not None and not (offset.dtype == torch.float32 and offset.numel() == scale.numel()):
-        return False
-    return library() is not None
+    return offset is None or (offset.dtype == torch.float32 and offset.numel() == scale.numel())
 
 
 def forward(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int) -> Tensor:

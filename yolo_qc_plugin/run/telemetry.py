@@ -78,8 +78,8 @@ class Telemetry:
             np.array([*everywhere * 2, *read * 2, *everywhere * 2]),
             np.repeat(np.arange(len(COLUMNS)), [len(convs)] * 2 + [len(read)] * 2 + [len(convs)] * 2),
         )
-        self._counts = np.array([s.numel() for s in self._scales] + [1] * 2 * len(convs), np.float32)
         sizes = [s.numel() for s in self._scales]
+        self._counts = np.array(sizes + [1] * 2 * len(convs), np.float32)
         self._lengths = torch.tensor(sizes, device=self._scales[0].device)
         self._buffer = torch.empty(BUFFER, len(self._counts), device=self._scales[0].device)
 
