@@ -3,8 +3,8 @@
 
 Counted on the profile of one step of the stock loop. On a CPU an operation is a call of an operator that computes
 something, views and allocations left out; a call on a list of tensors (foreach) is one, and so is a call of the
-quantizer's compiled passes; a read is a call of an operator of WAITS. On CUDA an operation is a kernel that ran, and a
-read is what torch.cuda.set_sync_debug_mode warns of.
+quantizer's compiled passes, and weights are not rounded in C; a read is a call of an operator of WAITS. On CUDA an
+operation is a kernel that ran, and a read is what torch.cuda.set_sync_debug_mode warns of.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def one_step(
     yolo.add_callback("on_train_batch_start", counted.begin)
     yolo.add_callback("on_train_start", lambda t: t.callbacks["on_train_batch_end"].append(counted.end))
     yolo.add_callback("on_pretrain_routine_end", use_foreach)
-    with labelled_passes(), suppress(Counted):
+    with counted_as_on_a_gpu(), suppress(Counted):
         yolo.train(
             data=str(data), imgsz=imgsz, batch=batch, nbs=batch, epochs=10, device=device, workers=0, val=False,
             save=False, plots=False, verbose=False, warmup_epochs=0, **arguments,
@@ -140,21 +140,22 @@ def use_foreach(trainer) -> None:
 
 
 @contextmanager
-def labelled_passes() -> Iterator[None]:
-    """Within the context, a profile shows a call of the quantizer's compiled passes as OURS."""
-    passes = {name: getattr(kernels, name) for name in ("forward", "backward")}
+def counted_as_on_a_gpu() -> Iterator[None]:
+    """Within the context, a profile shows a call of the quantizer's compiled passes as OURS, and weights are rounded by
+    operations on all layers, as they are on a GPU."""
+    was = {name: getattr(kernels, name) for name in ("forward", "backward", "by_c")}
 
     def labelled(function: Callable) -> Callable:
-        def call(*args):
+        def call(*args, **options):
             with record_function(OURS):
-                return function(*args)
+                return function(*args, **options)
 
         return call
 
     try:
-        for name, function in passes.items():
-            setattr(kernels, name, labelled(function))
+        kernels.forward, kernels.backward = labelled(kernels.forward), labelled(kernels.backward)
+        kernels.by_c = lambda tensors, scales: False
         yield
     finally:
-        for name, function in passes.items():
+        for name, function in was.items():
             setattr(kernels, name, function)

@@ -11,6 +11,7 @@ from torch import nn
 
 from yolo_qc_plugin.qat.annealed_rounding import END, HARD, START, AnnealedRounding, temperature
 from yolo_qc_plugin.qat.prepare import TrainedWeights
+from yolo_qc_plugin.quant import kernels
 
 
 @pytest.fixture
@@ -53,6 +54,29 @@ def test_values_and_gradients_are_those_of_the_formula(model, t):
     clipped = (v < -8) | (v > 7)
     assert clipped.any() and not found[1][0][clipped].any()
     assert t == END or found[1][0][~clipped].any()  # a step has a slope next to a half alone
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("t", [100.0, START, 0.05, END])
+def test_in_c_as_by_tensor_operations(model, t, memory, monkeypatch):
+    """To the rounding of FP32, and in the memory format of the weights."""
+    model = model.to(memory_format=memory)
+    gains = [torch.randn_like(conv.weight) for conv in model]
+    found = []
+    for enabled in (True, False):
+        monkeypatch.setattr(kernels, "enabled", enabled)
+        assert kernels.by_c([c.weight for c in model], [c.weight_quant.scale for c in model]) is enabled
+        handed = AnnealedRounding(TrainedWeights(model)).hand_out(t)
+        sum((w * g).sum() for w, g in zip(handed, gains)).backward()
+        found.append([(w, c.weight.grad, c.weight_quant.scale.grad) for w, c in zip(handed, model)])
+        model.zero_grad()
+    for conv, gain, (value, by_weight, by_scale), wanted in zip(model, gains, *found):
+        scale = conv.weight_quant.scale
+        steps = 1e-6 + 1e-7 / t  # of a value; a tanh takes its argument's error times its own slope
+        assert (value - wanted[0]).abs().max() <= 8 * steps * scale.max() and value.stride() == conv.weight.stride()
+        assert ((by_weight - wanted[1]).abs() <= gain.abs() * 10 * steps / t).all()
+        assert by_weight.stride() == wanted[1].stride() == conv.weight.stride()
+        assert ((by_scale - wanted[2]).abs() <= 10 * steps / t * gain.abs().sum()).all()
 
 
 def test_it_goes_from_clipping_to_rounding(model):

@@ -11,7 +11,7 @@ from torch import nn
 from yolo_qc_plugin.qat.annealed_rounding import AnnealedRounding
 from yolo_qc_plugin.qat.oscillation import Oscillation
 from yolo_qc_plugin.qat.prepare import TrainedWeights, weights_quantized_once
-from yolo_qc_plugin.quant import kernels
+from yolo_qc_plugin.quant import kernels, native
 from yolo_qc_plugin.quant.layers import QuantConv2d
 from yolo_qc_plugin.quant.quantizer import WeightQuantizer
 
@@ -116,14 +116,15 @@ def test_codes_are_those_of_the_layers():
 
 def test_weights_are_quantized_once_a_step(monkeypatch):
     """To codes, whatever the number of micro-batches; no layer quantizes one by itself."""
-    calls, positions = [], TrainedWeights.positions
+    calls, positions, read = [], TrainedWeights.positions, native.read_codes
+    monkeypatch.setattr(native, "read_codes", lambda *args: calls.append("read_codes") or read(*args))
     monkeypatch.setattr(TrainedWeights, "positions", lambda *args: calls.append("positions") or positions(*args))
     monkeypatch.setattr(WeightQuantizer, "codes", lambda *args: calls.append("codes"))
     monkeypatch.setattr(WeightQuantizer, "forward", lambda *args: calls.append("forward"))
     model = quantized_model()
     weights = TrainedWeights(model)
     gradients(model, *[torch.rand(1, 3, 12, 12)] * 3, weights=weights)
-    assert calls == ["positions"]  # of all layers
+    assert calls == ["read_codes"] * 3 if kernels.enabled else ["positions"]  # layer by layer, or all at once
 
 
 def test_a_weight_that_nothing_uses_has_no_gradient():

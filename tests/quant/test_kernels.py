@@ -104,6 +104,54 @@ def test_quantized_silu_where_compiling_fails(monkeypatch):
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-6) and gradients[0].abs().max() > 0.5
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_of_silu_in_one_backward_pass(memory, inplace):
+    """Values exactly; gradients as near to FP64's as those of SiLU and quantizer apart, where others read x, too."""
+    torch.manual_seed(0)
+    u, grad, other = (torch.randn(4, 8, 40, 40).mul(4).contiguous(memory_format=memory) for _ in range(3))
+    u[0, 0, 0, :4] = torch.tensor([-1e4, 1e4, -88.0, 0.0])
+    found = {}
+    for way, dtype in (("one", torch.float32), ("apart", torch.float32), ("wide", torch.float64)):
+        kernels.enabled = way != "apart"
+        leaf = u.to(dtype, copy=True).requires_grad_()
+        scale = torch.tensor([0.2], dtype=dtype, requires_grad=True)
+        offset = torch.tensor([-0.25], dtype=dtype, requires_grad=True)
+        x = nn.functional.silu(leaf * 1, inplace=inplace)
+        y = fake_quantize(x, scale, offset, 0, 15, 0.25)
+        assert ("OfSiLU" in type(y.grad_fn).__name__) is (way == "one") and y.stride() == u.stride()
+        ((y * grad).sum() + (x * other).sum()).backward()
+        found[way] = [t.double() for t in (y.detach(), leaf.grad, scale.grad, offset.grad)]
+    assert torch.equal(found["one"][0], found["apart"][0])
+    terms = grad.double().abs().sum() * 16 * 0.25
+    assert torch.allclose(found["one"][1], found["wide"][1], rtol=1e-5, atol=1e-5)
+    for sums in zip(found["one"][2:], found["apart"][2:]):
+        assert (sums[0] - sums[1]).abs() <= 1e-6 * terms
+
+
+def test_of_silu_where_compiling_fails(monkeypatch):
+    u, gradients = torch.linspace(-6, 6, 2**14), []
+    for fails in (False, True):
+        monkeypatch.setattr(kernels, "backward", (lambda *_, **__: None) if fails else kernels.backward)
+        x, scale = u.clone().requires_grad_(), torch.tensor([0.3], requires_grad=True)
+        fake_quantize(nn.functional.silu(x), scale, None, -8, 7).sum().backward()
+        gradients.append((x.grad, scale.grad))
+    for one, other in zip(*gradients):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5) and one.abs().max() > 0.5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_of_silu_of_what_is_not_finite(value):
+    """NaN reaches the host's check; infinity is clipped."""
+    x = torch.tensor([0.3, value, -0.7, 0.1] * 256, requires_grad=True)
+    scale = torch.tensor([0.1], requires_grad=True)
+    y = fake_quantize(nn.functional.silu(x), scale, None, -8, 7)
+    y.sum().backward()
+    for seen in (y[1], scale.grad):
+        assert seen.isnan() if value != value else seen.isfinite()
+    assert x.grad[0::4].eq(x.grad[0]).all() and x.grad[0] > 0.5
+
+
 @pytest.mark.parametrize("change", ["slice", "transposed", "expanded gradient", "strided gradient"])
 def test_any_memory_layout(change):
     torch.manual_seed(0)
@@ -239,6 +287,15 @@ for shape, scales, with_offset, bounds in cases:
         allowed = 1e-6 * 16 * grad.double().abs().sum() / scales
         for a, b in list(zip(found, wanted))[1 : 2 + with_offset]:
             assert ((a - b).abs() < allowed).all(), (a - b).abs().max()
+        silu = torch.nn.functional.silu(x)
+        found = gpu.backward(grad, x, scale, offset, *bounds, 0.25, silu=True)
+        wanted = gradients(grad, silu, scale, offset, *bounds, 0.25)
+        by_u = torch.ops.aten.silu_backward(wanted[0], x)
+        near = (found[0].float() - by_u.float()).abs() <= 8 * torch.finfo(dtype).eps * grad.float().abs()
+        assert near.float().mean() > 0.9999, near.float().mean()  # but where the last place of x decides what clips
+        assert found[0].dtype == dtype and found[0].stride() == x.stride()
+        for a, b in list(zip(found, wanted))[1 : 2 + with_offset]:
+            assert ((a - b).abs() < 10 * allowed).all(), (a - b).abs().max()
 halves = torch.arange(-600, 600) / 2
 assert torch.equal(gpu.forward(halves, torch.ones(1), None, -8, 7), halves.round().clamp(-8, 7))
 assert gpu.forward(torch.tensor([float("nan")]), torch.ones(1), None, -8, 7).isnan()

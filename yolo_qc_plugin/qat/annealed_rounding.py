@@ -23,6 +23,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..quant import kernels, native
 from ..quant.functional import widen
 from .prepare import TrainedWeights
 
@@ -64,7 +65,7 @@ class AnnealedRounding:
 
 
 class _Annealed(torch.autograd.Function):
-    """All layers in one flat buffer: some twenty passes over the weights, whatever the number of layers."""
+    """Layer by layer in C, or all in one flat buffer: some twenty operations, whatever the number of layers."""
 
     @staticmethod
     def forward(ctx, layers, temperature, *tensors):
@@ -72,6 +73,10 @@ class _Annealed(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # a weight that nothing used gets no gradient
         ctx.layers, ctx.temperature = layers, temperature
         n = len(layers.convs)
+        ctx.by_c = kernels.by_c(tensors[:n], tensors[n:])
+        if ctx.by_c:
+            grids = _grids(layers, temperature)
+            return tuple(native.anneal(w, s, *grid) for w, s, grid in zip(tensors, tensors[n:], grids))
         position, scale = layers.positions(tensors[:n], tensors[n:])
         value, _ = _steps(layers.clip_(position), temperature)
         return tuple(part.to(w.dtype) for part, w in zip(layers.by_layer(value.mul_(scale)), tensors))
@@ -80,6 +85,13 @@ class _Annealed(torch.autograd.Function):
     def backward(ctx, *grads):
         layers, n = ctx.layers, len(grads)
         weights, scales = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        if ctx.by_c:
+            found: list[Tensor | None] = [None] * 2 * n
+            for i, (g, w, s, grid) in enumerate(zip(grads, weights, scales, _grids(layers, ctx.temperature))):
+                if g is not None:
+                    arguments = kernels.in_order_of(w, g), w, s, *grid, layers.quants[i].grad_scale(w)
+                    found[i], found[n + i] = native.anneal_backward(*arguments)
+            return None, None, *found
         position, _ = layers.positions(weights, scales)
         clipped = layers.clip_(position.clone())
         grad = layers.join(widen(torch.zeros_like(w) if g is None else g) for g, w in zip(grads, weights))
@@ -92,6 +104,11 @@ class _Annealed(torch.autograd.Function):
         used = [g is not None for g in grads]
         by_weights = [part.to(w.dtype) for part, w in zip(layers.by_layer(by_weight), weights)]
         return None, None, *(g if u else None for g, u in zip([*by_weights, *rows], used * 2))
+
+
+def _grids(layers: TrainedWeights, temperature: float) -> list[tuple[int, int, float, float]]:
+    """Of each layer, its range, the temperature, and the tanh at f = 1."""
+    return [(q.quant_min, q.quant_max, temperature, _top(temperature)) for q in layers.quants]
 
 
 def _steps(position: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

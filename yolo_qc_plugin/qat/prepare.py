@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..quant import kernels
+from ..quant import kernels, native
 from ..quant.functional import gradients, per_slice, widen
 from ..quant.layers import QuantConv2d, quant_convs
 
@@ -55,8 +55,13 @@ class TrainedWeights:
     @torch.no_grad()
     def read(self) -> None:
         """Compute the codes; to be called whenever weights or scales have changed."""
-        position, _ = self.positions([conv.weight for conv in self.convs], [q.scale for q in self.quants])
-        self.codes.copy_(self.clip_(position.round_()))
+        weights, scales = [conv.weight for conv in self.convs], [q.scale for q in self.quants]
+        if kernels.by_c(weights, scales):
+            for w, quant, part in zip(weights, self.quants, self.codes.split(self.sizes)):
+                native.read_codes(w, quant.scale, quant.quant_min, quant.quant_max, part)
+        else:
+            position, _ = self.positions(weights, scales)
+            self.codes.copy_(self.clip_(position.round_()))
         self._fix()
 
     def positions(self, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

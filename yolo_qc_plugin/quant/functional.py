@@ -15,9 +15,10 @@ Sources: LSQ (Esser et al., ICLR 2020, equations 1 to 3), LSQ+ (Bhalgat et al., 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import kernels
@@ -63,6 +64,9 @@ def fake_quantize(
         by scale: code - v inside, quant_min or quant_max outside, times `grad_scale`;
         by offset: 0 inside, 1 outside, times `grad_scale`; straight through its rounding.
 
+    Where x is what SiLU made of u, and nothing needs the gradient by x alone, both are one step of backward: u is kept
+    in place of x, as SiLU keeps it anyway, and SiLU's backward is part of the quantizer's pass.
+
     Worked numbers: x = 0.26, scale = 0.1, offset = 0, range [-8, 7] gives v = 2.6, code = 3, xhat = 0.3, and a gradient
     by scale of 3 - 2.6 = 0.4.
 
@@ -77,7 +81,11 @@ def fake_quantize(
     Returns:
         Tensor of x's shape and dtype.
     """
-    return _FakeQuantize.apply(x, scale, offset, quant_min, quant_max, grad_scale)
+    arguments = scale, offset, quant_min, quant_max, grad_scale
+    made_by = x.grad_fn
+    if isinstance(made_by, _SILU) and kernels.usable(x, scale, offset):
+        return _FakeQuantizeOfSiLU.apply(made_by._saved_self, x.detach(), *arguments)
+    return _FakeQuantize.apply(x, *arguments)
 
 
 def gradients(
@@ -238,6 +246,29 @@ def _values(x, scale, offset, quant_min, quant_max, compiled):
     s, z = _on_slices(x, scale, offset, quant_min, quant_max)
     out = to_codes(widen(x), s, z, quant_min, quant_max).mul_(s)
     return (out if z is None else out.add_(z)).to(x.dtype)
+
+
+_SILU: Any = type(nn.functional.silu(torch.zeros(1, requires_grad=True)).grad_fn)
+
+
+class _FakeQuantizeOfSiLU(torch.autograd.Function):
+    """Keeps u of x = SiLU(u), by which its gradient is."""
+
+    @staticmethod
+    def forward(ctx, u, x, scale, offset, quant_min, quant_max, grad_scale):
+        ctx.save_for_backward(u, scale, offset)
+        ctx.grid = quant_min, quant_max, grad_scale
+        return _values(x, scale, offset, quant_min, quant_max, True)
+
+    @staticmethod
+    def backward(ctx, grad):
+        u, scale, offset = ctx.saved_tensors
+        found = kernels.backward(grad, u, scale, offset, *ctx.grid, silu=True)
+        if found is None:
+            by_x, *sums = gradients(grad, nn.functional.silu(u), scale, offset, *ctx.grid)
+            found = torch.ops.aten.silu_backward(by_x, u), *sums
+        by_u, *sums = (g if need else None for g, need in zip(found, (ctx.needs_input_grad[i] for i in (0, 2, 3))))
+        return by_u, None, *sums, None, None, None
 
 
 class _QuantizedSiLU(torch.autograd.Function):

@@ -49,15 +49,26 @@ def forward(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, qua
 
 
 def backward(
-    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int, grad_scale: float
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    grad_scale: float,
+    silu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by x, scale and offset; `grad` and x dense and in the same memory order."""
+    """Gradients by x, scale and offset; `grad` and x dense and in the same memory order.
+
+    With `silu` x is what SiLU was taken of before it was quantized.
+    """
     grid, columns = _grid(x, scale)
     by_x = torch.empty_like(x)
     parts = torch.empty(2, scale.numel(), grid[0], dtype=torch.float32, device=x.device)
     shift = _no_offset(scale) if offset is None else offset
     tensors = grad, x, by_x, parts, scale, shift
-    _launch(_backward, grid, tensors, columns, float(quant_min), float(quant_max), float(grad_scale))
+    kernel = _silu_backward if silu else _backward
+    _launch(kernel, grid, tensors, columns, float(quant_min), float(quant_max), float(grad_scale))
     by_scale, by_offset = parts.sum(2)
     return by_x, by_scale, by_offset
 
@@ -133,13 +144,28 @@ if triton is not None:
     @triton.jit
     def _backward(grad, x, by_x, parts, scales, offsets, columns, low, high, grad_scale):
         place, there = _place(columns)
-        scale, shift = _scale_and_shift(scales, offsets, low, high)
         value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+        _gradients(grad, value, 1.0, by_x, parts, scales, offsets, columns, low, high, grad_scale)
+
+    @triton.jit
+    def _silu_backward(grad, u, by_u, parts, scales, offsets, columns, low, high, grad_scale):
+        place, there = _place(columns)
+        value = tl.load(u + place, mask=there, other=0.0).to(tl.float32)
+        sigmoid = 1.0 / (1.0 + tl.exp(-value))
+        slope = sigmoid * (1.0 + value * (1.0 - sigmoid))
+        value = (value * sigmoid).to(u.dtype.element_ty).to(tl.float32)  # as it was quantized
+        _gradients(grad, value, slope, by_u, parts, scales, offsets, columns, low, high, grad_scale)
+
+    @triton.jit
+    def _gradients(grad, value, slope, by_x, parts, scales, offsets, columns, low, high, grad_scale):
+        """Store the gradients by what `value` was made of, whose derivative by that is `slope`, and the sums."""
+        place, there = _place(columns)
+        scale, shift = _scale_and_shift(scales, offsets, low, high)
         g = tl.load(grad + place, mask=there, other=0.0).to(tl.float32)
         v = tl.div_rn(value - shift, scale)
         code = _code(v, low, high)
         inside = (v > low) & (v < high)
-        tl.store(by_x + place, tl.where(inside, g, 0.0).to(by_x.dtype.element_ty), mask=there)
+        tl.store(by_x + place, tl.where(inside, g * slope, 0.0).to(by_x.dtype.element_ty), mask=there)
         part = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         tl.store(parts + part, tl.sum(g * tl.where(inside, code - v, code)) * grad_scale)
         part += tl.num_programs(0) * tl.num_programs(1)

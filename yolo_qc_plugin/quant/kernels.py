@@ -7,6 +7,9 @@ offset taken on the way. Written as separate tensor operations, the same takes s
 of separate operations, bit for bit; but where torch.compile works for a GPU, an input of SiLU at a threshold may get
 the neighbouring code, which is noise of training alone: what is measured, deployed and exported is computed apart.
 
+Where SiLU made x of u, backward reads u in place of x and goes on through SiLU at no cost, since memory is what is
+waited for: so u alone is kept of u and x, and SiLU's own pass and the second computation of xhat are saved.
+
 For torch.compile all arguments are tensors of one dimension with dynamic sizes, the grid (quant_min, quant_max)
 included, so that one compilation serves every layer and batch. Where nothing can be compiled, or YOLO_QC_COMPILE=0 is
 in the environment, callers take their own way.
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -81,6 +84,11 @@ def usable(x: Tensor, scale: Tensor, offset: Tensor | None) -> bool:
     return enabled and passes.takes(x, scale, offset) and _there(passes)
 
 
+def by_c(tensors: Iterable[Tensor], scales: Iterable[Tensor]) -> bool:
+    """Whether all are for the functions of `native`."""
+    return all(x.is_cpu and usable(x, scale, None) for x, scale in zip(tensors, scales))
+
+
 @cache
 def _there(passes: Any) -> bool:
     """Whether `native` or `gpu` has what it compiles with; where not, that is said once."""
@@ -96,33 +104,43 @@ def worth_compiling(x: Tensor) -> bool:
 
 def forward(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int) -> Tensor | None:
     """Fake-quantize x; arguments as of `functional.fake_quantize`. None where it cannot be compiled."""
-    x = _dense(x, scale).detach()
+    x = _dense(x).detach()
     if x.is_cpu:
         return native.forward(x, scale, offset, quant_min, quant_max)
     return _unless_given_up(gpu.forward, x, scale, offset, quant_min, quant_max)
 
 
 def backward(
-    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int, grad_scale: float
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    grad_scale: float,
+    silu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Gradients by x, scale and offset, shape (scales,) each of the latter; or None."""
-    x = _dense(x, scale).detach()
+    """Gradients by x, scale and offset, shape (scales,) each of the latter; or None.
+
+    With `silu` x is what SiLU was taken of before it was quantized, and SiLU's own backward is part of the pass.
+    """
+    x = _dense(x).detach()
     grad = in_order_of(x, grad).detach()
     if x.is_cpu:
-        return native.backward(grad, x, scale, offset, quant_min, quant_max, grad_scale)
-    return _unless_given_up(gpu.backward, grad, x, scale, offset, quant_min, quant_max, grad_scale)
+        return native.backward(grad, x, scale, offset, quant_min, quant_max, grad_scale, silu)
+    return _unless_given_up(gpu.backward, grad, x, scale, offset, quant_min, quant_max, grad_scale, silu)
 
 
 def quantized_silu(u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """SiLU, sigmoid in whole 256ths, of the fake-quantized u (`activations.QuantActivation`): FP32, one scale."""
-    return _each(_silu_forward, (_dense(u, scale).detach(),), scale, offset, quant_min, quant_max)
+    return _each(_silu_forward, (_dense(u).detach(),), scale, offset, quant_min, quant_max)
 
 
 def quantized_silu_backward(
     grad: Tensor, u: Tensor, scale: Tensor, offset: Tensor, quant_min: int, quant_max: int
 ) -> Tensor:
     """Gradient of `quantized_silu` by u alone."""
-    u = _dense(u, scale).detach()
+    u = _dense(u).detach()
     return _each(_silu_backward, (in_order_of(u, grad).detach(), u), scale, offset, quant_min, quant_max)
 
 
@@ -155,9 +173,9 @@ def _warn(reason: str) -> None:
     _log.warning(f"QC: quantizers are not compiled, training will be slower ({reason})")
 
 
-def _dense(x: Tensor, scale: Tensor) -> Tensor:
-    """x itself where its memory can be walked in one line, else a copy."""
-    if scale.numel() == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+def _dense(x: Tensor) -> Tensor:
+    """x itself where its memory can be walked in one line, slice by slice of its first axis, else a copy."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous()
 

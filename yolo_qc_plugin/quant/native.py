@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""native.c: fake quantization in few passes, for FP32 on a CPU, by the machine's C compiler.
+"""native.c: fake quantization and annealed rounding in few passes, for FP32 on a CPU, by the machine's C compiler.
 
 Compiled in each process that trains, in under a second, into a folder of its own that goes at once: there is nothing
 to keep, to share or to trust. A call costs microseconds where one of a function of torch.compile costs hundreds between
@@ -45,7 +45,14 @@ def library() -> Any:
             grid: list[Any] = [c_float, c_float]
             found.fake_quantize.argtypes = [*[c_void_p] * 2, *sizes, *grid, c_int]
             found.fake_quantize.restype = None
-            found.fake_quantize_backward.argtypes = [*[c_void_p] * 5, *sizes, *grid, c_float, c_int]
+            for backward in (found.fake_quantize_backward, found.fake_quantize_silu_backward):
+                backward.argtypes = [*[c_void_p] * 5, *sizes, *grid, c_float, c_int]
+            sizes = sizes[:-1]  # no offset
+            found.codes.argtypes = [*[c_void_p] * 2, *sizes, *grid]
+            found.codes.restype = None
+            found.anneal.argtypes = [*[c_void_p] * 2, *sizes, *grid, *[c_float] * 2]
+            found.anneal.restype = None
+            found.anneal_backward.argtypes = [*[c_void_p] * 4, *sizes, *grid, *[c_float] * 3]
             return found
     return None
 
@@ -76,9 +83,18 @@ def forward(x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, qua
 
 
 def backward(
-    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: int, quant_max: int, grad_scale: float
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    grad_scale: float,
+    silu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, scale and offset; `grad` and x dense and in the same memory order.
+
+    With `silu` x is what SiLU was taken of before it was quantized.
 
     Raises:
         MemoryError: Without memory for the partial sums.
@@ -86,9 +102,45 @@ def backward(
     by_x, by_scale, by_offset = torch.empty_like(x), scale.new_empty(scale.numel()), scale.new_empty(scale.numel())
     outputs = by_x.data_ptr(), by_scale.data_ptr(), by_offset.data_ptr()
     grid = quant_min, quant_max, grad_scale, torch.get_num_threads()
-    if library().fake_quantize_backward(grad.data_ptr(), x.data_ptr(), *outputs, *_layout(x, scale, offset), *grid):
+    function = library().fake_quantize_silu_backward if silu else library().fake_quantize_backward
+    if function(grad.data_ptr(), x.data_ptr(), *outputs, *_layout(x, scale, offset), *grid):
         raise MemoryError("no memory for the sums of a quantizer's gradients")
     return by_x, by_scale, by_offset
+
+
+def read_codes(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, out: Tensor) -> None:
+    """Write the codes of a dense x, in the order of its memory, into a line of int8."""
+    library().codes(x.data_ptr(), out.data_ptr(), *_layout(x, scale, None)[:3], quant_min, quant_max)
+
+
+def anneal(weight: Tensor, scale: Tensor, quant_min: int, quant_max: int, temperature: float, top: float) -> Tensor:
+    """Annealed rounding (`qat.annealed_rounding`) of a dense weight; `top` is its tanh at 1."""
+    out, grid = torch.empty_like(weight), (quant_min, quant_max, temperature, top)
+    library().anneal(weight.data_ptr(), out.data_ptr(), *_layout(weight, scale, None)[:3], *grid)
+    return out
+
+
+def anneal_backward(
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    quant_min: int,
+    quant_max: int,
+    temperature: float,
+    top: float,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients by weight and scale; `grad` and weight dense and in the same memory order.
+
+    Raises:
+        MemoryError: Without memory for the partial sums.
+    """
+    by_weight, by_scale = torch.empty_like(weight), scale.new_empty(scale.numel())
+    outputs, grid = (by_weight.data_ptr(), by_scale.data_ptr()), (quant_min, quant_max, temperature, top, grad_scale)
+    sizes = _layout(weight, scale, None)[:3]
+    if library().anneal_backward(grad.data_ptr(), weight.data_ptr(), *outputs, *sizes, *grid):
+        raise MemoryError("no memory for the sums of a quantizer's gradients")
+    return by_weight, by_scale
 
 
 def _layout(x: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[int, int, int, int | None]:
