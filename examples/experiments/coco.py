@@ -84,7 +84,7 @@ TRAINING = {  # arguments of `yolo train` changed
     "mosaic=0": {"mosaic": 0.0},
 }
 
-UNIFORM = {"W4A8": RECIPE["W4A8"], "W3A8": {"weight_bits": 3, "act_bits": 8}, "W4A4": RECIPE["W4A4"]}
+UNIFORM = {**{width: RECIPE[width] for width in TRAINED}, "W3A8": {"weight_bits": 3, "act_bits": 8}}
 SMALLER = {"W4A4": 0.9}  # of its size, too
 
 NARROW = {"4": {"bits": 4}, "3": {"bits": 3}, "4*": {"bits": 4, "edge_bits": 4}}

@@ -36,7 +36,7 @@ def measure(checkpoint: Path, name: str, args: argparse.Namespace) -> dict:
             file = yolo.export(format="onnx", imgsz=args.imgsz, device="cpu")
             found = check(copy, file, args.data, images=args.images)
             print(format_check(found), flush=True)
-            drop = {"model", "onnx", "data"}
+            drop = {"model", "file", "data"}
             result[kind] = {k: v for k, v in found.items() if k not in drop} | {"mb": Path(file).stat().st_size / 1e6}
     return result
 
