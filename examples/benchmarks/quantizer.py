@@ -93,8 +93,6 @@ def page(record: dict) -> str:
         f"{record['repeats']} turns; forward and backward, median ms and ratio to five passes over memory. "
         + versions(record) + ".",
         "",
-        "![Ratio to the bound over size](quantizer.png)",
-        "",
         "| MB | five passes | 2.5 copies | " + " | ".join(QUANTIZERS) + " |",
         "|---|---|---|" + "---|" * len(QUANTIZERS),
     ]  # fmt: skip
@@ -103,24 +101,6 @@ def page(record: dict) -> str:
         cells = [f"{t:.3f} ({t / bound:.2f}x)" for t in (2.5 * ms["copy"], *(ms[n] for n in QUANTIZERS))]
         lines.append(f"| {r['mb']:.3g} | {bound:.3f} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
-
-
-def draw(results: list[dict], file: Path) -> None:
-    """Ratio to the bound over size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    sizes = [r["mb"] for r in results]
-    for name in QUANTIZERS:
-        ratios = [r["ms"][name] / r["ms"]["five passes"] for r in results]
-        axes.plot(sizes, ratios, marker="o", markersize=3, label=name)
-    axes.axhline(1, color="gray", linewidth=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="tensor, MB", ylabel="time / five passes over memory")
-    axes.legend(frameon=False)
-    figure.savefig(file, dpi=150)
 
 
 def main() -> None:
@@ -144,7 +124,6 @@ def main() -> None:
     record["machine"] = record.pop("cpu") if args.device == "cpu" else torch.cuda.get_device_name()
     file.write_text(json.dumps(record, indent=1))
     file.with_suffix(".md").write_text(page(record))
-    draw(results, args.out / "quantizer.png")
     print(page(record))
 
 

@@ -130,22 +130,30 @@ def table_of_claims(records: dict[str, dict]) -> list[str]:
 
 
 def table_everywhere(benchmarks: list[dict]) -> list[str]:
-    """The third table."""
-    rows = []
+    """The third table: a row for each file in each runtime, and for each model its columns."""
+    shown: dict[tuple[str, str], dict[str, str]] = {}
     for found in benchmarks:
         for row in found["rows"]:
             if "figure" in row:
                 ratio = f"{row['ratio']:.2f}" if row.get("ratio") else ""
-                shown = [found["model"], row["runtime"], row["file"], f"{row['mb']:.2f}", f"{100 * row['figure']:.2f}"]
-                rows.append(f"| {' | '.join([*shown, ratio])} |")
-    return [*table_head(["model", "runtime", "file", "MB", "mAP50-95", "time"]), *rows]
+                columns = f"{row['mb']:.2f} | {100 * row['figure']:.2f} | {ratio}"
+                shown.setdefault((row["runtime"], row["file"]), {})[found["model"]] = columns
+    models = [found["model"].partition(" ")[0] for found in benchmarks]
+    head = ["runtime", "file", *(f"{model}: {name}" for model in models for name in ("MB", "mAP50-95", "time"))]
+    rows = [
+        f"| {runtime} | {file} | {' | '.join(of.get(found['model'], ' | | ') for found in benchmarks)} |"
+        for (runtime, file), of in shown.items()
+    ]
+    return [*table_head(head), *rows]
 
 
 def summary(folder: Path) -> str:
     """The page, from a folder of records."""
     records = {name: read(folder / f"{name}.json") for name in ("coco", "presets", "paper")}
     benchmarks = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/benchmark.json"))]
-    where = "; ".join(f"{b['model']} on {b['data']} at {b['imgsz'][0]} px, {b['cpu']}" for b in benchmarks)
+    benchmarks.sort(key=lambda found: found["model"].replace("yolov", "yolo0"))  # by generation
+    where = "; ".join(dict.fromkeys(f"{b['data']} at {b['imgsz'][0]} px, {b['cpu']}" for b in benchmarks))
+    where = f"{' and '.join(b['model'] for b in benchmarks)} on {where}"
     parts = [
         [HEAD], table_kept(records), [CLAIMS], table_of_claims(records),
         [EVERYWHERE.format(where=where)], table_everywhere(benchmarks),
