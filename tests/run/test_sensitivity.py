@@ -12,7 +12,9 @@ import torch
 from conftest import FLOAT
 from ultralytics import YOLO
 
+from yolo_qc_plugin import model_yaml
 from yolo_qc_plugin.config import QCConfig, QCError
+from yolo_qc_plugin.host import architecture
 from yolo_qc_plugin.host.distillation import head_loss
 from yolo_qc_plugin.host.images import read_images, spread_out
 from yolo_qc_plugin.quant.quantizer import WeightQuantizer
@@ -40,6 +42,45 @@ def test_a_cost_is_the_loss_of_the_float_model_with_that_weight_alone_rounded(pr
         conv.weight.copy_(quant(conv.weight))
         losses = [head_loss(other.model[-1], other(x), float_model(x), GAINS).item() for x in probe.images]
     assert probe.cost("weights", name, 3) == pytest.approx(sum(losses) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "yolo11n-seg.yaml",
+        "yolov9t.yaml",
+        "yolov10n.yaml",
+        "yolo26n.yaml",
+        "yolo11n-cls.yaml",
+        model_yaml("yolov7-tiny"),
+    ],
+)
+@torch.no_grad()
+def test_blocks_one_by_one_are_the_forward_pass(yaml):
+    """Of families whose blocks read several others, and blocks further back than the last."""
+    model = YOLO(str(yaml)).model.float().eval()
+    image = torch.rand(1, 3, 64, 64)
+    wanted = flat(model(image))
+    for stops in ([None], [4, None], [4, 4, 9, None]):
+        outputs = [image]
+        for stop in stops:
+            outputs = architecture.run_blocks(model, outputs, stop)
+            assert len(outputs) == 1 + (len(model.model) if stop is None else stop)
+        assert len(wanted) == len(flat(outputs[-1])) and all(map(torch.equal, wanted, flat(outputs[-1])))
+    assert sum(o is None for o in outputs) > len(outputs) / 3  # memory is let go of
+
+
+def flat(outputs) -> list[torch.Tensor]:
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    return [t for part in (outputs.values() if isinstance(outputs, dict) else outputs) for t in flat(part)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cost_is_the_same_whatever_was_measured_before(probe, kind):
+    names = list(probe.convs if kind == "weights" else probe.inputs)[1::3]
+    forwards, backwards = ({n: probe.cost(kind, n, 3) for n in order} for order in (names, names[::-1]))
+    assert forwards == backwards and len(names) > 3
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -83,6 +83,27 @@ def blank_image(model: BaseModel) -> torch.Tensor:
     return torch.zeros(1, model.yaml.get("channels", 3), side, side, device=next(model.parameters()).device)
 
 
+def run_blocks(model: BaseModel, outputs: list, stop: int | None = None) -> list:
+    """Go on with a forward pass of an accepted model, block by block, from where it stands.
+
+    Args:
+        model: The model.
+        outputs: The images, and what each of the blocks that have run gave.
+        stop: Number of the block to stop before; None for none.
+
+    Returns:
+        The same of the further blocks too, the last being that of the last one; None in place of what no block to come
+        reads.
+    """
+    outputs = list(outputs)
+    for block in model.model[len(outputs) - 1 : stop]:
+        read = [outputs[i if i < 0 else i + 1] for i in ([block.f] if isinstance(block.f, int) else block.f)]
+        if block.i - 1 not in model.save:
+            outputs[-1] = None
+        outputs.append(block(read[0] if isinstance(block.f, int) else read))
+    return outputs
+
+
 def loss_is_summed(task: str) -> bool:
     """Whether Ultralytics' training loss of a task is summed over a batch's images; a classifier's is their mean."""
     return task != "classify"

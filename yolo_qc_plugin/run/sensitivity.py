@@ -75,8 +75,8 @@ class Probe:
         self._method, self.images = config.scale_init, images
         self._seen: dict[str, SampleObserver] = {}
         self._outputs: list[Any] = []
-
         self._start()
+        self._before = [[batch] for batch in images]  # of each batch, what the float blocks before some block gave
 
     def _start(self) -> None:
         """Run the float model: for the outputs to compare with, and the values that scales start from."""
@@ -102,14 +102,21 @@ class Probe:
             name: Of a convolution, or of a tensor as in `inputs`.
             bits: Width, 2 to 8.
         """
+        self._run_before(min(_block(n) for n in ([name] if kind == "weights" else self.readers[name])))
         quant = self.set_bits(kind, name, bits)
         quant.enabled = True
         losses = [
-            head_loss(detector(self.model), self.model(batch), output, GAINS).item()
-            for batch, output in zip(self.images, self._outputs)
+            head_loss(detector(self.model), architecture.run_blocks(self.model, before)[-1], output, GAINS).item()
+            for before, output in zip(self._before, self._outputs)
         ]
         quant.enabled = False
         return sum(losses) / len(losses)
+
+    def _run_before(self, block: int) -> None:
+        """Run the float blocks before a block: those that have run are not run again, unless it is an earlier one."""
+        if block < len(self._before[0]) - 1:
+            self._before = [[batch] for batch in self.images]
+        self._before = [architecture.run_blocks(self.model, before, block) for before in self._before]
 
     def set_bits(self, kind: str, name: str, bits: int) -> Quantizer:
         """Set the width of a quantizer and start its scale; it stays off."""
@@ -184,6 +191,11 @@ def describe(probe: Probe, config: QCConfig, files: Sequence[Path], imgsz: int) 
         "layers": {n: {"weights": c.weight.numel(), "macs": probe.macs[n]} for n, c in probe.convs.items()},
         "tensors": probe.readers,
     }
+
+
+def _block(name: str) -> int:
+    """Number of the block that a layer is in, of a name as model.4.cv1.conv."""
+    return int(name.split(".")[1])
 
 
 def _digest(model: nn.Module) -> str:
