@@ -75,7 +75,7 @@ REFUSED = {
     ),
 }
 REFUSED["budget"] = (
-    "'1.4MB' (of the file), '4.0bits'",
+    "'1.4MB' (of the file), '102%size'",
     [
         "",
         "1.4",
@@ -130,7 +130,8 @@ def test_layer_bits_refusal_names_the_pattern(value):
         ("target", None), ("target", "cpu"), ("target", "litert"),
         ("skip", ()), ("skip", ("a", "b.*")), ("layer_bits", {"a.*": 2, "b": 8}),
         ("layer_bits", {"a": "W4A8", "b": "A8", "c": "W2"}),
-        ("budget", None), ("budget", "1.4MB"), ("budget", "4.0bits"), ("budget", "30%bops"), ("budget", "1.0%drop"),
+        ("budget", None), ("budget", "1.4MB"), ("budget", "102%size"), ("budget", "4.0bits"),
+        ("budget", "30%bops"), ("budget", "1.0%drop"),
     ],
 )  # fmt: skip
 def test_accepted_values_are_kept(name, value):
@@ -281,7 +282,7 @@ configs = st.builds(
     calibration_batches=st.integers(1, 99),
     skip=st.lists(st.text(min_size=1)).map(tuple),
     layer_bits=st.dictionaries(st.text(min_size=1), WIDTHS),
-    budget=st.none() | st.sampled_from(["1.4MB", "4bits", "4.0 bits", "30%bops", ".5%drop", "1.%drop"]),
+    budget=st.none() | st.sampled_from(["1.4MB", "4bits", "4.0 bits", "30%bops", ".5%drop", "1.%drop", "99.5%size"]),
 )
 
 

@@ -85,7 +85,12 @@ TRAINING = {  # arguments of `yolo train` changed
 }
 
 UNIFORM = {**{width: RECIPE[width] for width in TRAINED}, "W3A8": {"weight_bits": 3, "act_bits": 8}}
-SMALLER = {"W4A4": 0.9}  # of its size, too
+# cell -> the uniform width, options beside its own; on a CPU a file has weights of 4 or 8 bits
+PLANS = {
+    **{f"budget-{width}": (width, {"budget": "100%size"}) for width in UNIFORM},
+    "budget-W4A4-90%": ("W4A4", {"budget": "90%size"}),
+    "budget-W4A8-102%": ("W4A8", {"budget": "102%size", "target": "cpu"}),
+}
 
 NARROW = {"4": {"bits": 4}, "3": {"bits": 3}, "4*": {"bits": 4, "edge_bits": 4}}
 # mAP on COCO in the paper's main text: per tensor, per channel, per tensor with QC; all with EMA
@@ -124,6 +129,8 @@ def cells(kind: str) -> list[Cell]:
         return [START, TRAINED_ON, *map(calibrated, RECIPE), *(Cell(width, RECIPE[width]) for width in TRAINED)]
     if kind == "ablation":
         return [START, *ablated()]
+    if kind == "budget":
+        return [START, *budgeted()]
     if kind == "granularity":
         made = [averaged(bits, per_channel) for bits in NARROW for per_channel in (False, True)]
         return [START, *made, *(method("LSQ", bits) for bits in paper.WIDTHS), *map(rounded, paper.WIDTHS)]
@@ -168,42 +175,15 @@ def ablation(name: str, content: dict) -> list[str]:
     return lines
 
 
-def planned(width: str, share: float = 1.0) -> str:
-    """Name of the cell with widths by a budget: a share of the file size of a uniform width."""
-    return f"budget-{width}" + f"-{share:.0%}" * (share < 1)
-
-
-def budgeted(weights: str | None) -> list[Cell]:
-    """Uniform widths, and widths by a budget of the same file size.
-
-    Args:
-        weights: The float checkpoint, of whose model the size is; None where the names alone are needed.
-    """
-    made = [Cell(width, options) for width, options in UNIFORM.items()]
-    for width, options in UNIFORM.items():
-        size = uniform_size(weights, options) if weights else 0.0
-        for share in 1.0, *([SMALLER[width]] if width in SMALLER else []):
-            made.append(Cell(planned(width, share), {**options, "budget": f"{size * share:.6f}MB"}))
-    return made
-
-
-def uniform_size(weights: str, options: dict) -> float:
-    """File size in MB, as a run's report has it, of a checkpoint's model at one width for all layers but the edges."""
-    from ultralytics import YOLO
-
-    from yolo_qc_plugin.host import architecture
-    from yolo_qc_plugin.quant.inject import inject
-    from yolo_qc_plugin.report.record import model_size
-
-    model = YOLO(weights).model.float()
-    inject(model, QCConfig(**options), architecture.edge_convs(model), architecture.fixed_convs(model))
-    return model_size(model)["quantized"]
+def budgeted() -> list[Cell]:
+    """Uniform widths, and widths by a budget of about the same file size."""
+    uniform = [Cell(width, options) for width, options in UNIFORM.items()]
+    return [*uniform, *(Cell(name, {**UNIFORM[width], **more}) for name, (width, more) in PLANS.items())]
 
 
 def searched() -> list[tuple[State, State]]:
-    """Widths by a budget, and the uniform ones of the same size or a little more; as best.pt keeps QC, both with it."""
-    pairs = [(width, 1.0) for width in UNIFORM] + [*SMALLER.items()]
-    return [((planned(width, share), state), (width, state)) for width, share in pairs for state in ("qat", "qc")]
+    """Widths by a budget, and the uniform ones of about the same size; as best.pt keeps QC, both with it."""
+    return [((name, state), (width, state)) for name, (width, _) in PLANS.items() for state in ("qat", "qc")]
 
 
 def compared() -> list[tuple[State, State]]:
@@ -292,7 +272,7 @@ def recipe(name: str, content: dict) -> list[str]:
 def budgets(name: str, content: dict) -> list[str]:
     """Uniform widths against widths by a budget of the same size."""
     floats = points(results(content["cells"], START.name), "trained", "ap")
-    cells_of = {cell.name: results(content["cells"], cell.name) for cell in budgeted(None)}
+    cells_of = {cell.name: results(content["cells"], cell.name) for cell in budgeted()}
     files = [run for cell, runs in cells_of.items() if cell.startswith("budget") for run in runs.values()]
     if not (files and floats):
         return []
@@ -300,9 +280,9 @@ def budgets(name: str, content: dict) -> list[str]:
     head = ["widths", "QC", "seeds", "MB", "AP", "of float", "won back", "predicted", *difference_head(content)]
     lines = header("Widths by a budget", name, files)
     lines += [
-        f"Float: {whole:.1f}. A budget is the file size of the uniform width of its name, or a share of it. "
-        "Differences are to that uniform width, and won back is the part of its distance to float that the plan makes "
-        "good. Predicted is the share of float that the plan was made for.",
+        f"Float: {whole:.1f}. A budget is the file size of the uniform width of its name, or a share of it; at 102% "
+        "weights have 4 or 8 bits, as in files for a CPU. Differences are to that uniform width, and won back is the "
+        "part of its distance to float that the plan makes good. Predicted is the share of float that it was made for.",
         "",
         *table_head(head),
     ]
@@ -387,8 +367,7 @@ def main() -> None:
     p.set_defaults(runs=Path("runs/coco"), coco=True)
     args = p.parse_args()
     file = args.out / "coco.json"
-    made = [START, *budgeted(args.weights)] if args.kind == "budget" else cells(args.kind)
-    record, done = measure(made, file, args)
+    record, done = measure(cells(args.kind), file, args)
     if args.name and record[args.name]["cells"]:
         record[args.name]["differences"] = differences(record[args.name], args.runs, compared())
         write(file, record)

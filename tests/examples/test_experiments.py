@@ -27,6 +27,7 @@ import paper  # noqa: E402
 import record  # noqa: E402
 from conftest import CHECKPOINTS, TINY  # noqa: E402
 
+from yolo_qc_plugin.config import QCConfig  # noqa: E402
 from yolo_qc_plugin.quant.layers import QuantConv2d, quant_convs  # noqa: E402
 from yolo_qc_plugin.tools.evaluate import detect, evaluate  # noqa: E402
 
@@ -242,12 +243,11 @@ def test_the_table_of_budgets():
 
 
 def test_a_budget_is_the_size_of_the_uniform_width():
-    names = {cell.name: cell.options for cell in coco.budgeted(str(CHECKPOINTS / "float.pt"))}
-    sizes = {name: float(options["budget"][:-2]) for name, options in names.items() if "budget" in options}
-    assert sizes["budget-W4A8"] == sizes["budget-W4A4"] > sizes["budget-W3A8"]
-    assert sizes["budget-W4A4-90%"] == pytest.approx(0.9 * sizes["budget-W4A4"], abs=1e-6)
-    assert names["budget-W3A8"].items() >= names["W3A8"].items()
-    assert [cell.name for cell in coco.budgeted(None)] == list(names)
+    options = {cell.name: cell.options for cell in coco.budgeted()}
+    for name, (width, more) in coco.PLANS.items():
+        assert options[name] == {**options[width], **more} and name.startswith(f"budget-{width}")
+        share = name.rpartition("-")[2] if name.endswith("%") else "100%"
+        assert QCConfig(**options[name]).budget == f"{share}size"
 
 
 def page_tables(lines: list[str]) -> list[list[str]]:

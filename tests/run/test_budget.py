@@ -45,7 +45,7 @@ def small_problem(seed: int) -> Problem:
         kind: {name: {str(w): draw.random() * 3.0**-w for w in WIDTHS} for name in names}
         for kind, names in (("weights", "abcd"), ("activations", "tu"))
     }
-    return Problem(layers, costs, other_bits=5000)
+    return Problem(layers, costs, other_bits=5000, usual_bits=7000)
 
 
 def all_plans(problem: Problem):

@@ -53,11 +53,13 @@ class Problem:
         layers: By name.
         costs: "weights" and "activations" -> name of the layer or tensor -> width as text -> cost.
         other_bits: Of the file, beside the weights.
+        usual_bits: Of the file with the widths that the options give without a budget.
     """
 
     layers: Mapping[str, Layer]
     costs: Mapping[str, Mapping[str, Mapping[str, float]]]
     other_bits: float
+    usual_bits: float
 
     def amount(self, unit: str, plan: Plan) -> float:
         """How much a plan takes of what a budget limits."""
@@ -131,6 +133,7 @@ class Problem:
 
         return {
             "MB": lambda name, w, a: layers[name].weights * w,
+            "%size": lambda name, w, a: layers[name].weights * w,
             "bits": lambda name, w, a: layers[name].weights * w,
             "%bops": lambda name, w, a: layers[name].macs * w * a,
             "%drop": cost,
@@ -146,12 +149,13 @@ class Problem:
         return amount * self._unit(unit) - self._offset(unit)
 
     def _offset(self, unit: str) -> float:
-        return self.other_bits if unit == "MB" else 0.0
+        return self.other_bits if unit in {"MB", "%size"} else 0.0
 
     def _unit(self, unit: str) -> float:
         layers = self.layers.values()
         return {
             "MB": 8e6,
+            "%size": self.usual_bits / 100,
             "bits": sum(layer.weights for layer in layers),
             "%bops": sum(layer.macs for layer in layers) * 64 / 100,
             "%drop": 1,

@@ -62,7 +62,7 @@ def _plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig, budget: str)
     files = spread_out(image_files(trainer.data["train"], str(trainer.args.data)), IMAGES)
     probe, about = prepare(model, config, files, trainer.args.imgsz, trainer.device)
     layers = layers_of(probe, config, unit)
-    problem = Problem(layers, {}, other_bits(probe))
+    problem = Problem(layers, {}, *bits_of_file(probe))
     if unit != "%drop":  # before what takes minutes
         check_reach(problem, budget)
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,10 +102,11 @@ def wanted(layers: dict[str, Layer]) -> Wanted:
     return {**of_weights, **of_tensors}
 
 
-def other_bits(probe: Probe) -> float:
-    """Bits of the file beside the weights of the layers: biases, scales, and what is not quantized."""
+def bits_of_file(probe: Probe) -> tuple[float, float]:
+    """Of what is beside the weights of the layers (biases, scales, and what is not quantized), and of all."""
     of_weights = sum(conv.weight.numel() * conv.weight_quant.bits for conv in probe.convs.values())
-    return model_size(probe.model)["quantized"] * 8e6 - of_weights
+    whole = model_size(probe.model)["quantized"] * 8e6
+    return whole - of_weights, whole
 
 
 def check_reach(problem: Problem, budget: str) -> None:
