@@ -29,7 +29,8 @@ was measured on a GPU.
 mAP50-95 in points, mean ± standard deviation over seeds: AP by pycocotools on COCO's photographs and on animals, else
 Ultralytics' own. `best.pt` is the better of the models without and with QC on the validation set, as the plugin keeps
 it. Float is the checkpoint that training starts from; trained on is the same after as many epochs of the same recipe
-in float, with true labels. Labels say what training used beside the float model's outputs. QC's gain is with less
+in float, with true labels. Labels say what training used beside the float model's outputs. With a budget each layer
+has the width that the option of this name gives it, in percent of the file size of the width before. QC's gain is with less
 without, in brackets the middle 95% of 1,000 resamples of the images or, of older runs (bccd, digits; a float teacher
 or none), the standard error."""
 
@@ -74,6 +75,8 @@ def kept(content: dict, cell: str, start: str, figure: str) -> list[str] | None:
     best = [100 * run["metrics"][run["kept"]][figure] for run in runs.values()]
     config = one["config"]
     bits = "W{}A{}".format(*(config[f"{of}_bits"] or config["bits"] for of in ("weight", "act")))
+    if cell in coco.PLANS:
+        bits += f", budget {coco.PLANS[cell][1]['budget'].removesuffix('size')}"
     share = [
         f"{statistics.mean(best) / statistics.mean(whole.values()):.1%}" if whole else "" for whole in (floats, on)
     ]
@@ -92,7 +95,7 @@ def table_kept(records: dict[str, dict]) -> list[str]:
         kept(c, width, coco.START.name, "ap")
         for n, c in records["coco"].items()
         if n not in TRIALS
-        for width in coco.RECIPE
+        for width in dict.fromkeys((*coco.RECIPE, *coco.UNIFORM, *coco.PLANS))
     ]
     rows += [
         kept(c, f"{preset}-{bits}bit", "", "map50_95")
