@@ -30,9 +30,9 @@ mAP50-95 in points, mean ± standard deviation over seeds: AP by pycocotools on 
 Ultralytics' own. `best.pt` is the better of the models without and with QC on the validation set, as the plugin keeps
 it. Float is the checkpoint that training starts from; trained on is the same after as many epochs of the same recipe
 in float, with true labels. Labels say what training used beside the float model's outputs. With a budget each layer
-has the width that the option of this name gives it, in percent of the file size of the width before. QC's gain is with less
-without, in brackets the middle 95% of 1,000 resamples of the images or, of older runs (bccd, digits; a float teacher
-or none), the standard error."""
+has the width that the option of this name gives it, in percent of the file size of the width before. QC's gain is with
+less without, in brackets the middle 95% of 1,000 resamples of the images or, of older runs (bccd, digits; a float
+teacher or none), the standard error."""
 
 CLAIMS = """## What held of the paper
 

@@ -53,6 +53,27 @@ def test_oriented_boxes_and_classes():
     assert predictions._alone(objects(first, second)) == {"float": {0}, "quantized": {0}}
 
 
+def test_masks_and_keypoints_are_drawn():
+    """In the colour of their object, within its box; a keypoint that is not seen, or not sure, is not."""
+    boxes = torch.tensor([[10, 20, 30, 40, 0.9, 0], [50, 20, 70, 40, 0.8, 1]])
+    masks = torch.zeros(2, 60, 80)
+    masks[0, 25:35, 15:25] = masks[1, 25:35, 55:65] = 1
+    points = torch.tensor([[[20, 30, 0.9], [28, 22, 0.2]], [[60, 30, 0.8], [0, 0, 0.9]]])
+    plain, masked, pointed = (
+        predictions._draw(IMAGE, predictions._objects(result(boxes=boxes, **more)), {1}, "#D55E00").astype(int)
+        for more in ({}, {"masks": masks}, {"keypoints": points})
+    )
+    inside = np.zeros(plain.shape[:2], bool)
+    for x in (15, 55):
+        inside[133:187, round(x * 5.333) : round((x + 10) * 5.333)] = True
+    changed = {name: (image != plain).any(-1) for name, image in (("mask", masked), ("points", pointed))}
+    assert changed["mask"][inside].mean() > 0.8 and changed["points"][160, 107] and changed["points"][160, 320]
+    assert all(of[~inside].mean() < 0.01 for of in changed.values())
+    assert masked[160, 107, 2] == masked[160, 107, 0] and masked[160, 320, 2] > masked[160, 320, 0] + 40  # grey, orange
+    seen = predictions._objects(result(boxes=boxes, keypoints=points))
+    assert [found.points.tolist() for found in seen] == [[[20, 30]], [[60, 30]]]
+
+
 def test_what_changed_is_drawn_in_its_colour():
     found = predictions._objects(result(boxes=torch.tensor([[10, 20, 30, 40, 0.9, 0]])))
     same, changed = (predictions._draw(IMAGE, found, alone, "#D55E00") for alone in (set(), {0}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ SIDES = "float", "quantized"
 CONFIDENCE = 0.25  # from which `yolo predict` shows a box
 OVERLAP = 0.5  # from which two boxes of a class are the same object
 HEIGHT = 320  # of a picture, in pixels
+FILLED = 0.35  # of a mask's colour over the photograph
 SAME, CHANGED = "#D0D0D0", {"float": COLORS[1], "quantized": COLORS[3]}
 
 
@@ -36,12 +37,16 @@ class Found:
         box: The upright box around it, x1, y1, x2, y2, in pixels.
         label: Its class and confidence, as text.
         kind: Index of its class.
+        outline: Of its mask, in pixels, shape (n, 2).
+        points: Its keypoints that are seen, in pixels, shape (n, 2).
     """
 
     corners: np.ndarray
     box: list[float]
     label: str
     kind: int
+    outline: np.ndarray = field(default_factory=lambda: np.empty((0, 2)))
+    points: np.ndarray = field(default_factory=lambda: np.empty((0, 2)))
 
 
 def compare_predictions(
@@ -98,8 +103,21 @@ def _objects(result: Results) -> list[Found]:
     for i, (box, kind, confidence) in enumerate(rows):
         x1, y1, x2, y2 = box
         corners = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)]) if shapes is None else shapes[i]
-        objects.append(Found(corners, box, f"{result.names[kind]} {confidence:.2f}", kind))
+        more = {}
+        if result.masks is not None:
+            more["outline"] = np.reshape(result.masks.xy[i], (-1, 2))
+        if result.keypoints is not None:
+            more["points"] = _seen(result.keypoints.data[i].numpy())
+        objects.append(Found(corners, box, f"{result.names[kind]} {confidence:.2f}", kind, **more))
     return objects
+
+
+def _seen(keypoints: np.ndarray) -> np.ndarray:
+    """x and y of the keypoints that `yolo predict` shows: those surer than a half, if that is known, and not at 0."""
+    shown = (keypoints[:, :2] != 0).all(1)
+    if keypoints.shape[1] == 3:
+        shown &= keypoints[:, 2] >= 0.5
+    return keypoints[shown, :2]
 
 
 def _alone(objects: Mapping[str, list[Found]]) -> dict[str, set[int]]:
@@ -128,10 +146,18 @@ def _draw(photograph: np.ndarray, objects: list[Found], alone: set[int], color: 
         image if image.ndim == 3 and image.shape[2] == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
     )
     for i, found in sorted(enumerate(objects), key=lambda pair: pair[0] in alone):  # what changed lies above
-        corners = (found.corners * ratio).round().astype(np.int32)
-        cv2.polylines(image, [corners], True, _bgr(color if i in alone else SAME), 3 if i in alone else 1, cv2.LINE_AA)
+        shade = _bgr(color if i in alone else SAME)
+        corners, outline, points = (
+            (part * ratio).round().astype(np.int32) for part in (found.corners, found.outline, found.points)
+        )
+        if len(outline):
+            filled = cv2.fillPoly(image.copy(), [outline], shade)
+            image = cv2.addWeighted(filled, FILLED, image, 1 - FILLED, 0)
+        cv2.polylines(image, [corners], True, shade, 3 if i in alone else 1, cv2.LINE_AA)
+        for point in points.tolist():
+            cv2.circle(image, point, 3, shade, -1, cv2.LINE_AA)
         if i in alone:
-            _write(image, found.label, corners.min(0), _bgr(color))
+            _write(image, found.label, corners.min(0), shade)
     return image
 
 
