@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..quant import kernels, native
 from .prepare import TrainedWeights
 
 MOMENTUM = 0.01  # of the frequency, as the authors' TrackOscillation has it; their command line's default is 0.001
@@ -66,6 +67,11 @@ class Oscillation:
     def step(self) -> None:
         """Take in the codes that `weights` has read; call it once per optimizer step."""
         before, now = self.codes, self.weights.codes
+        if kernels.by_c([self.frequency], [self.frequency]):
+            buffers = now, before, self.change, self.direction, self.frequency
+            counts = native.oscillate(*buffers, self._numbers[0], self.momentum, self._threshold)
+            self.flipped, self.oscillating = (count / self._numbers[0] for count in counts)
+            return
         # not the sign of a difference: 8-bit codes may be 255 apart
         torch.sub((now > before).view(torch.int8), (now < before).view(torch.int8), out=self.change)
         opposite = (self.change * self.direction).clamp_max_(0)  # -1 where it is an oscillation, else 0

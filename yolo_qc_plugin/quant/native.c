@@ -1,7 +1,7 @@
 /* yolo_qc_plugin, AGPL-3.0
  *
  * The passes of fake quantization over memory, for FP32 on a CPU, those of annealed rounding (qat/annealed_rounding.py
- * has its formula) and those to codes: native.py compiles this file and calls it.
+ * has its formula), to codes, and over codes (qat/oscillation.py): native.py compiles this file and calls it.
  *
  * x has `rows` rows of `columns` values, each row with its own scale (and offset, where there are any). A code is
  * round((x - offset) / scale), half to even, clipped to low..high, with the offset brought to whole steps. No operation
@@ -186,4 +186,27 @@ int anneal_backward(const float *grad, const float *weight, float *by_weight, fl
     add_up(sums, by_scale, rows, chunks, factor);
     free(sums);
     return 0;
+}
+
+/* What a step of oscillation does to each weight, with keep = 1 - momentum; for each layer, how many codes have changed,
+ * and how many weights oscillate. */
+void oscillate(const int8_t *now, int8_t *before, int8_t *change, int8_t *direction, float *frequency,
+               const int64_t *sizes, int64_t layers, float keep, float momentum, float threshold, int64_t *flipped,
+               int64_t *oscillating)
+{
+    int64_t i = 0;
+    for (int64_t layer = 0; layer < layers; layer++) {
+        int64_t end = i + sizes[layer], flips = 0, above = 0;
+        for (; i < end; i++) {
+            int8_t sign = (now[i] > before[i]) - (now[i] < before[i]);
+            frequency[i] = frequency[i] * keep + (sign * direction[i] < 0 ? momentum : 0.0f);
+            direction[i] = sign ? sign : direction[i];
+            before[i] = now[i];
+            change[i] = sign;
+            flips += sign != 0;
+            above += frequency[i] > threshold;
+        }
+        flipped[layer] = flips;
+        oscillating[layer] = above;
+    }
 }

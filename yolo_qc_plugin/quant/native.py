@@ -1,5 +1,5 @@
 # yolo_qc_plugin, AGPL-3.0
-"""native.c: fake quantization and annealed rounding in few passes, for FP32 on a CPU, by the machine's C compiler.
+"""native.c: what training does to values and codes in few passes, for FP32 on a CPU, by the machine's C compiler.
 
 Compiled in each process that trains, in under a second, into a folder of its own that goes at once: there is nothing
 to keep, to share or to trust. A call costs microseconds where one of a function of torch.compile costs hundreds between
@@ -53,6 +53,8 @@ def library() -> Any:
             found.anneal.argtypes = [*[c_void_p] * 2, *sizes, *grid, *[c_float] * 2]
             found.anneal.restype = None
             found.anneal_backward.argtypes = [*[c_void_p] * 4, *sizes, *grid, *[c_float] * 3]
+            found.oscillate.argtypes = [*[c_void_p] * 6, c_int64, *[c_float] * 3, *[c_void_p] * 2]
+            found.oscillate.restype = None
             return found
     return None
 
@@ -141,6 +143,29 @@ def anneal_backward(
     if library().anneal_backward(grad.data_ptr(), weight.data_ptr(), *outputs, *sizes, *grid):
         raise MemoryError("no memory for the sums of a quantizer's gradients")
     return by_weight, by_scale
+
+
+def oscillate(
+    now: Tensor,
+    before: Tensor,
+    change: Tensor,
+    direction: Tensor,
+    frequency: Tensor,
+    sizes: Tensor,
+    momentum: float,
+    threshold: float,
+) -> tuple[Tensor, Tensor]:
+    """One step of `qat.oscillation.Oscillation` in its flat buffers, of all but the first of these.
+
+    Returns:
+        Of each layer, whose numbers of weights `sizes` has as int64: the number of codes that changed, and that of
+        weights that oscillate; int64.
+    """
+    flipped, oscillating = torch.empty_like(sizes), torch.empty_like(sizes)
+    buffers = (t.data_ptr() for t in (now, before, change, direction, frequency, sizes))
+    numbers = 1 - momentum, momentum, threshold
+    library().oscillate(*buffers, len(sizes), *numbers, flipped.data_ptr(), oscillating.data_ptr())
+    return flipped, oscillating
 
 
 def _layout(x: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[int, int, int, int | None]:
