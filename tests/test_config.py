@@ -354,6 +354,7 @@ def test_a_preset_fills_what_is_not_given(preset):
             "rounding": "annealed",
             "correction_shift": False,
             "act_bits": 4,
+            "budget": "4bits",
         }.get(name, QCConfig().edge_bits)
         other = not value if isinstance(value, bool) else 0.5 if isinstance(value, float) else other
         given = QCConfig.from_options({"preset": preset, name: str(other)})
@@ -374,12 +375,24 @@ def test_the_papers_preset_is_what_it_states():
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_target_fills_what_is_not_given(target):
     filled = QCConfig.from_options({"target": f" {target} "})
-    assert filled == QCConfig(target=target, **TARGETS[target].fills)
+    assert filled == QCConfig(target=target, **TARGETS[target].fills, budget=TARGETS[target].budget)
     assert filled.symmetric == (target == "tensorrt") and filled.narrow == (target in {"tensorrt", "litert"})
     given = QCConfig.from_options({"target": target, "per_channel": "false", "bits": "3", "act_bits": "5"})
     assert not given.per_channel and given.body_bits == (3, 5)
     of_paper = QCConfig.from_options({"target": target, "preset": "paper"})  # which comes before
     assert of_paper == QCConfig(**{**TARGETS[target].fills, **PRESETS["paper"], "target": target})
+
+
+@pytest.mark.parametrize("more,budget", [
+    ({}, "102%size"), ({"bits": "4"}, "102%size"), ({"bits": "8"}, None), ({"weight_bits": "3"}, None),
+    ({"bits": "8", "weight_bits": "4"}, "102%size"), ({"budget": "none"}, None), ({"budget": "4.5bits"}, "4.5bits"),
+    ({"layer_bits": "model.2.*:8"}, None), ({"preset": "paper"}, None),
+])  # fmt: skip
+def test_a_target_plans_widths_where_nothing_else_says_them(more, budget):
+    """And a config that was written and read again is the same."""
+    config = QCConfig.from_options({"target": "cpu", **more})
+    assert config.budget == budget and QCConfig.from_options(config.to_dict()) == config
+    assert QCConfig.from_options({"target": "fpga", **more}).budget == (None if budget == "102%size" else budget)
 
 
 def test_targets_of_cpus():

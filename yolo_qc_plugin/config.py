@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -40,6 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rounding": "nearest",
         "teacher": "off",
         "edge_bits": 8,  # its "4-bit*" is edge_bits=4 beside the preset
+        "budget": None,
         "output_bits": None,
         "ema_decay": 0.9999,  # from 0 at the start; the length of the warm-up is ours (qat/ema.py)
         "correction": "channel",
@@ -61,7 +62,7 @@ class QCConfig:
     Args:
         target: What the model is to run on: "cpu", "tensorrt", "litert" or "fpga". `from_options` fills the options
             that are not given by what pays there, what cannot run there is refused, and exports write what runs there.
-            None: the options decide alone.
+            With weights of 4 bits, all but "fpga" give some layers 8 (`budget`). None: the options decide alone.
         bits: Width of weights and activations, 2 to 8.
         weight_bits: Width of weights where it differs from `bits`, 2 to 8.
         act_bits: Width of activations where it differs from `bits`, 2 to 8.
@@ -214,8 +215,9 @@ class QCConfig:
     def from_options(cls, options: Mapping[str, Any]) -> QCConfig:
         """Build a config from named options whose values may be text, as on a command line.
 
-        `preset`, a name of PRESETS, fills the fields that are not given, and `target` those that are left. The config
-        holds the preset's values, not its name.
+        `preset`, a name of PRESETS, fills the fields that are not given, and `target` those that are left; `budget`
+        only where weights have the target's least width and no `layer_bits` name others. The config holds the preset's
+        values, not its name.
 
         Text is read as data: numbers, true/false, none, comma-separated patterns for `skip`, and comma-separated
         `pattern:width` for `layer_bits`.
@@ -233,4 +235,8 @@ class QCConfig:
             )
         given = {name: kinds[name].parse(v) if isinstance(v, str) else v for name, v in options.items()}
         target = kinds["target"].check("target", given.get("target"))
-        return cls(**{**(TARGETS[target].fills if target else {}), **preset, **given})
+        config = cls(**{**(TARGETS[target].fills if target else {}), **preset, **given})
+        runs_on = config.runs_on
+        if runs_on is None or "budget" in {**preset, **given} or config.layer_bits:
+            return config
+        return replace(config, budget=runs_on.budget) if config.body_bits[0] == min(runs_on.widths) else config

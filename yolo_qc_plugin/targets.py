@@ -18,6 +18,8 @@ class Target:
         onnx: The kind of graph that `format=onnx` writes (see deploy.kinds).
         widths: Those that a budget chooses from (run.budget): others take no less of the file than the next of these.
         narrow: Whether weights of 8 bits leave out the code -128.
+        budget: The option of that name where it is not given, weights have the least of `widths`, and no `layer_bits`
+            say otherwise: some layers then have the next width, at little cost.
         symmetric: Whether activations are to be signed and symmetric, the inputs of residual sums quantized, and what
             is concatenated on one grid.
     """
@@ -26,6 +28,7 @@ class Target:
     onnx: str
     bears: Mapping[str, tuple] = field(default_factory=dict)
     widths: tuple[int, ...] = (4, 8)
+    budget: str | None = "102%size"  # docs/results/coco.md, "Widths by a budget"
     narrow: bool = False
     symmetric: bool = False
 
@@ -47,5 +50,6 @@ TARGETS: dict[str, Target] = {
         onnx="qonnx",
         bears={"act_offset": (False,), "output_bits": (None,)},
         widths=(2, 3, 4, 5, 6, 7, 8),
+        budget=None,
     ),
 }

@@ -112,12 +112,14 @@ def bits_of_file(probe: Probe) -> tuple[float, float]:
 def check_reach(problem: Problem, budget: str) -> None:
     """Refuse a budget that the least widths exceed, or that the largest do not use.
 
+    One in "%size", which targets give by themselves, may be more than the largest widths use.
+
     Raises:
         QCError: Naming the range.
     """
     limit, unit = split_budget(budget)
     low, high = problem.reach(unit)
-    if not low <= limit <= high:
+    if limit < low or (limit > high and unit != "%size"):
         digits = next((d for d in range(2, 9) if ceil(low * 10**d) < floor(high * 10**d)), 9)
         low, high = ceil(low * 10**digits) / 10**digits, floor(high * 10**digits) / 10**digits
         widths = sorted({w for layer in problem.layers.values() for w in layer.weight_bits})

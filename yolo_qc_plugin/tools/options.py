@@ -30,9 +30,8 @@ def options(markdown: bool = False) -> str:
     """
     default, meanings = QCConfig(), described(QCConfig)
     rows = [(name, _word(getattr(default, name)), meanings[name]) for name in QCConfig.kinds()]
-    given = {f"target={k}": target.fills for k, target in TARGETS.items()} | {
-        f"preset={k}": PRESETS[k] for k in PRESETS
-    }
+    given = {f"target={k}": {**target.fills, "budget": target.budget} for k, target in TARGETS.items()}
+    given |= {f"preset={k}": PRESETS[k] for k in PRESETS}
     rows += [(name, "", ", ".join(f"{k}={_word(v)}" for k, v in values.items())) for name, values in given.items()]
     if markdown:
         escaped = ((name, value, text.replace("|", r"\|")) for name, value, text in rows)
