@@ -195,8 +195,8 @@ def compared() -> list[tuple[State, State]]:
 
 
 def gains_of_qc() -> list[tuple[State, State]]:
-    """With QC, and without, of the recipe's rows."""
-    return [((width, "qc"), (width, "qat")) for width in TRAINED]
+    """With QC, and without, of uniform widths and of plans."""
+    return [((name, "qc"), (name, "qat")) for name in (*UNIFORM, *PLANS)]
 
 
 def granular(bits: str) -> list[tuple[State, State]]:
