@@ -51,7 +51,6 @@ class Cell:
         work: "train"; "correct" corrects the source's run with these options; "start" trains nothing and measures what
             training begins from, float or calibrated; "round" measures the source's model with softer rounding.
         source: Name of the cell whose run this one begins from.
-        teacher: Name of the float cell whose best.pt, of the same seed, is the distill_model.
         recipe: Further arguments of `model.train()`.
     """
 
@@ -59,7 +58,6 @@ class Cell:
     options: dict | None
     work: str = "train"
     source: str | None = None
-    teacher: str | None = None
     recipe: dict = field(default_factory=dict)
 
 
@@ -152,22 +150,16 @@ def run(cells: list[Cell], recorded: dict[str, dict], args: argparse.Namespace) 
     done = []
     with ThreadPoolExecutor(args.jobs) as pool:
         for waits in False, True:  # some need what the run of another cell has left
-            done += pool.map(lambda r: start(r, args.threads), [r for r in missing if bool(r["needs"]) is waits])
+            done += pool.map(lambda r: start(r, args.threads), [r for r in missing if bool(r["source"]) is waits])
     return all(done)
 
 
 def request(cell: Cell, seed: int, args: argparse.Namespace) -> dict:
     """All that a process needs to know of a cell: plain values."""
     name = f"{cell.name}-seed{seed}"
-
-    def weights_of(other: str, file: str) -> str:
-        return str((args.runs / f"{other}-seed{seed}" / "weights" / file).resolve())
-
-    source = cell.source and weights_of(cell.source, "qat.pt")
-    teacher = cell.teacher and weights_of(cell.teacher, "best.pt")
-    taught = {"distill_model": teacher} if teacher else {}
+    source = cell.source and str((args.runs / f"{cell.source}-seed{seed}" / "weights" / "qat.pt").resolve())
     size = {"device": args.device, "epochs": args.epochs, "imgsz": args.imgsz}
-    recipe = {**RECIPE, **size, **taught, **pairs(args.train), **cell.recipe, "seed": seed}
+    recipe = {**RECIPE, **size, **pairs(args.train), **cell.recipe, "seed": seed}
     if cell.work == "start" and cell.options is None:  # the same whatever is trained beside it
         recipe = {k: v for k, v in recipe.items() if k in {"imgsz", "seed", *MACHINE}}
     return {
@@ -179,7 +171,6 @@ def request(cell: Cell, seed: int, args: argparse.Namespace) -> dict:
         "weights": str(Path(args.weights).resolve()) if Path(args.weights).exists() else args.weights,
         "run": str((args.runs / name).resolve()),
         "source": source,
-        "needs": source or teacher,
         "target": str((args.runs / f"{name}.json").resolve()),
     }
 
@@ -221,8 +212,8 @@ def named(recipe: dict) -> dict:
 
 def start(request: dict, threads: int) -> bool:
     """Run a cell in a process of its own; says how it went and returns whether it is done."""
-    if request["needs"] and not Path(request["needs"]).exists():
-        print(f"{Path(request['run']).name}: FAILED: {request['needs']} is missing: repeat the cell that made it")
+    if request["source"] and not Path(request["source"]).exists():
+        print(f"{Path(request['run']).name}: FAILED: {request['source']} is missing: repeat the cell that made it")
         return False
     folder = Path(request["run"])
     folder.mkdir(parents=True, exist_ok=True)

@@ -76,15 +76,16 @@ def test_a_cell_that_fails_says_why(digits, tmp_path, capsys):
     assert "EMA-4bit-seed0: FAILED" in said and "unknown option 'bitz'" in said and said.count("\n") == 1
 
 
-def test_a_cell_is_taught_by_the_float_cell_of_its_seed(digits, tmp_path, capsys):
-    """Once that has run; no path of the teacher is part of what the cell is."""
-    cell = cells.Cell("taught-4bit", {"bits": 4}, teacher="float", recipe={"dis": 0})
+def test_a_cell_waits_for_the_one_that_it_begins_from(digits, tmp_path, capsys):
+    """And no path is part of what a cell is."""
+    cell = cells.Cell(
+        "later", {"correction": "tensor"}, "correct", source="EMA-4bit", recipe={"distill_model": "a/b.pt"}
+    )
     request = request_of(digits, tmp_path, cell)
-    teacher = tmp_path / "float-seed0" / "weights" / "best.pt"
-    assert request["recipe"]["distill_model"] == str(teacher) and request["recipe"]["dis"] == 0
-    assert cells.identity(request)["recipe"]["distill_model"] == "best.pt"
+    assert cells.identity(request)["recipe"]["distill_model"] == "b.pt"
     assert not cells.start(request, threads=1)
-    assert f"taught-4bit-seed0: FAILED: {teacher} is missing" in capsys.readouterr().out
+    source = tmp_path / "EMA-4bit-seed0" / "weights" / "qat.pt"
+    assert f"later-seed0: FAILED: {source} is missing" in capsys.readouterr().out
 
 
 def test_pages_from_files(tmp_path):
