@@ -20,7 +20,7 @@ Widths = tuple[int, int]  # of weights and of the input
 Plan = dict[str, Widths]  # by the name of the layer
 # Relative drop of mAP after training, in percent for each unit of cost; training mends weights better. Both are from
 # two rows of docs/results/coco.md (40 epochs): YOLOv5n with costs of 1.65 for its weights lost 5.6% with activations
-# that cost 0.02 (W4A8) and 15.3% with 0.43 (W4A4).
+# that cost 0.02 (W4A8) and 15.3% with 0.43 (W4A4). What they foretell is beside what came in its tables of budgets.
 DROP = {"weights": 3.1, "activations": 23.0}
 GAP = 1e-4  # a solution may be above the least by this share
 TINY = 1e-12  # of costs that are all 0, as of an untrained classifier
