@@ -62,7 +62,7 @@ class QCConfig:
     Args:
         target: What the model is to run on: "cpu", "tensorrt", "litert" or "fpga". `from_options` fills the options
             that are not given by what pays there, what cannot run there is refused, and exports write what runs there.
-            With weights of 4 bits, all but "fpga" give some layers 8 (`budget`). None: the options decide alone.
+            With weights of 4 bits, all but "fpga" give some layers 7 or 8 (`budget`). None: the options decide alone.
         bits: Width of weights and activations, 2 to 8.
         weight_bits: Width of weights where it differs from `bits`, 2 to 8.
         act_bits: Width of activations where it differs from `bits`, 2 to 8.

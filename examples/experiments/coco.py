@@ -85,7 +85,7 @@ TRAINING = {  # arguments of `yolo train` changed
 }
 
 UNIFORM = {**{width: RECIPE[width] for width in TRAINED}, "W3A8": {"weight_bits": 3, "act_bits": 8}}
-# cell -> the uniform width, options beside its own; on a CPU a file has weights of 4 or 8 bits
+# cell -> the uniform width, options beside its own; the target has two widths to choose from
 PLANS = {
     **{f"budget-{width}": (width, {"budget": "100%size"}) for width in UNIFORM},
     "budget-W4A4-90%": ("W4A4", {"budget": "90%size"}),
@@ -281,7 +281,7 @@ def budgets(name: str, content: dict) -> list[str]:
     lines = header("Widths by a budget", name, files)
     lines += [
         f"Float: {whole:.1f}. A budget is the file size of the uniform width of its name, or a share of it; at 102% "
-        "weights have 4 or 8 bits, as in files for a CPU. Differences are to that uniform width, and won back is the "
+        "weights have two widths, as in files for a CPU. Differences are to that uniform width, and won back is the "
         "part of its distance to float that the plan makes good. Predicted is the share of float that it was made for.",
         "",
         *table_head(head),

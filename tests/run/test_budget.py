@@ -220,7 +220,9 @@ def test_a_plan_of_another_model_is_refused(planned, train):
         train({"layer_bits": str(run / "qc" / "plan.json")})  # YOLOv5n
 
 
-@pytest.mark.parametrize("target,widths", [(None, range(2, 9)), ("cpu", (4, 8)), ("fpga", range(2, 9))])
+@pytest.mark.parametrize(
+    "target,widths", [(None, range(2, 9)), ("cpu", (4, 7)), ("litert", (4, 8)), ("fpga", range(2, 9))]
+)
 def test_a_target_has_the_widths_that_make_its_file_smaller(target, widths):
     config = QCConfig.from_options({"budget": "1MB", "target": target})
     assert budget.allowed_widths(config) == tuple(widths)
