@@ -34,8 +34,8 @@ class Target:
 
 
 TARGETS: dict[str, Target] = {
-    # no runtime there computes activations of fewer than 8 bits faster; docs/deployment.md has the reasons and sources
-    # and a file has weights beyond 7 bits as UINT8, which OpenVINO computes in float (deploy/qdq.py)
+    # No runtime there computes activations of fewer than 8 bits faster (docs/deployment.md has the sources). Weights of
+    # 8 bits are UINT8 in a file, which OpenVINO computes in float (deploy/qdq.py), so wide layers have 7.
     "cpu": Target({"per_channel": True, "act_bits": 8}, onnx="packed", widths=(4, 7)),
     "tensorrt": Target(
         {"per_channel": True, "act_bits": 8, "act_offset": False, "output_bits": None},

@@ -228,6 +228,18 @@ def test_a_target_has_the_widths_that_make_its_file_smaller(target, widths):
     assert budget.allowed_widths(config) == tuple(widths)
 
 
+def test_percent_of_size_is_of_the_file_that_the_other_options_give():
+    config = QCConfig(bits=4, layer_bits={"model.3.conv": "W6"})
+    probe = Probe(YOLO(FLOAT).model, config, [torch.rand(1, 3, 64, 64)])
+    problem = Problem(budget.layers_of(probe, config, "%size"), {}, *budget.bits_of_file(probe))
+    usual = {name: (conv.weight_quant.bits, conv.act_quant.bits) for name, conv in probe.convs.items()}
+    size = model_size(probe.model)["quantized"]
+    assert problem.amount("MB", usual) == pytest.approx(size) and problem.amount("%size", usual) == pytest.approx(100)
+    wider = {**usual, "model.1.conv": (8, 4)}
+    more = probe.convs["model.1.conv"].weight.numel() * 4 / 8e6
+    assert problem.amount("%size", wider) == pytest.approx(100 * (1 + more / size))
+
+
 def test_inputs_are_free_where_the_budget_counts_them():
     config = QCConfig(act_bits=6, edge_bits=7, layer_bits={"model.1.conv": "A5"})
     probe = Probe(YOLO(FLOAT).model, config, [torch.rand(1, 3, 64, 64)])

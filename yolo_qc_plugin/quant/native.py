@@ -112,13 +112,13 @@ def backward(
 
 def read_codes(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, out: Tensor) -> None:
     """Write the codes of a dense x, in the order of its memory, into a line of int8."""
-    library().codes(x.data_ptr(), out.data_ptr(), *_layout(x, scale, None)[:3], quant_min, quant_max)
+    library().codes(x.data_ptr(), out.data_ptr(), *_rows(x, scale), quant_min, quant_max)
 
 
 def anneal(weight: Tensor, scale: Tensor, quant_min: int, quant_max: int, temperature: float, top: float) -> Tensor:
     """Annealed rounding (`qat.annealed_rounding`) of a dense weight; `top` is its tanh at 1."""
     out, grid = torch.empty_like(weight), (quant_min, quant_max, temperature, top)
-    library().anneal(weight.data_ptr(), out.data_ptr(), *_layout(weight, scale, None)[:3], *grid)
+    library().anneal(weight.data_ptr(), out.data_ptr(), *_rows(weight, scale), *grid)
     return out
 
 
@@ -139,7 +139,7 @@ def anneal_backward(
     """
     by_weight, by_scale = torch.empty_like(weight), scale.new_empty(scale.numel())
     outputs, grid = (by_weight.data_ptr(), by_scale.data_ptr()), (quant_min, quant_max, temperature, top, grad_scale)
-    sizes = _layout(weight, scale, None)[:3]
+    sizes = _rows(weight, scale)
     if library().anneal_backward(grad.data_ptr(), weight.data_ptr(), *outputs, *sizes, *grid):
         raise MemoryError("no memory for the sums of a quantizer's gradients")
     return by_weight, by_scale
@@ -168,6 +168,10 @@ def oscillate(
     return flipped, oscillating
 
 
-def _layout(x: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[int, int, int, int | None]:
+def _rows(x: Tensor, scale: Tensor) -> tuple[int, int, int]:
     rows = scale.numel()
-    return rows, x.numel() // rows, scale.data_ptr(), None if offset is None else offset.data_ptr()
+    return rows, x.numel() // rows, scale.data_ptr()
+
+
+def _layout(x: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[int, int, int, int | None]:
+    return *_rows(x, scale), None if offset is None else offset.data_ptr()
