@@ -111,9 +111,10 @@ class QCConfig:
             plan.json of a run with a `budget`.
         budget: What the widths of layers are chosen by, in place of one for all: "1.4MB" of the file, "102%size" of
             what it has at the widths that other options give, "4.0bits" of a weight on average, "30%bops" of the
-            operations on bits at 8 bits everywhere, or "1.0%drop" of the float model's accuracy, predicted; None for no
-            choice. The layers that cost least have the fewest bits. Widths of edges and those in `layer_bits` stay, and
-            widths of activations too, except for "%bops".
+            operations on bits at 8 bits everywhere, "100%ops" of those at the widths that other options give, or
+            "1.0%drop" of the float model's accuracy, predicted; None for no choice. The layers that cost least have the
+            fewest bits. Widths of edges and those in `layer_bits` stay, and widths of activations too, except where the
+            budget is of operations.
 
     Raises:
         QCError: Where an option is out of its range; the message names it and what is accepted.

@@ -159,7 +159,7 @@ def split_widths(value: int | str) -> tuple[int | None, int | None]:
     return int(weight_bits) if weight_bits else None, int(act_bits) if act_bits else None
 
 
-BUDGET_UNITS = "MB", "%size", "bits", "%bops", "%drop"
+BUDGET_UNITS = "MB", "%size", "bits", "%bops", "%ops", "%drop"
 
 
 def split_budget(text: str) -> tuple[float, str]:
@@ -179,8 +179,8 @@ def _is_budget(value: object) -> bool:
 
 BUDGET = Kind(
     "'1.4MB' (of the file), '102%size' (of what it has at the widths that other options give), '4.0bits' (of a weight "
-    "on average), '30%bops' (of the operations on bits at 8 bits everywhere) or '1.0%drop' (of the float model's "
-    "figure, predicted), with an amount above 0",
+    "on average), '30%bops' (of the operations on bits at 8 bits everywhere), '100%ops' (of those at the widths that "
+    "other options give) or '1.0%drop' (of the float model's figure, predicted), with an amount above 0",
     str.strip,
     _is_budget,
 )

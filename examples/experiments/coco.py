@@ -88,6 +88,7 @@ UNIFORM = {**{width: RECIPE[width] for width in TRAINED}, "W3A8": {"weight_bits"
 # cell -> the uniform width, options beside its own; the target has two widths to choose from
 PLANS = {
     **{f"budget-{width}": (width, {"budget": "100%size"}) for width in UNIFORM},
+    **{f"budget-{width}-ops": (width, {"budget": "100%ops"}) for width in ("W4A4", "W3A3")},
     "budget-W4A4-90%": ("W4A4", {"budget": "90%size"}),
     "budget-W4A8-102%": ("W4A8", {"budget": "102%size", "target": "cpu"}),
 }

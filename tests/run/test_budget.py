@@ -21,7 +21,7 @@ from yolo_qc_plugin.options import BUDGET_UNITS, split_budget
 from yolo_qc_plugin.quant.layers import quant_convs
 from yolo_qc_plugin.report.record import model_size
 from yolo_qc_plugin.run import budget
-from yolo_qc_plugin.run.allocation import DROP, Layer, Problem
+from yolo_qc_plugin.run.allocation import BITS_OF_INPUTS, DROP, PERCENT_OF_USUAL, Layer, Problem
 from yolo_qc_plugin.run.sensitivity import Probe
 
 WIDTHS = (2, 4, 8)
@@ -45,7 +45,7 @@ def small_problem(seed: int) -> Problem:
         kind: {name: {str(w): draw.random() * 3.0**-w for w in WIDTHS} for name in names}
         for kind, names in (("weights", "abcd"), ("activations", "tu"))
     }
-    return Problem(layers, costs, other_bits=5000, usual_bits=7000)
+    return Problem(layers, costs, other_bits=5000, usual={"a": (4, 8), "b": (4, 4), "c": (2, 4), "d": (8, 4)})
 
 
 def all_plans(problem: Problem):
@@ -94,7 +94,7 @@ def test_a_tensor_counts_once():
 @pytest.mark.parametrize("unit", BUDGET_UNITS)
 def test_a_budget_out_of_reach_names_the_range_which_is_within_reach(unit):
     problem = replace(small_problem(1), other_bits=1e7)
-    for amount in (1e-4,) if unit == "%size" else (1e-4, 1e6):
+    for amount in (1e-4,) if unit in PERCENT_OF_USUAL else (1e-4, 1e6):
         with pytest.raises(QCError, match=r"budget='.*' is out of reach; give [0-9.]+ to [0-9.]+") as e:
             budget.solve(problem, f"{amount:f}{unit}")
         told = str(e.value).partition("give ")[2].split()
@@ -104,10 +104,11 @@ def test_a_budget_out_of_reach_names_the_range_which_is_within_reach(unit):
             assert split_budget(end)[1] == unit
 
 
-def test_more_than_the_largest_widths_use_is_no_fault_in_percent_of_size():
+@pytest.mark.parametrize("unit", PERCENT_OF_USUAL)
+def test_more_than_the_largest_widths_use_is_no_fault_in_percent_of_the_usual(unit):
     """A target's own budget is never in the way, whatever the model."""
     problem = small_problem(1)
-    plan = budget.solve(problem, "1000%size")["layer_bits"]
+    plan = budget.solve(problem, f"1000{unit}")["layer_bits"]
     assert plan == {name: f"W{max(of.weight_bits)}A{max(of.act_bits)}" for name, of in problem.layers.items()}
 
 
@@ -228,22 +229,27 @@ def test_a_target_has_the_widths_that_make_its_file_smaller(target, widths):
     assert budget.allowed_widths(config) == tuple(widths)
 
 
-def test_percent_of_size_is_of_the_file_that_the_other_options_give():
+def test_percents_of_the_usual_are_of_the_widths_that_other_options_give():
     config = QCConfig(bits=4, layer_bits={"model.3.conv": "W6"})
     probe = Probe(YOLO(FLOAT).model, config, [torch.rand(1, 3, 64, 64)])
-    problem = Problem(budget.layers_of(probe, config, "%size"), {}, *budget.bits_of_file(probe))
-    usual = {name: (conv.weight_quant.bits, conv.act_quant.bits) for name, conv in probe.convs.items()}
+    layers, usual = budget.layers_of(probe, config, "%ops"), budget.usual_plan(probe)
+    problem = Problem(layers, {}, budget.bits_beside_weights(probe), usual)
+    assert usual == {name: (conv.weight_quant.bits, conv.act_quant.bits) for name, conv in probe.convs.items()}
     size = model_size(probe.model)["quantized"]
-    assert problem.amount("MB", usual) == pytest.approx(size) and problem.amount("%size", usual) == pytest.approx(100)
+    assert problem.amount("MB", usual) == pytest.approx(size)
+    assert problem.amount("%size", usual) == pytest.approx(100) == problem.amount("%ops", usual)
     wider = {**usual, "model.1.conv": (8, 4)}
     more = probe.convs["model.1.conv"].weight.numel() * 4 / 8e6
     assert problem.amount("%size", wider) == pytest.approx(100 * (1 + more / size))
+    ops = sum(layer.macs * w * a for layer, (w, a) in zip(layers.values(), usual.values()))
+    assert problem.amount("%ops", wider) == pytest.approx(100 * (1 + 16 * layers["model.1.conv"].macs / ops))
 
 
 def test_inputs_are_free_where_the_budget_counts_them():
     config = QCConfig(act_bits=6, edge_bits=7, layer_bits={"model.1.conv": "A5"})
     probe = Probe(YOLO(FLOAT).model, config, [torch.rand(1, 3, 64, 64)])
-    for unit, inner in (("bits", (6,)), ("%bops", tuple(range(2, 9)))):
+    for unit in BUDGET_UNITS:
+        inner = tuple(range(2, 9)) if unit in BITS_OF_INPUTS else (6,)
         layers = budget.layers_of(probe, config, unit)
         assert layers["model.3.conv"].act_bits == inner and layers["model.3.conv"].weight_bits == tuple(range(2, 9))
         assert layers["model.1.conv"].act_bits == (5,) and layers["model.1.conv"].weight_bits == tuple(range(2, 9))

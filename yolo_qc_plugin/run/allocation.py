@@ -22,6 +22,8 @@ Plan = dict[str, Widths]  # by the name of the layer
 # two rows of docs/results/coco.md (40 epochs): YOLOv5n with costs of 1.65 for its weights lost 5.6% with activations
 # that cost 0.02 (W4A8) and 15.3% with 0.43 (W4A4). What they foretell is beside what came in its tables of budgets.
 DROP = {"weights": 3.1, "activations": 23.0}
+BITS_OF_INPUTS = "%bops", "%ops"  # units that count them
+PERCENT_OF_USUAL = "%size", "%ops"
 GAP = 1e-4  # a solution may be above the least by this share
 TINY = 1e-12  # of costs that are all 0, as of an untrained classifier
 
@@ -53,13 +55,13 @@ class Problem:
         layers: By name.
         costs: "weights" and "activations" -> name of the layer or tensor -> width as text -> cost.
         other_bits: Of the file, beside the weights.
-        usual_bits: Of the file with the widths that the options give without a budget.
+        usual: The plan that the options give without a budget.
     """
 
     layers: Mapping[str, Layer]
     costs: Mapping[str, Mapping[str, Mapping[str, float]]]
     other_bits: float
-    usual_bits: float
+    usual: Plan
 
     def amount(self, unit: str, plan: Plan) -> float:
         """How much a plan takes of what a budget limits."""
@@ -136,6 +138,7 @@ class Problem:
             "%size": lambda name, w, a: layers[name].weights * w,
             "bits": lambda name, w, a: layers[name].weights * w,
             "%bops": lambda name, w, a: layers[name].macs * w * a,
+            "%ops": lambda name, w, a: layers[name].macs * w * a,
             "%drop": cost,
         }[unit]
 
@@ -151,12 +154,17 @@ class Problem:
     def _offset(self, unit: str) -> float:
         return self.other_bits if unit in {"MB", "%size"} else 0.0
 
+    def _usual(self, unit: str) -> float:
+        """What all layers add with the widths that the options give."""
+        return sum(self._shares(unit)(name, *widths) for name, widths in self.usual.items())
+
     def _unit(self, unit: str) -> float:
         layers = self.layers.values()
         return {
             "MB": 8e6,
-            "%size": self.usual_bits / 100,
+            "%size": (self._usual("%size") + self.other_bits) / 100,
             "bits": sum(layer.weights for layer in layers),
             "%bops": sum(layer.macs for layer in layers) * 64 / 100,
+            "%ops": self._usual("%ops") / 100,
             "%drop": 1,
         }[unit]

@@ -27,7 +27,7 @@ from ..host.photographs import image_files
 from ..options import BUDGET_UNITS, split_budget
 from ..report.costs import FILE
 from ..report.record import FIGURES, model_size
-from .allocation import Layer, Problem
+from .allocation import BITS_OF_INPUTS, PERCENT_OF_USUAL, Layer, Plan, Problem
 from .sensitivity import IMAGES, Probe, Wanted, measure, prepare
 
 PLAN = "plan.json"  # in a run's qc/
@@ -62,7 +62,7 @@ def _plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig, budget: str)
     files = spread_out(image_files(trainer.data["train"], str(trainer.args.data)), IMAGES)
     probe, about = prepare(model, config, files, trainer.args.imgsz, trainer.device)
     layers = layers_of(probe, config, unit)
-    problem = Problem(layers, {}, *bits_of_file(probe))
+    problem = Problem(layers, {}, bits_beside_weights(probe), usual_plan(probe))
     if unit != "%drop":  # before what takes minutes
         check_reach(problem, budget)
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def layers_of(probe: Probe, config: QCConfig, unit: str) -> dict[str, Layer]:
     for name, conv in probe.convs.items():
         w, a = config.named_bits(name)
         edge = config.edge_bits if name in edges else None
-        body = None if unit == "%bops" else config.body_bits[1]
+        body = None if unit in BITS_OF_INPUTS else config.body_bits[1]
         fixed_w, fixed_a = w or edge, a or edge or body
         reads = next((t for t, readers in probe.readers.items() if name in readers), "")
         weight_bits, act_bits = (free if fixed is None else (fixed,) for fixed in (fixed_w, fixed_a))
@@ -102,24 +102,28 @@ def wanted(layers: dict[str, Layer]) -> Wanted:
     return {**of_weights, **of_tensors}
 
 
-def bits_of_file(probe: Probe) -> tuple[float, float]:
-    """Of what is beside the weights of the layers (biases, scales, and what is not quantized), and of all."""
+def bits_beside_weights(probe: Probe) -> float:
+    """Of the file: biases, scales, and what is not quantized."""
     of_weights = sum(conv.weight.numel() * conv.weight_quant.bits for conv in probe.convs.values())
-    whole = model_size(probe.model)["quantized"] * 8e6
-    return whole - of_weights, whole
+    return model_size(probe.model)["quantized"] * 8e6 - of_weights
+
+
+def usual_plan(probe: Probe) -> Plan:
+    """The widths that the options give; to be asked before the probe has measured."""
+    return {name: (conv.weight_quant.bits, conv.act_quant.bits) for name, conv in probe.convs.items()}
 
 
 def check_reach(problem: Problem, budget: str) -> None:
     """Refuse a budget that the least widths exceed, or that the largest do not use.
 
-    One in "%size", which targets give by themselves, may be more than the largest widths use.
+    One of PERCENT_OF_USUAL, which targets give by themselves, may be more than the largest widths use.
 
     Raises:
         QCError: Naming the range.
     """
     limit, unit = split_budget(budget)
     low, high = problem.reach(unit)
-    if limit < low or (limit > high and unit != "%size"):
+    if limit < low or (limit > high and unit not in PERCENT_OF_USUAL):
         digits = next((d for d in range(2, 9) if ceil(low * 10**d) < floor(high * 10**d)), 9)
         low, high = ceil(low * 10**digits) / 10**digits, floor(high * 10**digits) / 10**digits
         widths = sorted({w for layer in problem.layers.values() for w in layer.weight_bits})
