@@ -289,7 +289,11 @@ def train(request: dict) -> dict:
     report = json.loads((folder / "qc" / "report.json").read_text())
     return {
         **found,
-        **{key: report[key] for key in ("config", "metrics", "kept", "size_mb", "budget") if key in report},
+        **{
+            key: report[key]
+            for key in ("config", "metrics", "kept", "size_mb", "operations", "budget")
+            if key in report
+        },
     }
 
 

@@ -278,11 +278,13 @@ def budgets(name: str, content: dict) -> list[str]:
     if not (files and floats):
         return []
     whole = statistics.mean(floats.values())
-    head = ["widths", "QC", "seeds", "MB", "AP", "of float", "won back", "predicted", *difference_head(content)]
+    head = ["widths", "QC", "seeds", "MB", "BOPs", "AP", "of float", "won back", "predicted", *difference_head(content)]
     lines = header("Widths by a budget", name, files)
     lines += [
-        f"Float: {whole:.1f}. A budget is the file size of the uniform width of its name, or a share of it; at 102% "
-        "weights have two widths, as in files for a CPU. Differences are to that uniform width, and won back is the "
+        f"Float: {whole:.1f}. A budget is the file size of the uniform width of its name, or a share of it; -ops are "
+        "its operations on bits, which count activations. At 102% weights have two widths, as in files for a CPU. "
+        "BOPs, multiplications times the bits of weight and input, are in percent of 8 bits everywhere. "
+        "Differences are to that uniform width, and won back is the "
         "part of its distance to float that the plan makes good. Predicted is the share of float that it was made for.",
         "",
         *table_head(head),
@@ -292,17 +294,29 @@ def budgets(name: str, content: dict) -> list[str]:
         found = points(runs, state, "ap")
         if found and base:
             ap, lost = statistics.mean(found.values()), whole - statistics.mean(base.values())
-            sizes = {run["size_mb"]["quantized"] for run in runs.values() if "size_mb" in run}
-            size = f"{statistics.mean(sizes):.2f}" if sizes else ""
+            size, operations = taken(content, cell, runs)
             back = "" if cell == uniform else f"{(lost - whole + ap) / lost:.0%}" if lost > 0 else "none lost"
             by = difference(content, (cell, state), (uniform, state), "ap") if cell != uniform else None
             told = [100 - run["budget"]["takes"]["%drop"] for run in runs.values() if run.get("budget")]
-            shown = [cell, "✓" if state == "qc" else "✗", str(len(found)), size, mean_and_spread(found.values())]
+            shown = [cell, "✓" if state == "qc" else "✗", str(len(found)), size, operations]
+            shown.append(mean_and_spread(found.values()))
             by = by or " | ".join([""] * len(difference_head(content)))
             lines.append(
                 f"| {' | '.join([*shown, f'{ap / whole:.1%}', back, f'{told[0]:.1f}%' if told else ''])} | {by} |"
             )
     return lines
+
+
+def taken(content: dict, cell: str, runs: dict) -> tuple[str, str]:
+    """Columns of what the widths of a cell take: MB, and BOPs in percent, which older runs of a plan alone have.
+
+    Uniform widths take the same before training, where a cell of `calibrated` was run.
+    """
+    every = [*runs.values()] + ([*results(content["cells"], f"calibrated-{cell}").values()] if cell in UNIFORM else [])
+    sizes = {run["size_mb"]["quantized"] for run in every if "size_mb" in run}
+    shares = {run["budget"]["takes"]["%bops"] for run in every if run.get("budget")}
+    shares = shares or {run["operations"]["percent_of_8_bits"] for run in every if "operations" in run}
+    return tuple(f"{statistics.mean(of):.{digits}f}" if of else "" for of, digits in ((sizes, 2), (shares, 1)))
 
 
 def granularity(name: str, content: dict) -> list[str]:

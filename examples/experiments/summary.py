@@ -29,10 +29,10 @@ was measured on a GPU.
 mAP50-95 in points, mean ± standard deviation over seeds: AP by pycocotools on COCO's photographs and on animals, else
 Ultralytics' own. `best.pt` is the better of the models without and with QC on the validation set, as the plugin keeps
 it. Float is the checkpoint that training starts from; trained on is the same after as many epochs of the same recipe
-in float, with true labels. Labels say what training used beside the float model's outputs. With a budget each layer
-has the width that the option of this name gives it, in percent of the file size of the width before. QC's gain is with
-less without, in brackets the middle 95% of 1,000 resamples of the images or, of older runs (bccd, digits; a float
-teacher or none), the standard error."""
+in float, with true labels. Labels say what training used beside the float model's outputs. A budget gives each layer a
+width of its own, within a share of the file size or of the operations on bits that the width before it takes. QC's
+gain is with less without, in brackets the middle 95% of 1,000 resamples of the images or, of older runs (bccd, digits;
+a float teacher or none), the standard error."""
 
 CLAIMS = """## What held of the paper
 
@@ -76,7 +76,7 @@ def kept(content: dict, cell: str, start: str, figure: str) -> list[str] | None:
     config = one["config"]
     bits = "W{}A{}".format(*(config[f"{of}_bits"] or config["bits"] for of in ("weight", "act")))
     if cell in coco.PLANS:
-        bits += f", budget {coco.PLANS[cell][1]['budget'].removesuffix('size')}"
+        bits += f", {coco.PLANS[cell][1]['budget']}"
     share = [
         f"{statistics.mean(best) / statistics.mean(whole.values()):.1%}" if whole else "" for whole in (floats, on)
     ]

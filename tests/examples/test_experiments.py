@@ -234,21 +234,23 @@ def test_the_table_of_budgets():
         "budget-W4A4-90%": {"qat": 0.31, "qc": 0.3},
     }
     recorded = {f"{name}-seed0": {**one, **cell_of(0, **of)} for name, of in states.items()}
-    recorded["budget-W4A8-seed0"]["budget"] = {"takes": {"%drop": 1.25}}
+    recorded["budget-W4A8-seed0"]["budget"] = {"takes": {"%drop": 1.25, "%bops": 51.23}}
+    recorded["W4A8-seed0"]["operations"] = {"percent_of_8_bits": 53.46}
     page = coco.budgets("d-yolov5n", {"cells": recorded, "notes": [], "differences": {}})
-    assert "| budget-W4A8 | ✗ | 1 | 1.39 | 39.0 | 97.5% | 75% | 98.8% | +3.0 | +3.00 | - | - | noise |" in page
-    assert "| budget-W4A4-90% | ✓ | 1 | 1.39 | 30.0 | 75.0% | -11% |  | -1.0 | -1.00 | - | - | noise |" in page
+    assert "| budget-W4A8 | ✗ | 1 | 1.39 | 51.2 | 39.0 | 97.5% | 75% | 98.8% | +3.0 | +3.00 | - | - | noise |" in page
+    assert "| budget-W4A4-90% | ✓ | 1 | 1.39 |  | 30.0 | 75.0% | -11% |  | -1.0 | -1.00 | - | - | noise |" in page
+    assert any(row.startswith("| W4A8 | ✗ | 1 | 1.39 | 53.5 | 36.0 |") for row in page)
     (rows,) = page_tables(page)
     assert len({row.count("|") for row in rows}) == 1 and len(rows) == 2 + 8
     assert (("budget-W4A4-90%", "qat"), ("W4A4", "qat")) in coco.compared()
 
 
-def test_a_budget_is_the_size_of_the_uniform_width():
+def test_a_budget_is_what_its_name_says():
     options = {cell.name: cell.options for cell in coco.budgeted()}
     for name, (width, more) in coco.PLANS.items():
         assert options[name] == {**options[width], **more} and name.startswith(f"budget-{width}")
         share = name.rpartition("-")[2] if name.endswith("%") else "100%"
-        assert QCConfig(**options[name]).budget == f"{share}size"
+        assert QCConfig(**options[name]).budget == share + ("ops" if name.endswith("-ops") else "size")
 
 
 def page_tables(lines: list[str]) -> list[list[str]]:

@@ -158,7 +158,8 @@ def test_the_card_has_the_figures_of_the_report(folder, report):
 def test_the_console_has_the_worst_layers_and_the_file_all(folder, report):
     told = console.summary(report, worst=True)
     layers = report["layers"]
-    assert len(told.splitlines()) < 16 and f"{len(layers)} layers: " in told
+    assert f"operations on bits {report['operations']['percent_of_8_bits']:.1f}% of" in told
+    assert len(told.splitlines()) < 17 and f"{len(layers)} layers: " in told
     worst = sorted(layers, key=lambda x: x["oscillating"] * 0.5 ** x["weight_bits"], reverse=True)[:5]
     assert worst[0]["oscillating"] > 0
     rows = [line.split()[0] for line in told.splitlines() if line.startswith("model.")]

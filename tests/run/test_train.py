@@ -62,6 +62,10 @@ def test_two_epochs_through_the_stock_program(digits, tmp_path):
     assert layers["model.1.conv"]["weight_bits"] == 5 and layers["model.0.conv"]["act_bits"] == 8
     assert all(x["weight_codes"] <= 2 ** x["weight_bits"] for x in report["layers"])
     assert 0 < report["size_mb"]["quantized"] < report["size_mb"]["float32"] / 6
+    found = report["operations"]
+    assert found["bops"] == sum(x["macs"] * x["weight_bits"] * x["act_bits"] for x in layers.values())
+    assert found["percent_of_8_bits"] == pytest.approx(100 * found["bops"] / (64 * found["macs"]))
+    assert layers["model.0.conv"]["macs"] == 3 * 16 * 6 * 6 * 32 * 32  # yolov5n's stem: 6 x 6, stride 2, at 64 px
 
     out = python(
         "import sys\nfrom ultralytics import YOLO\nfrom copy import deepcopy\n"

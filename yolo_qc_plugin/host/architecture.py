@@ -77,9 +77,9 @@ def student(model: nn.Module) -> BaseModel:
     return getattr(model, "student_model", model)
 
 
-def blank_image(model: BaseModel) -> torch.Tensor:
-    """A small image that a model takes, black."""
-    side = 2 * max(int(model.stride.max()), 32)  # a classifier states a stride of 1
+def blank_image(model: BaseModel, side: int | None = None) -> torch.Tensor:
+    """A square image that a model takes, black; a small one where no side is given."""
+    side = side or 2 * max(int(model.stride.max()), 32)  # a classifier states a stride of 1
     return torch.zeros(1, model.yaml.get("channels", 3), side, side, device=next(model.parameters()).device)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import recomputed_in_backward
-from .modules import twin
+from .modules import hooked, twin
 from .precision import KeepWide
 from .quantizer import ActQuantizer, Quantizer, WeightQuantizer
 
@@ -131,6 +131,25 @@ def quant_convs(model: nn.Module) -> Iterator[tuple[str, QuantConv2d]]:
 def is_quantized(model: nn.Module) -> bool:
     """Whether the model has quantized convolutions (that are not deployed)."""
     return any(True for _ in quant_convs(model))
+
+
+@torch.no_grad()
+def multiplications(model: nn.Module, image: Tensor) -> dict[str, int]:
+    """How often each quantized convolution multiplies for an image, by its name.
+
+    Args:
+        model: In eval mode, since this runs it.
+        image: One image as the model takes it, shape (1, channels, height, width).
+    """
+    found: dict[str, int] = {}
+
+    def count(name: str, conv: QuantConv2d, output: Tensor) -> None:
+        found[name] = conv.weight.numel() * output.shape[2] * output.shape[3]
+
+    convs = quant_convs(model)
+    with hooked(c.register_forward_hook(lambda m, _, out, name=n: count(name, m, out)) for n, c in convs):
+        model(image)
+    return found
 
 
 def scale_parameters(model: nn.Module) -> list[nn.Parameter]:

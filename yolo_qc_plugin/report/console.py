@@ -31,7 +31,12 @@ def summary(report: dict[str, Any], worst: bool) -> str:
     """
     layers, size = report["layers"], report["size_mb"]
     widths = ", ".join(f"{count} {name}" for name, count in Counter(map(widths_of, layers)).most_common())
-    lines = [f"{len(layers)} layers: {widths}", f"weights {size['quantized']:.2f} MB, FP32 {size['float32']:.2f} MB"]
+    share = report["operations"]["percent_of_8_bits"]
+    lines = [
+        f"{len(layers)} layers: {widths}",
+        f"weights {size['quantized']:.2f} MB, FP32 {size['float32']:.2f} MB",
+        f"operations on bits {share:.1f}% of those at 8 bits everywhere",
+    ]
     if worst:
         lines += ["", *layer_rows(sorted(layers, key=trouble, reverse=True)[:SHOWN])]
     return "\n".join([*lines, "", *figure_rows(report)])

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import ultralytics
@@ -19,10 +20,10 @@ from .. import __version__
 from ..config import QCConfig
 from ..deploy.fold import deployed_convs
 from ..files import replacing
-from ..host.architecture import deploy_model
+from ..host.architecture import blank_image, deploy_model
 from ..host.record import own_record
 from ..quant.activations import quant_activations
-from ..quant.layers import QuantConv2d, quant_convs
+from ..quant.layers import QuantConv2d, multiplications, quant_convs
 from .runs import RECORD
 
 FIGURES = {  # Ultralytics' key -> ours, and its heading; those that a task has are reported
@@ -45,6 +46,7 @@ def build_report(
     kept: str,
     images: Iterable[Tensor],
     oscillating: Mapping[str, float],
+    imgsz: int,
 ) -> dict:
     """Collect the record.
 
@@ -57,11 +59,17 @@ def build_report(
         kept: "qat" or "qc".
         images: Batches in [0, 1] on the model's device, for the share of clipped activations.
         oscillating: Layer -> share of its weights that oscillate at the end; may be empty.
+        imgsz: Side in pixels of the square image for which operations are counted.
 
     Returns:
         A dict of plain values.
     """
     clipped = clipped_shares(model, images)
+    macs = multiplications(model, blank_image(model, imgsz))
+    layers = [
+        {**describe(name, conv), "macs": macs[name], "act_clipped": clipped[name], "oscillating": oscillating.get(name)}
+        for name, conv in quant_convs(model)
+    ]
     return {
         "config": config.to_dict(),
         "versions": {
@@ -74,10 +82,8 @@ def build_report(
         "metrics": {"float": own_record(model).float_metrics, **metrics},
         "kept": kept,
         "size_mb": model_size(model),
-        "layers": [
-            {**describe(name, conv), "act_clipped": clipped[name], "oscillating": oscillating.get(name)}
-            for name, conv in quant_convs(model)
-        ],
+        "operations": operations(layers),
+        "layers": layers,
         "outputs": [
             {"name": name, "bits": act.quant.bits, "scale": act.quant.scale.item(), "zero_point": act.quant.zero_point}
             for name, act in quant_activations(model)
@@ -158,6 +164,21 @@ def model_size(model: nn.Module) -> dict[str, float]:
         "float32": (rest + 4 * sum(c.weight_codes.numel() for c in convs) + 4 * channels) / 1e6,
         "quantized": (rest + sum(c.weight_codes.numel() * c.bits for c in convs) / 8 + 8 * channels) / 1e6,
     }
+
+
+def operations(layers: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """What the quantized convolutions compute for an image.
+
+    Args:
+        layers: Records as `describe` makes them, with "macs".
+
+    Returns:
+        "macs", multiplications; "bops", the same times the bits of weight and input (BOPs); "percent_of_8_bits", those
+        in percent of what they are with 8 bits for all.
+    """
+    counted = [(x["macs"], x["macs"] * x["weight_bits"] * x["act_bits"]) for x in layers]
+    macs, bops = (sum(column) for column in zip(*counted))
+    return {"macs": macs, "bops": bops, "percent_of_8_bits": 100 * bops / (64 * macs)}
 
 
 def write_report(report: dict, folder: Path) -> Path:

@@ -58,6 +58,8 @@ def tiles(run: Run) -> str:
         (common, f"bits of weights and of activations in {count} of {len(report['layers'])} layers"),
         (STAGES[report["kept"]], "is what best.pt holds"),
     ]
+    if found := report.get("operations"):  # records of earlier versions lack it
+        shown.insert(3, (f"{found['percent_of_8_bits']:.0f}%", "of the operations on bits at 8 bits everywhere"))
     tiles = "".join(f'<div class="tile"><b>{escape(big)}</b><span>{escape(text)}</span></div>' for big, text in shown)
     return f'<div class="tiles">{tiles}</div>'
 

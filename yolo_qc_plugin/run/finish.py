@@ -134,7 +134,7 @@ def correct_and_choose(
         oscillating: dict[str, float] = {}
         with log.naming_what_fails("oscillation"):
             oscillating = shares_at_the_end(folder)
-        report = build_report(model, config, metrics, kept, images, oscillating)
+        report = build_report(model, config, metrics, kept, images, oscillating, trainer.args.imgsz)
         report["training"] = origin(trainer, model, command)
         report["rounding"] = rounding
         if config.budget:

@@ -28,8 +28,7 @@ from ..host.distillation import Gains, detector, head_loss
 from ..host.images import read_images
 from ..quant.calibrate import act_quantizers, observe
 from ..quant.inject import inject
-from ..quant.layers import QuantConv2d, quant_convs
-from ..quant.modules import hooked
+from ..quant.layers import QuantConv2d, multiplications, quant_convs
 from ..quant.observers import SampleObserver
 from ..quant.quantizer import ActQuantizer, Quantizer
 from ..quant.share import share_quantizers
@@ -71,7 +70,7 @@ class Probe:
         tensors = act_quantizers(self.model)
         self.inputs: dict[str, ActQuantizer] = {name: quant for name, quant in tensors.items() if quant.learned}
         self.readers = {t: [n for n, c in self.convs.items() if c.act_quant is q] for t, q in self.inputs.items()}
-        self.macs: dict[str, int] = {}
+        self.macs = multiplications(self.model, images[0][:1])
         self._method, self.images = config.scale_init, images
         self._seen: dict[str, SampleObserver] = {}
         self._outputs: list[Any] = []
@@ -81,17 +80,10 @@ class Probe:
     def _start(self) -> None:
         """Run the float model: for the outputs to compare with, and the values that scales start from."""
 
-        def count(name: str, conv: QuantConv2d, output: Tensor) -> None:
-            self.macs.setdefault(name, conv.weight.numel() * output.shape[2] * output.shape[3])
-
         def run(batch: object) -> None:
             self._outputs.append(self.model(batch))
 
-        handles = (
-            c.register_forward_hook(lambda m, _, out, n=name: count(n, m, out)) for name, c in self.convs.items()
-        )
-        with hooked(handles):
-            self._seen = observe(self.model, self.inputs, self.images, run)
+        self._seen = observe(self.model, self.inputs, self.images, run)
 
     @torch.no_grad()
     def cost(self, kind: str, name: str, bits: int) -> float:
