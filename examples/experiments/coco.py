@@ -170,8 +170,8 @@ def ablation(name: str, content: dict) -> list[str]:
             pair = (cell, "qat"), (base.name, "qat")
             apart = content.get("differences", {}).get(label(*pair), {})
             nearer = [f"{apart['agreement']:+.3f}", "{:+.3f} to {:+.3f}".format(*apart["agreement_interval"])]
-            by = difference(content, *pair, "ap") or " | ".join([""] * len(gain))
-            shown = [cell.removeprefix("ablation-"), str(len(found)), *columns, f"{loss:.3f}", *nearer, by]
+            by = difference(content, *pair, "ap") or [""] * len(gain)
+            shown = [cell.removeprefix("ablation-"), str(len(found)), *columns, f"{loss:.3f}", *nearer, *by]
             lines.append(f"| {' | '.join(shown)} |")
     return lines
 
@@ -264,9 +264,8 @@ def recipe(name: str, content: dict) -> list[str]:
             shown = [mean_and_spread(column.values()) if column else "" for column in columns]
             of_float = shares(statistics.mean((kept or columns[0]).values()))
             minutes = f"{statistics.mean(run['seconds'] for run in runs.values()) / 60:.0f}" if runs else ""
-            by = difference(content, (width, "qc"), (width, "qat"), "ap") or " | ".join([""] * len(gain))
-            seeds = len(runs or start)
-            lines.append(f"| {width} | {seeds} | {' | '.join(shown)} | {of_float} | {by} | {minutes} |")
+            by = difference(content, (width, "qc"), (width, "qat"), "ap") or [""] * len(gain)
+            lines.append(f"| {' | '.join([width, str(len(runs or start)), *shown, of_float, *by, minutes])} |")
     return lines
 
 
@@ -296,14 +295,12 @@ def budgets(name: str, content: dict) -> list[str]:
             ap, lost = statistics.mean(found.values()), whole - statistics.mean(base.values())
             size, operations = taken(content, cell, runs)
             back = "" if cell == uniform else f"{(lost - whole + ap) / lost:.0%}" if lost > 0 else "none lost"
-            by = difference(content, (cell, state), (uniform, state), "ap") if cell != uniform else None
+            by = difference(content, (cell, state), (uniform, state), "ap") if cell != uniform else []
             told = [100 - run["budget"]["takes"]["%drop"] for run in runs.values() if run.get("budget")]
             shown = [cell, "✓" if state == "qc" else "✗", str(len(found)), size, operations]
             shown.append(mean_and_spread(found.values()))
-            by = by or " | ".join([""] * len(difference_head(content)))
-            lines.append(
-                f"| {' | '.join([*shown, f'{ap / whole:.1%}', back, f'{told[0]:.1f}%' if told else ''])} | {by} |"
-            )
+            shown += [f"{ap / whole:.1%}", back, f"{told[0]:.1f}%" if told else ""]
+            lines.append(f"| {' | '.join([*shown, *(by or [''] * len(difference_head(content)))])} |")
     return lines
 
 
@@ -368,7 +365,7 @@ def soft_rounding(name: str, content: dict) -> list[str]:
         if runs:
             hard, soft = (mean_and_spread(points(runs, state, "ap").values()) for state in ("hard", "soft"))
             theirs = PAPER_ROUNDED.get(sources[0]["model"], {}).get(bits, ("", ""))
-            columns = difference(content, *softer(bits), "ap")
+            columns = " | ".join(difference(content, *softer(bits), "ap"))
             lines.append(f"| {bits} | {len(runs)} | {hard} | {soft} | {theirs[0]} | {theirs[1]} | {columns} |")
     return lines
 

@@ -173,7 +173,8 @@ def table_of_differences(content: dict, pairs: list[tuple[State, State]], figure
     lines = table_head(["first", "second", *difference_head(content)])
     for pair in pairs:
         if columns := difference(content, *pair, figure):
-            lines.append(f"| {' | '.join(name + ' + QC' * (state == 'qc') for name, state in pair)} | {columns} |")
+            names = [name + " + QC" * (state == "qc") for name, state in pair]
+            lines.append(f"| {' | '.join([*names, *columns])} |")
     return lines
 
 
@@ -182,7 +183,7 @@ def difference_head(content: dict) -> list[str]:
     return ["by seed", "mean", "standard error", *["95% over images"] * ("differences" in content), "reading"]
 
 
-def difference(content: dict, first: State, second: State, figure: str = "map50_95") -> str:
+def difference(content: dict, first: State, second: State, figure: str = "map50_95") -> list[str]:
     """Columns of a paired difference: by seed, mean, standard error, interval where recorded, reading.
 
     It holds (or is reversed) where all seeds agree in sign and the mean is at least twice its standard error or, where
@@ -191,7 +192,7 @@ def difference(content: dict, first: State, second: State, figure: str = "map50_
     a, b = (points(results(content["cells"], cell), state, figure) for cell, state in (first, second))
     by_seed = [a[seed] - b[seed] for seed in a if seed in b]
     if not by_seed:
-        return ""
+        return []
     mean, error = statistics.mean(by_seed), standard_error(by_seed)
     columns = [", ".join(f"{d:+.1f}" for d in by_seed), f"{mean:+.2f}", "-" if error is None else f"{error:.2f}"]
     beyond_noise = error is not None and abs(mean) >= 2 * error
@@ -203,7 +204,7 @@ def difference(content: dict, first: State, second: State, figure: str = "map50_
     agree = all(d > 0 for d in by_seed) or all(d < 0 for d in by_seed)
     known = error is not None or "differences" in content
     reading = ("holds" if mean > 0 else "reversed") if agree and beyond_noise else "noise" if known else "one seed"
-    return " | ".join([*columns, reading])
+    return [*columns, reading]
 
 
 def standard_error(values: list[float]) -> float | None:
@@ -247,7 +248,7 @@ def table2(name: str, content: dict) -> list[str]:
     for setup, pair in zip(PAPER_CORRECTIONS, corrections()):
         after, theirs = points(corrected[setup], "qc", figure), PAPER_CORRECTIONS[setup]
         if after:
-            gains = difference(content, *pair, figure)
+            gains = " | ".join(difference(content, *pair, figure))
             marks = " | ".join("✓" if on else "✗" for on in setup[1:])
             shown = f"{len(after)} | {mean_and_spread(after.values())} | {theirs}"
             lines.append(f"| per {setup[0]} | {marks} | {shown} | {gains} |")
@@ -275,9 +276,10 @@ def table3(name: str, content: dict) -> list[str]:
         qat, qc = (points(runs, row, figure) for row in ("qat", "qc"))
         if qat:
             shown = mean_and_spread(qat.values()), mean_and_spread(qc.values()) if qc else ""
-            gain = difference(content, *pair, figure) if shown_differences and value else ""
-            line = f"| {value} | {len(qat)} | {' | '.join(shown)} | {PAPER_DECAYS[value]} |"
-            lines.append(line + (f" {gain or ' | ' * (len(more) - 1)} |" if shown_differences else ""))
+            columns = [str(value), str(len(qat)), *shown, str(PAPER_DECAYS[value])]
+            if shown_differences:
+                columns += (value and difference(content, *pair, figure)) or [""] * len(more)
+            lines.append(f"| {' | '.join(columns)} |")
     return lines
 
 
