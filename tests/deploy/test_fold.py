@@ -17,6 +17,7 @@ from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.deploy.fold import FixedQuantizer, deploy_conv, deployed_convs
 from yolo_qc_plugin.deploy.snap import snap
 from yolo_qc_plugin.host import architecture
+from yolo_qc_plugin.host.record import QuantRecord
 from yolo_qc_plugin.qat.correction import insert_correction
 from yolo_qc_plugin.quant.activations import QuantActivation, quant_activations
 from yolo_qc_plugin.quant.calibrate import calibrate, calibrate_outputs
@@ -81,6 +82,15 @@ def build(yaml, change=None, quantize=True, corrected=True, outputs=False, task=
             correct(model)
         snap(model)
     return model
+
+
+def write_trained(model, path, config=None, half=True, task="detect"):
+    """Write a model as training does, quantized where options are given; returns the path."""
+    model.names = {0: "red", 1: "white", 2: "platelet"}
+    if config:
+        model.qc = QuantRecord(config.to_dict())
+    torch.save({"model": model.half() if half else model, "train_args": {"imgsz": 64, "task": task}}, path)
+    return path
 
 
 @cache

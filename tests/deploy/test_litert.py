@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fold import build
+from test_fold import build, write_trained
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
@@ -26,7 +26,6 @@ from yolo_qc_plugin.deploy.litert.graph import LITERT_KINDS
 from yolo_qc_plugin.deploy.litert.layout import Geometry, Tensor, regrouped
 from yolo_qc_plugin.deploy.litert.weights import rounds_twice
 from yolo_qc_plugin.host import exporting
-from yolo_qc_plugin.host.record import QuantRecord
 from yolo_qc_plugin.quant.layers import quant_convs
 
 pytest.importorskip("onnx", reason="needs the extra litert")
@@ -80,11 +79,8 @@ def checkpoint(tmp_path_factory):
     def write(name):
         yaml, options = FAMILIES_OF_INT8[name]
         model = build(str(folder / "small.yaml") if yaml == "small" else yaml, **options)
-        model.names = {0: "red", 1: "white", 2: "platelet"}
-        model.qc = QuantRecord(QCConfig().to_dict())
         path = folder / f"model{len(list(folder.iterdir()))}.pt"  # Ultralytics renames a yolov5n.pt
-        torch.save({"model": model, "train_args": {"imgsz": 64, "task": options.get("task", "detect")}}, path)
-        return path
+        return write_trained(model, path, QCConfig(), half=False, task=options.get("task", "detect"))
 
     return write
 
@@ -204,9 +200,7 @@ def test_what_is_trained_for_litert_keeps_its_specification(tmp_path, target, ca
     model = build(str(tmp_path / "small.yaml"), outputs=True, bits=8, per_channel=True, target=target)
     for _, conv in quant_convs(model):
         conv.weight_quant.scale.data /= 16  # which clips the largest weights
-    model.qc = QuantRecord(QCConfig(target=target).to_dict())
-    torch.save({"model": model, "train_args": {"imgsz": 64, "task": "detect"}}, tmp_path / "best.pt")
-    file = ExportedLiteRT(export(tmp_path / "best.pt"))
+    file = ExportedLiteRT(export(write_trained(model, tmp_path / "best.pt", QCConfig(target=target), half=False)))
     assert min(codes.min() for codes in file.values.values()) == (-127 if target else -128)
     assert ("with the code -128" in caplog.text) == (target is None)
 
@@ -225,8 +219,7 @@ def test_a_kind_is_asked_of_its_own_format(checkpoint):
 def test_a_node_without_a_translation_is_named(tmp_path):
     (tmp_path / "gelu.yaml").write_text(SMALL + "activation: torch.nn.GELU()\n")
     model = build(str(tmp_path / "gelu.yaml"), outputs=True)
-    model.qc = QuantRecord(QCConfig().to_dict())
-    torch.save({"model": model, "train_args": {"imgsz": 64, "task": "detect"}}, tmp_path / "gelu.pt")
+    write_trained(model, tmp_path / "gelu.pt", QCConfig(), half=False)
     with pytest.raises(QCError, match=r"format=litert cannot carry Erf \(.*\) of this model; accepted: format=onnx"):
         export(tmp_path / "gelu.pt")
     assert not list(tmp_path.glob("*.tflite"))

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_fold import DOUBLE, build, correct, deviation, randomize
+from test_fold import DOUBLE, build, correct, deviation, randomize, write_trained
 from torch import nn
 from ultralytics import YOLO, cfg
 from ultralytics.nn.modules import Conv
@@ -32,7 +32,6 @@ from yolo_qc_plugin.deploy.graph import write_graph
 from yolo_qc_plugin.deploy.pack import pack_weights
 from yolo_qc_plugin.deploy.snap import snap
 from yolo_qc_plugin.host import architecture
-from yolo_qc_plugin.host.record import QuantRecord
 from yolo_qc_plugin.quant.calibrate import calibrate, calibrate_outputs
 from yolo_qc_plugin.quant.inject import inject, quantize_outputs
 from yolo_qc_plugin.quant.layers import quant_convs
@@ -435,12 +434,8 @@ def checkpoint(tmp_path_factory):
     @cache
     def write(yaml, **options):
         model = build(str(folder / "small.yaml") if yaml == "small" else yaml, **options)
-        model.names = {0: "red", 1: "white", 2: "platelet"}
-        if options.get("quantize", True):
-            model.qc = QuantRecord(QCConfig().to_dict())
         path = folder / f"model{len(list(folder.iterdir()))}.pt"
-        torch.save({"model": model.half(), "train_args": {"imgsz": 64, "task": "detect"}}, path)
-        return path
+        return write_trained(model, path, QCConfig() if options.get("quantize", True) else None)
 
     return write
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_fold import build
+from test_fold import build, write_trained
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
@@ -15,7 +15,6 @@ from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.deploy.codes import compare_codes
 from yolo_qc_plugin.deploy.exported_qonnx import open_onnx
 from yolo_qc_plugin.deploy.fold import deployed_convs
-from yolo_qc_plugin.host.record import QuantRecord
 from yolo_qc_plugin.quant.layers import multiplications, quant_convs
 from yolo_qc_plugin.report.record import describe, operations
 from yolo_qc_plugin.targets import TARGETS
@@ -34,11 +33,9 @@ def exported(tmp_path_factory):
     """Export a family: exported(name) -> (model in the deployed form, file)."""
 
     def write(name, imgsz=64):
-        path = tmp_path_factory.mktemp("family") / "model.pt"
         yaml = model_yaml(name) if name == "yolov7-tiny" else name
         model = build(yaml, **TARGETS["fpga"].fills, **FAMILIES[name])
-        model.names, model.qc = {0: "red", 1: "white", 2: "platelet"}, QuantRecord(OPTIONS.to_dict())
-        torch.save({"model": model.half(), "train_args": {"imgsz": 64, "task": "detect"}}, path)
+        path = write_trained(model, tmp_path_factory.mktemp("family") / "model.pt", OPTIONS)
         file = YOLO(path).export(format="onnx", imgsz=imgsz, device="cpu")
         return load_checkpoint(path)[0].float().fuse(verbose=False), Path(file)
 

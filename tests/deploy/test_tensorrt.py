@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_fold import correct, images, randomize
+from test_fold import correct, images, randomize, write_trained
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.engine.exporter import Exporter
@@ -23,7 +23,6 @@ from yolo_qc_plugin.deploy.exported import ExportedONNX
 from yolo_qc_plugin.deploy.fold import deployed_convs
 from yolo_qc_plugin.deploy.symmetric import obstacles
 from yolo_qc_plugin.host import architecture
-from yolo_qc_plugin.host.record import QuantRecord
 from yolo_qc_plugin.quant.calibrate import act_quantizers, calibrate
 from yolo_qc_plugin.quant.inject import inject, remove
 from yolo_qc_plugin.quant.share import share_quantizers
@@ -52,8 +51,7 @@ def build(yaml, **options):
     share_quantizers(model, image, joined=True)
     calibrate(model, [images(2)], model, config.scale_init)
     correct(model)
-    model.names, model.qc = {0: "red", 1: "white", 2: "platelet"}, QuantRecord(config.to_dict())
-    return model, sums
+    return model, config, sums
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +61,8 @@ def exported(tmp_path_factory):
     @cache
     def write(yaml, **options):
         folder = tmp_path_factory.mktemp("family")
-        model, sums = build(yaml, **options)
-        path = folder / "model.pt"
-        torch.save({"model": model.half(), "train_args": {"imgsz": 64, "task": "detect"}}, path)
+        model, config, sums = build(yaml, **options)
+        path = write_trained(model, folder / "model.pt", config)
         return path, YOLO(path).export(format="onnx", imgsz=64, device="cpu"), sums
 
     return write
@@ -241,9 +238,7 @@ def test_a_checkpoint_of_another_target_is_refused(tmp_path, options, reason, fu
     inject(model, config, architecture.edge_convs(model), architecture.fixed_convs(model))
     share_quantizers(model, architecture.blank_image(model))
     calibrate(model, [images(2)], model)
-    model.names, model.qc = {0: "red", 1: "white", 2: "platelet"}, QuantRecord(config.to_dict())
-    torch.save({"model": model.half(), "train_args": {"imgsz": 64, "task": "detect"}}, tmp_path / "model.pt")
-    yolo = YOLO(tmp_path / "model.pt")
+    yolo = YOLO(write_trained(model, tmp_path / "model.pt", config))
     if fused:
         yolo.model.float().fuse(verbose=False)
     choose_onnx_kind(yolo, "tensorrt")
