@@ -130,7 +130,7 @@ def test_layer_bits_refusal_names_the_pattern(value):
         ("target", None), ("target", "cpu"), ("target", "litert"),
         ("skip", ()), ("skip", ("a", "b.*")), ("layer_bits", {"a.*": 2, "b": 8}),
         ("layer_bits", {"a": "W4A8", "b": "A8", "c": "W2"}),
-        ("budget", None), ("budget", "1.4MB"), ("budget", "102%size"), ("budget", "4.0bits"),
+        ("budget", None), ("budget", "auto"), ("budget", "1.4MB"), ("budget", "102%size"), ("budget", "4.0bits"),
         ("budget", "30%bops"), ("budget", "1.0%drop"),
     ],
 )  # fmt: skip
@@ -187,7 +187,8 @@ def test_body_bits(options, expected):
     ("skip", "model.[01]", ("model.[01]",)),
     ("skip", "[ab].x,c.[01]", ("[ab].x", "c.[01]")), ("skip", "a,model.[01]", ("a", "model.[01]")),
     ("skip", "[model.[01], b]", ("model.[01]", "b")), ("skip", "['[ab].x', '*.[cd]']", ("[ab].x", "*.[cd]")),
-    ("budget", " 1.4MB ", "1.4MB"), ("budget", "none", None), ("budget", "30%bops", "30%bops"),
+    ("budget", " 1.4MB ", "1.4MB"), ("budget", "auto", "auto"), ("budget", "none", None),
+    ("budget", "30%bops", "30%bops"),
     ("layer_bits", "", {}), ("layer_bits", "model.24.*:6", {"model.24.*": 6}),
     ("layer_bits", "a:W4A8,b:a8, c: W6", {"a": "W4A8", "b": "A8", "c": "W6"}),
     ("layer_bits", "{'a': 'A8'}", {"a": "A8"}),
@@ -282,7 +283,8 @@ configs = st.builds(
     calibration_batches=st.integers(1, 99),
     skip=st.lists(st.text(min_size=1)).map(tuple),
     layer_bits=st.dictionaries(st.text(min_size=1), WIDTHS),
-    budget=st.none() | st.sampled_from(["1.4MB", "4bits", "4.0 bits", "30%bops", ".5%drop", "1.%drop", "99.5%size"]),
+    budget=st.none()
+    | st.sampled_from(["auto", "1.4MB", "4bits", "4.0 bits", "30%bops", ".5%drop", "1.%drop", "99.5%size"]),
 )
 
 
@@ -375,7 +377,7 @@ def test_the_papers_preset_is_what_it_states():
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_target_fills_what_is_not_given(target):
     filled = QCConfig.from_options({"target": f" {target} "})
-    assert filled == QCConfig(target=target, **TARGETS[target].fills, budget=TARGETS[target].budget)
+    assert filled == QCConfig(target=target, **TARGETS[target].fills)
     assert filled.symmetric == (target == "tensorrt") and filled.narrow == (target in {"tensorrt", "litert"})
     given = QCConfig.from_options({"target": target, "per_channel": "false", "bits": "3", "act_bits": "5"})
     assert not given.per_channel and given.body_bits == (3, 5)
@@ -383,16 +385,18 @@ def test_a_target_fills_what_is_not_given(target):
     assert of_paper == QCConfig(**{**TARGETS[target].fills, **PRESETS["paper"], "target": target})
 
 
-@pytest.mark.parametrize("more,budget", [
-    ({}, "102%size"), ({"bits": "4"}, "102%size"), ({"bits": "8"}, None), ({"weight_bits": "3"}, None),
-    ({"bits": "8", "weight_bits": "4"}, "102%size"), ({"budget": "none"}, None), ({"budget": "4.5bits"}, "4.5bits"),
-    ({"layer_bits": "model.2.*:8"}, None), ({"preset": "paper"}, None),
+@pytest.mark.parametrize("more,cpu,other", [
+    ({}, "102%size", "100%ops"), ({"bits": "4"}, "102%size", "100%ops"), ({"bits": "8"}, None, None),
+    ({"weight_bits": "3"}, None, "100%ops"), ({"bits": "8", "weight_bits": "4"}, "102%size", "100%ops"),
+    ({"budget": "auto"}, "102%size", "100%ops"), ({"budget": "none"}, None, None),
+    ({"budget": "4.5bits"}, "4.5bits", "4.5bits"), ({"layer_bits": "model.2.*:8"}, None, None),
+    ({"preset": "paper"}, None, None),
 ])  # fmt: skip
-def test_a_target_plans_widths_where_nothing_else_says_them(more, budget):
-    """And a config that was written and read again is the same."""
-    config = QCConfig.from_options({"target": "cpu", **more})
-    assert config.budget == budget and QCConfig.from_options(config.to_dict()) == config
-    assert QCConfig.from_options({"target": "fpga", **more}).budget == (None if budget == "102%size" else budget)
+def test_widths_are_planned_where_nothing_else_says_them(more, cpu, other):
+    """By what pays on the target; and a config that was written and read again is the same."""
+    for target, budget in {"cpu": cpu, "fpga": other, "none": other}.items():
+        config = QCConfig.from_options({"target": target, **more})
+        assert config.chosen_budget == budget and QCConfig.from_options(config.to_dict()) == config
 
 
 def test_targets_of_cpus():

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
 from .options import (
+    AUTO,
     BUDGET,
     FLAG,
     PATTERNS,
@@ -24,9 +25,8 @@ from .options import (
     whole,
     widths,
 )
-from .targets import TARGETS, Target
+from .targets import ANYWHERE, MAX_BITS, MIN_BITS, TARGETS, Target
 
-MIN_BITS, MAX_BITS = 2, 8
 WIDTH = whole(MIN_BITS, MAX_BITS)
 # name -> values of options that are not given
 PRESETS: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ class QCConfig:
     Args:
         target: What the model is to run on: "cpu", "tensorrt", "litert" or "fpga". `from_options` fills the options
             that are not given by what pays there, what cannot run there is refused, and exports write what runs there.
-            With weights of 4 bits, all but "fpga" give some layers 7 or 8 (`budget`). None: the options decide alone.
+            None: the options decide alone.
         bits: Width of weights and activations, 2 to 8.
         weight_bits: Width of weights where it differs from `bits`, 2 to 8.
         act_bits: Width of activations where it differs from `bits`, 2 to 8.
@@ -114,7 +114,8 @@ class QCConfig:
             operations on bits at 8 bits everywhere, "100%ops" of those at the widths that other options give, or
             "1.0%drop" of the float model's accuracy, predicted; None for no choice. The layers that cost least have the
             fewest bits. Widths of edges and those in `layer_bits` stay, and widths of activations too, except where the
-            budget is of operations.
+            budget is of operations. "auto" is "100%ops" or what the target has; None with `layer_bits`, where weights
+            leave no choice, and for a model that is not trained yet.
 
     Raises:
         QCError: Where an option is out of its range; the message names it and what is accepted.
@@ -153,7 +154,7 @@ class QCConfig:
     coco_eval: bool = option(False, FLAG)
     skip: tuple[str, ...] = option((), PATTERNS)
     layer_bits: Mapping[str, int | str] = option({}, widths(WIDTH))
-    budget: str | None = option(None, or_none(BUDGET, " for widths by the other options"))
+    budget: str | None = option(AUTO, or_none(BUDGET, " for widths by the other options"))
 
     def __post_init__(self):
         for name, kind in self.kinds().items():
@@ -163,7 +164,7 @@ class QCConfig:
             refuse("correction", self.correction, accepted)
         if self.rounding == "annealed" and (self.dampening_weight or self.freeze_threshold):
             refuse("rounding", self.rounding, "'nearest' with dampening_weight or freeze_threshold")
-        for name, values in self.runs_on.bears.items() if self.runs_on else ():
+        for name, values in self.runs_on.bears.items():
             if getattr(self, name) not in values:
                 accepted = f"{' or '.join(map(repr, values))} with target={self.target!r}"
                 refuse(name, getattr(self, name), accepted)
@@ -194,19 +195,27 @@ class QCConfig:
         return found
 
     @property
-    def runs_on(self) -> Target | None:
+    def runs_on(self) -> Target:
         """What `target` names."""
-        return TARGETS[self.target] if self.target else None
+        return TARGETS[self.target] if self.target else ANYWHERE
+
+    @property
+    def chosen_budget(self) -> str | None:
+        """`budget`, where it is "auto" what that means for a trained model."""
+        if self.budget != AUTO:
+            return self.budget
+        choice = self.body_bits[0] in self.runs_on.widths[:-1] and not self.layer_bits
+        return self.runs_on.budget if choice else None
 
     @property
     def narrow(self) -> bool:
         """Whether the target wants weights of 8 bits without the code -128."""
-        return self.runs_on is not None and self.runs_on.narrow
+        return self.runs_on.narrow
 
     @property
     def symmetric(self) -> bool:
         """Whether the target wants symmetric grids (see `Target`)."""
-        return self.runs_on is not None and self.runs_on.symmetric
+        return self.runs_on.symmetric
 
     def to_dict(self) -> dict:
         """Plain values only, ready for JSON."""
@@ -216,9 +225,8 @@ class QCConfig:
     def from_options(cls, options: Mapping[str, Any]) -> QCConfig:
         """Build a config from named options whose values may be text, as on a command line.
 
-        `preset`, a name of PRESETS, fills the fields that are not given, and `target` those that are left; `budget`
-        only where weights have the target's least width and no `layer_bits` name others. The config holds the preset's
-        values, not its name.
+        `preset`, a name of PRESETS, fills the fields that are not given, and `target` those that are left. The config
+        holds the preset's values, not its name.
 
         Text is read as data: numbers, true/false, none, comma-separated patterns for `skip`, and comma-separated
         `pattern:width` for `layer_bits`.
@@ -236,8 +244,5 @@ class QCConfig:
             )
         given = {name: kinds[name].parse(v) if isinstance(v, str) else v for name, v in options.items()}
         target = kinds["target"].check("target", given.get("target"))
-        config = cls(**{**(TARGETS[target].fills if target else {}), **preset, **given})
-        runs_on = config.runs_on
-        if runs_on is None or "budget" in {**preset, **given} or config.layer_bits:
-            return config
-        return replace(config, budget=runs_on.budget) if config.body_bits[0] == min(runs_on.widths) else config
+        fills = TARGETS[target].fills if target else {}
+        return cls(**{**fills, **preset, **given})

@@ -159,6 +159,7 @@ def split_widths(value: int | str) -> tuple[int | None, int | None]:
     return int(weight_bits) if weight_bits else None, int(act_bits) if act_bits else None
 
 
+AUTO = "auto"
 BUDGET_UNITS = "MB", "%size", "bits", "%bops", "%ops", "%drop"
 
 
@@ -172,7 +173,7 @@ def split_budget(text: str) -> tuple[float, str]:
 
 def _is_budget(value: object) -> bool:
     try:
-        return isinstance(value, str) and bool(split_budget(value))
+        return value == AUTO or (isinstance(value, str) and bool(split_budget(value)))
     except ValueError:
         return False
 
@@ -180,7 +181,7 @@ def _is_budget(value: object) -> bool:
 BUDGET = Kind(
     "'1.4MB' (of the file), '102%size' (of what it has at the widths that other options give), '4.0bits' (of a weight "
     "on average), '30%bops' (of the operations on bits at 8 bits everywhere), '100%ops' (of those at the widths that "
-    "other options give) or '1.0%drop' (of the float model's figure, predicted), with an amount above 0",
+    "other options give) or '1.0%drop' (of the float model's figure, predicted), with an amount above 0, or 'auto'",
     str.strip,
     _is_budget,
 )

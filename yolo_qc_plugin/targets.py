@@ -16,10 +16,9 @@ class Target:
         fills: Option -> its value where it is not given.
         bears: Option -> the values that can run there; others are refused. Options that are not named can have any.
         onnx: The kind of graph that `format=onnx` writes (see deploy.kinds).
-        widths: Those that a budget chooses from (run.budget): others take no less of the file than the next of these.
+        widths: Those that a budget chooses from: others take no less of the file than the next of these.
         narrow: Whether weights of 8 bits leave out the code -128.
-        budget: The option of that name where it is not given, weights have the least of `widths`, and no `layer_bits`
-            say otherwise: some layers then have the next width, at little cost.
+        budget: What `budget="auto"` is there: some layers then have more bits than others, at little or no cost.
         symmetric: Whether activations are to be signed and symmetric, the inputs of residual sums quantized, and what
             is concatenated on one grid.
     """
@@ -28,11 +27,15 @@ class Target:
     onnx: str
     bears: Mapping[str, tuple] = field(default_factory=dict)
     widths: tuple[int, ...] = (4, 8)
-    budget: str | None = "102%size"  # docs/results/coco.md, "Widths by a budget"
+    budget: str = "102%size"  # docs/results/coco.md, "Widths by a budget"
     narrow: bool = False
     symmetric: bool = False
 
 
+MIN_BITS, MAX_BITS = 2, 8
+ALL = tuple(range(MIN_BITS, MAX_BITS + 1))
+SAME_WORK = "100%ops"
+ANYWHERE = Target({}, onnx="packed", widths=ALL, budget=SAME_WORK)  # where none is named
 TARGETS: dict[str, Target] = {
     # No runtime there computes activations of fewer than 8 bits faster (docs/deployment.md has the sources). Weights of
     # 8 bits are UINT8 in a file, which OpenVINO computes in float (deploy/qdq.py), so wide layers have 7.
@@ -50,7 +53,7 @@ TARGETS: dict[str, Target] = {
         {"per_channel": True, "act_offset": False, "output_bits": None},
         onnx="qonnx",
         bears={"act_offset": (False,), "output_bits": (None,)},
-        widths=(2, 3, 4, 5, 6, 7, 8),
-        budget=None,
+        widths=ALL,
+        budget=SAME_WORK,
     ),
 }

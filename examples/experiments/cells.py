@@ -47,7 +47,7 @@ class Cell:
 
     Args:
         name: Of its files.
-        options: Of the plugin; None is float.
+        options: Of the plugin, whose widths are uniform unless a budget is among them; None is float.
         work: "train"; "correct" corrects the source's run with these options; "start" trains nothing and measures what
             training begins from, float or calibrated; "round" measures the source's model with softer rounding.
         source: Name of the cell whose run this one begins from.
@@ -273,7 +273,7 @@ def train(request: dict) -> dict:
     else:
         model = YOLO(request["weights"])
         if request["options"] is not None:
-            add_qc_callbacks(model, **request["options"])
+            add_qc_callbacks(model, **{"budget": None, **request["options"]})
         place = {"project": str(folder.parent), "name": folder.name, "exist_ok": True}
         metrics = model.train(data=request["data"], **place, **request["recipe"])
     trainer = model.trainer

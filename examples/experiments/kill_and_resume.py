@@ -131,7 +131,7 @@ def train(name: str, args: argparse.Namespace, watch: Watch) -> None:
     """A new run; the events counted go to a file."""
     watch.install()
     model = YOLO(args.model)
-    add_qc_callbacks(model, bits=4)
+    add_qc_callbacks(model, bits=4, budget=None)
     arguments = {**TRAINING, "data": str(args.data), "epochs": args.epochs, "imgsz": args.imgsz}
     model.train(**arguments, project=str(args.folder), name=name, exist_ok=True)
     (args.folder / f"{name}.json").write_text(json.dumps(watch.counts))

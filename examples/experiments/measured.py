@@ -127,7 +127,7 @@ def calibrate(yolo, request: dict, file: Path) -> None:
     from yolo_qc_plugin.host.architecture import student
     from yolo_qc_plugin.run.finish import set_outputs
 
-    config = add_qc_callbacks(yolo, **request["options"])
+    config = add_qc_callbacks(yolo, **{"budget": None, **request["options"]})
 
     class Calibrated(Exception):
         """Ends the run."""

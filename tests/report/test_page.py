@@ -177,7 +177,7 @@ def test_what_fails_is_named_and_the_run_is_whole(train, monkeypatch, caplog):
     monkeypatch.setattr("yolo_qc_plugin.run.finish.measure_rounding", broken)
     monkeypatch.setitem(page.PICTURES, "codes", replace(page.PICTURES["codes"], draw=broken))
     monkeypatch.setitem(page.SECTIONS, "Layers", ((broken,), ()))
-    yolo = train({"correction": "off"}, model=FLOAT, plots=True)
+    yolo = train({"correction": "off", "budget": None}, model=FLOAT, plots=True)
     for name in "soft rounding", "predictions", "codes", "Layers":
         assert caplog.text.count(f"{name} left out (RuntimeError: planted).") == 1
     shown = Page(Path(yolo.trainer.save_dir) / "qc" / "report.html")

@@ -221,12 +221,27 @@ def test_a_plan_of_another_model_is_refused(planned, train):
         train({"layer_bits": str(run / "qc" / "plan.json")})  # YOLOv5n
 
 
+def test_a_trained_start_is_planned_of_itself(train):
+    """With no more operations on bits than the same width for all takes."""
+    yolo = train({"telemetry": False}, model=FLOAT)
+    report = json.loads((yolo.trainer.save_dir / "qc" / "report.json").read_text())
+    assert report["config"]["budget"] == "100%ops" and report["budget"]["takes"]["%ops"] <= 100
+    assert len(set(widths_of(load_checkpoint(yolo.trainer.best)[0]).values())) > 2
+
+
+def test_a_start_that_is_not_trained_has_the_same_width_everywhere(train, monkeypatch):
+    monkeypatch.setattr(budget, "_plan", None)  # what would search
+    yolo = train({"target": "cpu", "telemetry": False})
+    model, _ = load_checkpoint(yolo.trainer.best)
+    assert set(widths_of(model).values()) == {"W8A8", "W4A8"}
+    assert model.qc.options.budget is None
+
+
 @pytest.mark.parametrize(
     "target,widths", [(None, range(2, 9)), ("cpu", (4, 7)), ("litert", (4, 8)), ("fpga", range(2, 9))]
 )
 def test_a_target_has_the_widths_that_make_its_file_smaller(target, widths):
-    config = QCConfig.from_options({"budget": "1MB", "target": target})
-    assert budget.allowed_widths(config) == tuple(widths)
+    assert QCConfig.from_options({"budget": "1MB", "target": target}).runs_on.widths == tuple(widths)
 
 
 def test_percents_of_the_usual_are_of_the_widths_that_other_options_give():

@@ -30,7 +30,7 @@ def test_the_better_is_kept(train, digits, kept, options):
     assert yolo.returned.results_dict["fitness"] == figures[kept]["fitness"]
     assert ((wdir / "best.pt").read_bytes() == (wdir / "qat.pt").read_bytes()) is (kept == "qat")
     assert {file.name for file in folder.iterdir()} == {  # plots=False draws nothing
-        "report.json", "telemetry.parquet", "layers.txt", "MODEL_CARD.md"
+        "report.json", "telemetry.parquet", "layers.txt", "MODEL_CARD.md", "plan.json", "sensitivity.json"
     }  # fmt: skip
     assert report["rounding"] is None
     found = YOLO(wdir / "best.pt").val(data=str(digits), imgsz=64, workers=0, plots=False, verbose=False)

@@ -30,7 +30,7 @@ def trained(digits, tmp_path_factory):
     """A quantized checkpoint of one short epoch that finds digits, and its file of the int8 kind."""
     folder = tmp_path_factory.mktemp("trained")
     model = YOLO(FLOAT)
-    add_qc_callbacks(model, bits=4)
+    add_qc_callbacks(model, bits=4, budget=None)
     options = {**TINY, "nbs": 8, "optimizer": "Adam", "lr0": 1e-3, "mosaic": 0.0}
     model.train(data=str(digits), project=str(folder), name="run", **options)
     checkpoint = folder / "best.pt"

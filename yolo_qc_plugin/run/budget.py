@@ -18,13 +18,13 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils import RANK
 
-from ..config import MAX_BITS, MIN_BITS, QCConfig, QCError
+from ..config import QCConfig, QCError
 from ..files import replacing
 from ..host import architecture, log
 from ..host.distributed import from_rank_0
 from ..host.images import spread_out
 from ..host.photographs import image_files
-from ..options import BUDGET_UNITS, split_budget
+from ..options import AUTO, BUDGET_UNITS, split_budget
 from ..report.costs import FILE
 from ..report.record import FIGURES, model_size
 from .allocation import BITS_OF_INPUTS, PERCENT_OF_USUAL, Layer, Plan, Problem
@@ -33,13 +33,10 @@ from .sensitivity import IMAGES, Probe, Wanted, measure, prepare
 PLAN = "plan.json"  # in a run's qc/
 
 
-def allowed_widths(config: QCConfig) -> tuple[int, ...]:
-    """Widths to choose from: those whose file what the run is for makes smaller."""
-    return config.runs_on.widths if config.runs_on else tuple(range(MIN_BITS, MAX_BITS + 1))
-
-
 def with_plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig) -> QCConfig:
     """The options with a width for each layer, where they have a budget; rank 0 decides.
+
+    `budget` is then no longer "auto", but what was meant by it.
 
     Args:
         trainer: Has read its data set; its model is made, but not yet injected.
@@ -49,10 +46,21 @@ def with_plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig) -> QCCon
     Raises:
         QCError: If the budget is out of reach; the message names the range.
     """
-    if config.budget is None:
+    budget = config.chosen_budget
+    if budget and config.budget == AUTO and _is_untrained(trainer):
+        log.info("all layers have the same widths: only of a trained model one can see where bits are needed")
+        budget = None
+    config = replace(config, budget=budget)
+    if budget is None:
         return config
-    plan = from_rank_0(_plan(trainer, model, config, config.budget) if RANK in {-1, 0} else None)
+    plan = from_rank_0(_plan(trainer, model, config, budget) if RANK in {-1, 0} else None)
     return replace(config, layer_bits={**config.layer_bits, **plan})
+
+
+def _is_untrained(trainer: BaseTrainer) -> bool:
+    """Whether the run starts from a YAML, and from no weights beside it."""
+    args = trainer.args
+    return str(args.model).endswith((".yaml", ".yml")) and not isinstance(args.pretrained, (str, Path))
 
 
 def _plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig, budget: str) -> dict[str, str]:
@@ -82,7 +90,7 @@ def layers_of(probe: Probe, config: QCConfig, unit: str) -> dict[str, Layer]:
     Edges keep `edge_bits`, and what `layer_bits` names keeps its width. Inputs are free where the budget counts them.
     """
     edges = architecture.edge_convs(probe.model)
-    free = allowed_widths(config)
+    free = config.runs_on.widths
     layers = {}
     for name, conv in probe.convs.items():
         w, a = config.named_bits(name)
