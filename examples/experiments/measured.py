@@ -113,14 +113,18 @@ def begin(request: dict) -> dict:
     state = "trained" if request["options"] is None else "qat"
     found = {"model": Path(yolo.model.yaml["yaml_file"]).stem, "steps": 0, "metrics": {state: {}}}
     if state == "qat":
-        calibrate(yolo, request, weights / FILES[state])
+        found |= calibrate(yolo, request, weights / FILES[state])
     else:
         shutil.copyfile(request["weights"], weights / FILES[state])
     return found
 
 
-def calibrate(yolo, request: dict, file: Path) -> None:
-    """Start a run as any other, write its model once it is calibrated, with its outputs quantized, and end it."""
+def calibrate(yolo, request: dict, file: Path) -> dict:
+    """Start a run as any other, write its model once it is calibrated, with its outputs quantized, and end it.
+
+    Returns:
+        What the report of a whole run has as "size_mb" and "operations".
+    """
     from ultralytics.nn.tasks import load_checkpoint
 
     from yolo_qc_plugin import add_qc_callbacks
@@ -149,6 +153,18 @@ def calibrate(yolo, request: dict, file: Path) -> None:
     place = {"project": str(folder.parent), "name": folder.name, "exist_ok": True}
     with suppress(Calibrated):
         yolo.train(data=request["data"], **place, **request["recipe"])
+    return taken(load_checkpoint(file)[0].float(), yolo.trainer.args.imgsz)
+
+
+def taken(model, imgsz: int) -> dict:
+    """Size and operations of a quantized model, as a report has them."""
+    from yolo_qc_plugin.host.architecture import blank_image
+    from yolo_qc_plugin.quant.layers import multiplications, quant_convs
+    from yolo_qc_plugin.report.record import describe, model_size, operations
+
+    macs = multiplications(model, blank_image(model, imgsz))
+    layers = ({**describe(name, conv), "macs": macs[name]} for name, conv in quant_convs(model))
+    return {"size_mb": model_size(model), "operations": operations(layers)}
 
 
 def rounding(file: str | Path, within: float):
