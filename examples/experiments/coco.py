@@ -9,10 +9,10 @@
     python examples/experiments/coco.py table3 ... --qc preset=paper
     python examples/experiments/coco.py granularity ... --qc preset=paper
 
-`recipe` is what a model keeps with the plugin's defaults; `ablation` changes one default at a time; `budget` is one
-width for all layers against widths by a budget of the same file size; table1 to table3
-are the paper's, made by the same functions as paper.py's; `granularity` is a scale per tensor against one per channel,
-narrow edges ("4-bit*") and soft rounding. Runs are shared between the kinds, and what is done or begun is not repeated
+`recipe` is what a model keeps with the plugin's defaults and the same widths in all layers; `ablation` changes one
+default at a time; `budget` is the same widths against widths by a budget of as much; table1 to table3 are the paper's,
+made by the same functions as paper.py's; `granularity` is a scale per tensor against one per channel, narrow edges
+("4-bit*") and soft rounding. Runs are shared between the kinds, and what is done or begun is not repeated
 (see cells.py); give the last four the same options. OUT/coco.json holds all cells and their paired differences,
 OUT/coco.md is made from it alone:
 
@@ -217,7 +217,7 @@ def softer(bits: int) -> tuple[State, State]:
 
 
 def recipe(name: str, content: dict) -> list[str]:
-    """What a model keeps with the plugin's defaults."""
+    """What a model keeps with the same widths in all layers."""
     floats = {
         title: points(results(content["cells"], cell.name), "trained", "ap")
         for title, cell in {"float": START, "float trained on": TRAINED_ON}.items()
@@ -244,9 +244,9 @@ def recipe(name: str, content: dict) -> list[str]:
         *gain,
         "minutes",
     ]
-    lines = header("The plugin's defaults", name, files)
-    if given := {k: v for run in files for k, v in run["options"].items() if k not in {"weight_bits", "act_bits"}}:
-        lines += [f"Not by default: {', '.join(f'{k}={v}' for k, v in given.items())}.", ""]
+    lines = header("The same widths in all layers", name, files)
+    given = {k: v for run in files for k, v in run["options"].items() if k not in {"weight_bits", "act_bits"}}
+    lines += [f"Not by default: {', '.join(f'{k}={v}' for k, v in {'budget': 'none', **given}.items())}.", ""]
     lines += [
         "Bits are those of weights and activations, 8 at the edges. `best.pt` is the better of the two columns before "
         "it in each run, as the plugin keeps it. Minutes are of a run, with QC and all that the plugin measures.",

@@ -209,7 +209,7 @@ def test_the_tables_on_coco(tmp_path):
     assert pair in coco.compared()
     content["differences"][measured.label(*pair)] = {"interval": [4.0, 6.0]}
     page = record.page(coco.HEAD, {"d-yolov5n": content}, *coco.TABLES).splitlines()
-    assert "Not by default: label_weight=0.0." in page
+    assert "Not by default: budget=none, label_weight=0.0." in page
     assert "| float trained on | 1 | | | | 39.0 | 97.5% | 100.0% | | | | | | |" in page
     assert "| W4A8 | 1 | 10.0 | 36.0 | 38.0 | 38.0 | 95.0% | 97.4% | +2.0 | +2.00 | - | - | noise | 2 |" in page
     assert "| float | - | 32 | 1 | 40.0 | 100.0% | 50.0 | 28.0 |" in page
