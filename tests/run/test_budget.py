@@ -11,7 +11,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import FLOAT
+from conftest import FLOAT, TINY, TINY_YAML
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
@@ -115,8 +115,6 @@ def test_more_than_the_largest_widths_use_is_no_fault_in_percent_of_the_usual(un
 @pytest.fixture(scope="module")
 def planned(digits, tmp_path_factory):
     """(run that was planned to 3 bits a weight, its folder, the arguments of train())."""
-    from conftest import TINY
-
     folder = tmp_path_factory.mktemp("budget")
     arguments = {**TINY, "data": str(digits), "project": str(folder), "name": "run", "epochs": 2}
     yolo = YOLO(FLOAT)
@@ -182,8 +180,6 @@ def test_a_plan_given_back_makes_the_same_run(planned):
 
 
 def test_a_resumed_run_takes_the_plan_from_its_checkpoint(digits, tmp_path, monkeypatch):
-    from conftest import TINY
-
     def stop(trainer):
         if trainer.epoch == 1:
             raise KeyboardInterrupt
@@ -235,6 +231,17 @@ def test_a_start_that_is_not_trained_has_the_same_width_everywhere(train, monkey
     model, _ = load_checkpoint(yolo.trainer.best)
     assert set(widths_of(model).values()) == {"W8A8", "W4A8"}
     assert model.qc.options.budget is None
+
+
+@pytest.mark.parametrize("load", [lambda yolo: yolo.load(FLOAT), lambda yolo: yolo])
+def test_a_yaml_with_weights_beside_it_is_trained(load, digits, tmp_path, monkeypatch):
+    """As `load` and `pretrained=` give them."""
+    monkeypatch.setattr(budget, "_plan", lambda *_: {"model.1.conv": "W6A6"})
+    yolo = load(YOLO(TINY_YAML))
+    given = {} if yolo.overrides.get("pretrained") else {"pretrained": str(FLOAT)}
+    add_qc_callbacks(yolo, telemetry=False, correction="off")
+    yolo.train(**{**TINY, "data": str(digits), "project": str(tmp_path), "name": "run", **given})
+    assert "W6A6" in widths_of(load_checkpoint(yolo.trainer.best)[0]).values()
 
 
 @pytest.mark.parametrize(
