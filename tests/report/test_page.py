@@ -155,6 +155,11 @@ def test_the_card_has_the_figures_of_the_report(folder, report):
     assert shown["`best.pt`"][0] == f"{best / 1e6:.2f}"
 
 
+def test_widths_in_short():
+    assert console.in_short(["W8A8", "W4A8", "W4A8"]) == "W4A8"
+    assert console.in_short(["W8A8", "W4A8", "W5A8", "W4A8"]) == "mixed precision"
+
+
 def test_the_console_has_the_worst_layers_and_the_file_all(folder, report):
     told = console.summary(report, worst=True)
     layers = report["layers"]

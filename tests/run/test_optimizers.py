@@ -26,7 +26,7 @@ def test_scales_move_without_jumps(train, optimizer, lr0):
             lambda *_: largest.append((torch.cat(scales) / before.pop() - 1).abs().max().item())
         )
 
-    options = {"bits": 4, "correction": "off", "telemetry": False}
+    options = {"bits": 4, "budget": None, "correction": "off", "telemetry": False}
     yolo = train(options, {"on_train_start": follow}, model=FLOAT, optimizer=optimizer, lr0=lr0, nbs=8, epochs=3)
     assert type(yolo.trainer.optimizer).__name__ == optimizer and len(largest) == 9
     assert 0.01 < max(largest) < 0.1 + 1e-6

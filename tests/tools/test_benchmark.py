@@ -35,7 +35,7 @@ def run(digits, tmp_path_factory):
     start = folder / "start.pt"
     shutil.copy(FLOAT, start)
     model = YOLO(start)
-    add_qc_callbacks(model, weight_bits=4, act_bits=8)
+    add_qc_callbacks(model, weight_bits=4, act_bits=8, budget=None)
     options = {**TINY, "nbs": 8, "optimizer": "Adam", "lr0": 1e-3, "mosaic": 0.0}
     model.train(data=str(digits), project=str(folder), name="run", **options)
     return folder / "run", start

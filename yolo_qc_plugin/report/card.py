@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replacing
-from .console import STAGES, widths_of
+from .console import STAGES, in_short, widths_of
 from .record import FIGURES
 
 CARD = "MODEL_CARD.md"  # in a run's qc/
@@ -50,6 +50,7 @@ def model_card(report: dict[str, Any], sizes: dict[str, int]) -> str:
     base = Path(made["start"]).stem or "model"  # checkpoints of earlier versions do not know it
     data = data_name(made["data"])
     widths = Counter(map(widths_of, report["layers"])).most_common()
+    short = in_short(map(widths_of, report["layers"]))
     columns = [(name, title) for name, title in FIGURES.values() if name in metrics["qat"]]
     stages = [stage for stage in ("float", "qat", "qc") if metrics.get(stage)]
     rows = [
@@ -59,9 +60,9 @@ def model_card(report: dict[str, Any], sizes: dict[str, int]) -> str:
         for stage in stages
     ]
     return "\n".join([
-        *_front_matter(report, base, data, widths[0][0], columns),
+        *_front_matter(report, base, data, short.lower().replace(" ", "-"), columns),
         "",
-        f"# {base}, {widths[0][0]}",
+        f"# {base}, {short}",
         "",
         f"{base} ({made['task']}) trained to integer weights and activations with yolo-qc-plugin "
         f"{report['versions']['yolo_qc_plugin']}: quantization-aware training with averaged weights and scales, and a "
@@ -128,14 +129,14 @@ def _front_matter(
         "library_name: ultralytics",
         f"pipeline_tag: {PIPELINES[made['task']]}",
         "tags:",
-        *(f"- {tag}" for tag in (*TAGS, widths.lower())),
+        *(f"- {tag}" for tag in (*TAGS, widths)),
         f"base_model: {quote(base)}",
         "datasets:",
         f"- {quote(data)}",
         "metrics:",
         *(f"- {name}" for name, _ in columns),
         "model-index:",
-        f"- name: {quote(f'{base}-{widths.lower()}')}",
+        f"- name: {quote(f'{base}-{widths}')}",
         "  results:",
         "  - task:",
         f"      type: {PIPELINES[made['task']]}",

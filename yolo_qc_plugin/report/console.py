@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +87,10 @@ def widths_of(layer: dict[str, Any]) -> str:
 def trouble(layer: dict[str, Any]) -> tuple[float, float]:
     """How bad a layer is: oscillation, in shares of its range as a code is one, then what is clipped of its input."""
     return (layer["oscillating"] or 0.0) / 2 ** layer["weight_bits"], layer["act_clipped"]
+
+
+def in_short(widths: Iterable[str]) -> str:
+    """The widths of a model's layers in one word: those of most layers, as W4A8, or "mixed precision"."""
+    counted = Counter(widths)
+    ((name, count),) = counted.most_common(1)
+    return name if 2 * count > counted.total() else "mixed precision"

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from ..deploy.exported import ExportedONNX, batched
 from ..host import log
 from ..quant.inject import remove
 from ..quant.layers import quant_convs
+from ..report.console import in_short
 from ..report.record import figures_of
 from .check import MAIN_FIGURES
 from .checkpoints import load_checkpoint
@@ -108,9 +108,9 @@ def _folder(model: Path, out: str | None) -> Path:
 
 
 def _described(yolo: YOLO) -> str:
-    """A model's architecture, and the widths of most of its convolutions."""
-    widths = Counter(f"W{m.weight_quant.bits}A{m.act_quant.bits}" for _, m in quant_convs(yolo.model))
-    return f"{Path(yolo.model.yaml.get('yaml_file', yolo.task)).stem} {widths.most_common(1)[0][0]}"
+    """A model's architecture and widths."""
+    widths = in_short(f"W{m.weight_quant.bits}A{m.act_quant.bits}" for _, m in quant_convs(yolo.model))
+    return f"{Path(yolo.model.yaml.get('yaml_file', yolo.task)).stem} {widths}"
 
 
 def _version(package: str) -> str:
