@@ -3,8 +3,10 @@
 
     python examples/predictions.py RUN                       # two photographs that Ultralytics installs
     python examples/predictions.py RUN --photographs a.jpg b.jpg --imgsz 320 --out predictions.jpg
+    python examples/predictions.py RUN --benchmark docs/results/yolov5n/benchmark.json
 
-RUN is the folder of a finished run that had a teacher. The figures under the columns are of its report.
+RUN is the folder of a finished run that had a teacher. The figures under the columns are of its report, or
+of its files in ONNX Runtime where `yolo-qc benchmark` has measured them.
 """
 
 from __future__ import annotations
@@ -19,25 +21,29 @@ from ultralytics.utils import ASSETS
 
 import yolo_qc_plugin  # noqa: F401  (opens our checkpoints)
 
-MODELS = {
-    "float": ("teacher.pt", "float32"),
-    "quantized": ("best.pt", "quantized"),
-}  # -> its file, its size in a report
+MODELS = {  # -> its file, its size in a report, its row in a benchmark
+    "float": ("teacher.pt", "float32", "FP32"),
+    "quantized": ("best.pt", "quantized", "ours packed"),
+}
 
 
-def caption(report: dict, which: str, size: str) -> str:
-    """What a model is, how large its weights are and how well it does."""
+def caption(report: dict, which: str, benchmark: dict | None) -> str:
+    """What a model is, how large it is, how well it does and how long it takes."""
     state = "float" if which == "float" else report["kept"]
+    _, size, row = MODELS[which]
     bits = {(layer["weight_bits"], layer["act_bits"]) for layer in report["layers"]}
     body = "FP32" if which == "float" else "W{}A{}".format(*min(bits))
+    if benchmark:
+        found = next(x for x in benchmark["rows"] if (x["runtime"], x["file"]) == ("ONNX Runtime", row))
+        return f"{body}: {found['mb']:.1f} MB, mAP50-95 {found['figure']:.3f}, {found['median']:.1f} ms"
     return f"{body}: {report['size_mb'][size]:.1f} MB of weights, mAP50-95 {report['metrics'][state]['map50_95']:.3f}"
 
 
-def draw(run: Path, photographs: list[Path], imgsz: int, confidence: float) -> Figure:
+def draw(run: Path, photographs: list[Path], imgsz: int, confidence: float, benchmark: dict | None = None) -> Figure:
     """Both models' boxes on each photograph, all in a row, with the captions below."""
     report = json.loads((run / "qc" / "report.json").read_text())
-    captions = [caption(report, which, size) for which, (_, size) in MODELS.items()]
-    models = [YOLO(run / "weights" / file) for file, _ in MODELS.values()]
+    captions = [caption(report, which, benchmark) for which in MODELS]
+    models = [YOLO(run / "weights" / file) for file, *_ in MODELS.values()]
     panels = [
         (
             model.predict(photograph, imgsz=imgsz, conf=confidence, device="cpu", verbose=False)[0].plot()[..., ::-1],
@@ -64,9 +70,11 @@ def main() -> None:
     p.add_argument("--photographs", type=Path, nargs="+", default=[ASSETS / "bus.jpg", ASSETS / "zidane.jpg"])
     p.add_argument("--imgsz", type=int, default=320)
     p.add_argument("--confidence", type=float, default=0.25)
+    p.add_argument("--benchmark", type=Path, help="benchmark.json of the run's best.pt")
     p.add_argument("--out", type=Path, default=Path("predictions.jpg"))
     args = p.parse_args()
-    draw(args.run, args.photographs, args.imgsz, args.confidence).savefig(args.out, dpi=110)
+    benchmark = json.loads(args.benchmark.read_text()) if args.benchmark else None
+    draw(args.run, args.photographs, args.imgsz, args.confidence, benchmark).savefig(args.out, dpi=110)
     print(args.out)
 
 
