@@ -156,6 +156,9 @@ def test_the_card_has_the_figures_of_the_report(folder, report):
 
 
 def test_widths_in_short():
+    layers = [{"weights": n, "weight_bits": w, "act_bits": 8} for n, w in ((10, 8), (60, 4), (30, 2))]
+    assert sections.tile_of_widths(layers) == ("3.8 bits", "of a weight on average; W8A8 in 1 of 3 layers")
+    assert sections.tile_of_widths(layers[:1]) == ("W8A8", "bits of weights and of activations in 1 of 1 layers")
     assert console.in_short(["W8A8", "W4A8", "W4A8"]) == "W4A8"
     assert console.in_short(["W8A8", "W4A8", "W5A8", "W4A8"]) == "mixed precision"
 

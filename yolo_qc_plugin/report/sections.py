@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .console import STAGES, widths_of
+from .console import STAGES, in_short, widths_of
 from .predictions import CHANGED, FILE, SIDES
 from .record import FIGURES
 from .runs import Run
@@ -51,17 +51,27 @@ def tiles(run: Run) -> str:
     (name, title), size, metrics = main_figure(report), report["size_mb"], report["metrics"]
     value, start = metrics[report["kept"]][name], (metrics.get("float") or {}).get(name)
     share = f", {value / start:.1%} of the float start's {100 * start:.1f}" if start else ""
-    ((common, count),) = Counter(map(widths_of, report["layers"])).most_common(1)
     shown = [
         (f"{100 * value:.1f}", f"{title} of best.pt in points{share}"),
         (f"{size['quantized']:.2f} MB", f"of weights, {size['float32'] / size['quantized']:.1f} times less than FP32"),
-        (common, f"bits of weights and of activations in {count} of {len(report['layers'])} layers"),
+        tile_of_widths(report["layers"]),
         (STAGES[report["kept"]], "is what best.pt holds"),
     ]
     if found := report.get("operations"):  # records of earlier versions lack it
         shown.insert(3, (f"{found['percent_of_8_bits']:.0f}%", "of the operations on bits at 8 bits everywhere"))
     tiles = "".join(f'<div class="tile"><b>{escape(big)}</b><span>{escape(text)}</span></div>' for big, text in shown)
     return f'<div class="tiles">{tiles}</div>'
+
+
+def tile_of_widths(layers: list[dict[str, Any]]) -> tuple[str, str]:
+    """What most layers have or, where no widths have most of them, the mean of a weight."""
+    ((common, count),) = Counter(map(widths_of, layers)).most_common(1)
+    of_all = f"{count} of {len(layers)} layers"
+    if in_short(map(widths_of, layers)) == common:
+        return common, f"bits of weights and of activations in {of_all}"
+    weights = [x.get("weights", 1) for x in layers]  # records of earlier versions lack it
+    mean = sum(n * x["weight_bits"] for n, x in zip(weights, layers)) / sum(weights)
+    return f"{mean:.1f} bits", f"of a weight on average; {common} in {of_all}"
 
 
 def accuracy(run: Run) -> str:
