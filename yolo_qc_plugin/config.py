@@ -204,8 +204,8 @@ class QCConfig:
         """`budget`, where it is "auto" what that means for a trained model."""
         if self.budget != AUTO:
             return self.budget
-        choice = self.body_bits[0] in self.runs_on.widths[:-1] and not self.layer_bits
-        return self.runs_on.budget if choice else None
+        wider = self.body_bits[0] in self.runs_on.widths[:-1]  # there is something to choose
+        return self.runs_on.budget if wider and not self.layer_bits else None
 
     @property
     def narrow(self) -> bool:
