@@ -262,8 +262,6 @@ def train(request: dict) -> dict:
     """Train a cell, or go on training it; returns what its JSON file is to hold of the run."""
     from ultralytics import YOLO
 
-    from yolo_qc_plugin import add_qc_callbacks
-
     folder = Path(request["run"])
     last = folder / "weights" / "last.pt"
     resume = last.exists() and last.with_name("resume.pt").exists()
@@ -273,7 +271,7 @@ def train(request: dict) -> dict:
     else:
         model = YOLO(request["weights"])
         if request["options"] is not None:
-            add_qc_callbacks(model, **{"budget": None, **request["options"]})
+            measured.add_callbacks(model, request["options"])
         place = {"project": str(folder.parent), "name": folder.name, "exist_ok": True}
         metrics = model.train(data=request["data"], **place, **request["recipe"])
     trainer = model.trainer
@@ -287,14 +285,8 @@ def train(request: dict) -> dict:
         trained = {"map50_95": float(metrics.box.map), "map50": float(metrics.box.map50)}
         return {**found, "metrics": {"trained": trained}}
     report = json.loads((folder / "qc" / "report.json").read_text())
-    return {
-        **found,
-        **{
-            key: report[key]
-            for key in ("config", "metrics", "kept", "size_mb", "operations", "budget")
-            if key in report
-        },
-    }
+    of_report = "config", "metrics", "kept", "size_mb", "operations", "budget"
+    return {**found, **{key: report[key] for key in of_report if key in report}}
 
 
 def correct(request: dict) -> dict:

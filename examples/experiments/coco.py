@@ -283,8 +283,8 @@ def budgets(name: str, content: dict) -> list[str]:
         f"Float: {whole:.1f}. A budget is the file size of the uniform width of its name, or a share of it; -ops are "
         "its operations on bits, which count activations. At 102% weights have two widths, as in files for a CPU. "
         "BOPs, multiplications times the bits of weight and input, are in percent of 8 bits everywhere. "
-        "Differences are to that uniform width, and won back is the "
-        "part of its distance to float that the plan makes good. Predicted is the share of float that it was made for.",
+        "Differences are to that uniform width, and won back is the part of its distance to float that the plan makes "
+        "good. Predicted is the share of float that the run foretold.",
         "",
         *table_head(head),
     ]
@@ -297,17 +297,20 @@ def budgets(name: str, content: dict) -> list[str]:
             back = "" if cell == uniform else f"{(lost - whole + ap) / lost:.0%}" if lost > 0 else "none lost"
             by = difference(content, (cell, state), (uniform, state), "ap") if cell != uniform else []
             told = [100 - run["budget"]["takes"]["%drop"] for run in runs.values() if run.get("budget")]
-            shown = [cell, "✓" if state == "qc" else "✗", str(len(found)), size, operations]
-            shown.append(mean_and_spread(found.values()))
-            shown += [f"{ap / whole:.1%}", back, f"{told[0]:.1f}%" if told else ""]
-            lines.append(f"| {' | '.join([*shown, *(by or [''] * len(difference_head(content)))])} |")
+            shown = [
+                cell, "✓" if state == "qc" else "✗", str(len(found)), size, operations, mean_and_spread(found.values()),
+                f"{ap / whole:.1%}", back, f"{told[0]:.1f}%" if told else "",
+                *(by or [""] * len(difference_head(content))),
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(shown)} |")
     return lines
 
 
 def taken(content: dict, cell: str, runs: dict) -> tuple[str, str]:
-    """Columns of what the widths of a cell take: MB, and BOPs in percent, which older runs of a plan alone have.
+    """Columns of what the widths of a cell take: MB, and BOPs in percent; empty where no run tells.
 
-    Uniform widths take the same before training, where a cell of `calibrated` was run.
+    Runs of earlier versions tell BOPs only of a plan. Uniform widths take as much before training, of which the cell of
+    `calibrated` tells.
     """
     every = [*runs.values()] + ([*results(content["cells"], f"calibrated-{cell}").values()] if cell in UNIFORM else [])
     sizes = {run["size_mb"]["quantized"] for run in every if "size_mb" in run}

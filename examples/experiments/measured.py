@@ -103,6 +103,13 @@ def agreement(file: Path, start: str, validator) -> np.ndarray:
     return np.array([losses[name] for name in sorted(losses)])
 
 
+def add_callbacks(yolo, options: dict):
+    """Have a run quantized with the same widths in all layers, unless a budget is among the options; returns them."""
+    from yolo_qc_plugin import add_qc_callbacks
+
+    return add_qc_callbacks(yolo, **{"budget": None, **options})
+
+
 def begin(request: dict) -> dict:
     """Write what training begins from: the float checkpoint, or the model as the plugin has calibrated it."""
     from ultralytics import YOLO
@@ -127,11 +134,11 @@ def calibrate(yolo, request: dict, file: Path) -> dict:
     """
     from ultralytics.nn.tasks import load_checkpoint
 
-    from yolo_qc_plugin import add_qc_callbacks
-    from yolo_qc_plugin.host.architecture import student
+    from yolo_qc_plugin.host.architecture import blank_image, student
+    from yolo_qc_plugin.report.record import described, model_size, operations
     from yolo_qc_plugin.run.finish import set_outputs
 
-    config = add_qc_callbacks(yolo, **{"budget": None, **request["options"]})
+    config = add_callbacks(yolo, request["options"])
 
     class Calibrated(Exception):
         """Ends the run."""
@@ -153,17 +160,8 @@ def calibrate(yolo, request: dict, file: Path) -> dict:
     place = {"project": str(folder.parent), "name": folder.name, "exist_ok": True}
     with suppress(Calibrated):
         yolo.train(data=request["data"], **place, **request["recipe"])
-    return taken(load_checkpoint(file)[0].float(), yolo.trainer.args.imgsz)
-
-
-def taken(model, imgsz: int) -> dict:
-    """Size and operations of a quantized model, as a report has them."""
-    from yolo_qc_plugin.host.architecture import blank_image
-    from yolo_qc_plugin.quant.layers import multiplications, quant_convs
-    from yolo_qc_plugin.report.record import describe, model_size, operations
-
-    macs = multiplications(model, blank_image(model, imgsz))
-    layers = ({**describe(name, conv), "macs": macs[name]} for name, conv in quant_convs(model))
+    model = load_checkpoint(file)[0].float()
+    layers = described(model, blank_image(model, yolo.trainer.args.imgsz))
     return {"size_mb": model_size(model), "operations": operations(layers)}
 
 

@@ -166,6 +166,8 @@ def test_a_cell_has_cocos_ap_of_each_state(digits, tmp_path):
         assert figures["ap"] == pytest.approx(measured_again["coco"]["bbox"]["AP"], abs=1e-12) and figures["ap"] > 0.01
         assert figures["map50_95"] == pytest.approx(measured_again["ultralytics"]["bbox"]["map50_95"], abs=1e-12)
         assert np.load(run / "coco" / state / "resampled.npy").shape == (1001,)
+    assert found["trained"]["config"]["budget"] is None  # the start is trained: else its widths would be planned
+    assert all(found["start"][key] == found["trained"][key] for key in ("size_mb", "operations"))
     states = {file: load_checkpoint(run / "weights" / f"{file}.pt")[0].state_dict() for file in ("best", "qat", "qc")}
     kept = states[found["trained"]["kept"]]
     assert kept.keys() == states["best"].keys() and all(torch.equal(v, kept[k]) for k, v in states["best"].items())
@@ -251,6 +253,21 @@ def test_a_budget_is_what_its_name_says():
         assert options[name] == {**options[width], **more} and name.startswith(f"budget-{width}")
         share = name.rpartition("-")[2] if name.endswith("%") else "100%"
         assert QCConfig(**options[name]).budget == share + ("ops" if name.endswith("-ops") else "size")
+
+
+def test_a_caption_is_of_the_file_where_it_was_measured():
+    caption = runpy.run_path(str(ROOT / "examples" / "predictions.py"))["caption"]
+    layers = [{"weight_bits": w, "act_bits": 8} for w in (8, 4, 7)]
+    report = {"kept": "qc", "layers": layers, "size_mb": {"float32": 10.6, "quantized": 1.4}}
+    report["metrics"] = {"float": {"map50_95": 0.3}, "qat": {"map50_95": 0.1}, "qc": {"map50_95": 0.2}}
+    assert caption(report, "float", None) == "FP32: 10.6 MB of weights, mAP50-95 0.300"
+    assert caption(report, "quantized", None) == "W4A8: 1.4 MB of weights, mAP50-95 0.200"
+    measured_files = ("OpenVINO", "ours packed", 1.8, 5), ("ONNX Runtime", "FP32", 10.7, 9)
+    measured_files += (("ONNX Runtime", "ours packed", 1.7, 6),)
+    names = "runtime", "file", "mb", "median"
+    rows = [{**dict(zip(names, row)), "figure": 0.25} for row in measured_files]
+    assert caption(report, "float", {"rows": rows}) == "FP32: 10.7 MB, mAP50-95 0.250, 9.0 ms"
+    assert caption(report, "quantized", {"rows": rows}) == "W4A8: 1.7 MB, mAP50-95 0.250, 6.0 ms"
 
 
 def page_tables(lines: list[str]) -> list[list[str]]:

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 from itertools import product
+from math import exp
 
 import pytest
 import torch
@@ -89,6 +90,7 @@ def test_a_tensor_counts_once():
     total += DROP["activations"] * (of_tensors["t"]["2"] + of_tensors["u"]["8"])
     assert problem._shares("%drop")("b", 8, 2) > problem._shares("%drop")("c", 8, 2)
     assert sum(problem._shares("%drop")(n, *w) for n, w in plan.items()) == pytest.approx(total)
+    assert problem.amount("%drop", plan) == pytest.approx(100 * (1 - exp(-total)))
 
 
 @pytest.mark.parametrize("unit", BUDGET_UNITS)

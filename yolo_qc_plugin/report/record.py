@@ -65,10 +65,9 @@ def build_report(
         A dict of plain values.
     """
     clipped = clipped_shares(model, images)
-    macs = multiplications(model, blank_image(model, imgsz))
     layers = [
-        {**describe(name, conv), "macs": macs[name], "act_clipped": clipped[name], "oscillating": oscillating.get(name)}
-        for name, conv in quant_convs(model)
+        {**layer, "act_clipped": clipped[layer["name"]], "oscillating": oscillating.get(layer["name"])}
+        for layer in described(model, blank_image(model, imgsz))
     ]
     return {
         "config": config.to_dict(),
@@ -104,6 +103,12 @@ def checkout_commit() -> str | None:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def described(model: nn.Module, image: Tensor) -> list[dict]:
+    """Every layer's record (see `describe`), with "macs", its multiplications for an image, shape (1, c, h, w)."""
+    macs = multiplications(model, image)
+    return [{**describe(name, conv), "macs": macs[name]} for name, conv in quant_convs(model)]
 
 
 def describe(name: str, conv: QuantConv2d) -> dict:
@@ -170,7 +175,7 @@ def operations(layers: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """What the quantized convolutions compute for an image.
 
     Args:
-        layers: Records as `describe` makes them, with "macs".
+        layers: Records as `described` makes them.
 
     Returns:
         "macs", multiplications; "bops", the same times the bits of weight and input (BOPs); "percent_of_8_bits", those

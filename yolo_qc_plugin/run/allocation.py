@@ -135,14 +135,11 @@ class Problem:
             of_tensor *= self._payer(layers[name]) == name
             return DROP["weights"] * of_weights + DROP["activations"] * of_tensor
 
-        return {
-            "MB": lambda name, w, a: layers[name].weights * w,
-            "%size": lambda name, w, a: layers[name].weights * w,
-            "bits": lambda name, w, a: layers[name].weights * w,
-            "%bops": lambda name, w, a: layers[name].macs * w * a,
-            "%ops": lambda name, w, a: layers[name].macs * w * a,
-            "%drop": cost,
-        }[unit]
+        if unit == "%drop":
+            return cost
+        if unit in BITS_OF_INPUTS:
+            return lambda name, w, a: layers[name].macs * w * a
+        return lambda name, w, a: layers[name].weights * w
 
     def _finish(self, unit: str, total: float) -> float:
         """The amount, from the sum of what layers add."""
@@ -158,17 +155,14 @@ class Problem:
     def _offset(self, unit: str) -> float:
         return self.other_bits if unit in {"MB", "%size"} else 0.0
 
-    def _usual(self, unit: str) -> float:
-        """What all layers add with the widths that the options give."""
-        return sum(self._shares(unit)(name, *widths) for name, widths in self.usual.items())
-
     def _unit(self, unit: str) -> float:
+        if unit in PERCENT_OF_USUAL:
+            usual = sum(self._shares(unit)(name, *widths) for name, widths in self.usual.items())
+            return (usual + self._offset(unit)) / 100
         layers = self.layers.values()
         return {
             "MB": 8e6,
-            "%size": (self._usual("%size") + self.other_bits) / 100,
             "bits": sum(layer.weights for layer in layers),
             "%bops": sum(layer.macs for layer in layers) * 64 / 100,
-            "%ops": self._usual("%ops") / 100,
             "%drop": 1,
         }[unit]
