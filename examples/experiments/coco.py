@@ -14,7 +14,7 @@ default at a time; `budget` is the same widths against widths by a budget of as 
 made by the same functions as paper.py's; `granularity` is a scale per tensor against one per channel, narrow edges
 ("4-bit*") and soft rounding. Runs are shared between the kinds, and what is done or begun is not repeated
 (see cells.py); give the last four the same options. OUT/coco.json holds all cells and their paired differences,
-OUT/coco.md is made from it alone:
+OUT/coco.npz the resamples that these come from; OUT/coco.md is made from the first alone:
 
     python examples/experiments/coco.py recipe --assemble
 """
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import paper
 from cells import Cell, mean_and_spread, measure, parser
-from measured import State, differences, label
+from measured import State, differences, keep_resampled, label
 from paper import difference, difference_head, header, main_figure, method, points, table_of_differences
 from record import page, results, table_head, write
 
@@ -39,9 +39,9 @@ HEAD = [
     "Written by `examples/experiments/coco.py` from `coco.json`. AP by pycocotools, in points on the validation set, "
     "mean ± standard deviation over seeds, of the last epoch. Shares are of the float checkpoint that training starts "
     "from. With QC and without are two states of the same runs. Intervals are of the paired difference, averaged over "
-    "seeds: the middle 95% of 1,000 resamples of the images, the same for all models. A difference holds (or is "
-    "reversed) where all seeds agree in sign and its interval leaves out 0. The paper's columns are mAP on all of COCO "
-    "after 100 epochs.",
+    "seeds (of those in brackets, where not all were at hand): the middle 95% of 1,000 resamples of the images, the "
+    "same for all models. A difference holds (or is reversed) where all seeds agree in sign and its interval leaves "
+    "out 0. The paper's columns are mAP on all of COCO after 100 epochs.",
 ]
 
 START = Cell("pretrained", None, "start")
@@ -384,7 +384,8 @@ def main() -> None:
     file = args.out / "coco.json"
     record, done = measure(cells(args.kind), file, args)
     if args.name and record[args.name]["cells"]:
-        record[args.name]["differences"] = differences(record[args.name], args.runs, compared())
+        kept = keep_resampled(file.with_suffix(".npz"), args.name, args.runs)
+        record[args.name]["differences"] = differences(record[args.name], args.name, kept, args.runs, compared())
         write(file, record)
     if any(content["cells"] for content in record.values()):
         file.with_suffix(".md").write_text(page(HEAD, record, *TABLES), encoding="utf-8")

@@ -4,7 +4,8 @@
 Where a script asks for COCO's AP, a cell measures each state of its model by pycocotools on the validation set. Beside
 its run it leaves coco/STATE/detections.json and annotations.json, which `yolo-qc compare` takes, and resampled.npy: AP
 of all images, then of each resample of them (tools/intervals.py). These are the same for all cells on the same images,
-so that the difference of two cells has an interval without measuring anything again.
+so that the difference of two cells has an interval without measuring anything again. An archive beside the record keeps
+them when the runs are gone, so that further seeds can be added on another machine.
 
 States: "trained" is a float model; "qat" a quantized one without QC, "qc" the same with QC; "hard" and "soft" are a
 quantized one by the way that it rounds.
@@ -190,36 +191,58 @@ def label(first: State, second: State) -> str:
     return " - ".join("/".join(state) for state in (first, second))
 
 
-def differences(content: dict, runs: Path, pairs: list[tuple[State, State]]) -> dict[str, dict]:
-    """Paired differences of AP with their intervals, of all pairs whose cells have their files in the runs' folder.
-
-    A pair is of the seeds that both cells have. In each resample of the images the difference is averaged over them.
+def keep_resampled(archive: Path, name: str, runs: Path) -> dict[str, np.ndarray]:
+    """Add what the runs of a set left of resampled AP to the archive of a record.
 
     Args:
-        content: A set of the record; differences that it has already stay where files are missing.
+        archive: An .npz file, made where it is missing.
+        name: Of the set.
+        runs: Folder of the set's runs.
+
+    Returns:
+        "SET/CELL-seedSEED/STATE" -> AP of all images, then of each resample, (1 + resamples,), in 0..1, to 1/65535.
+    """
+    kept = dict(np.load(archive)) if archive.exists() else {}
+    files = sorted(runs.glob("*-seed*/coco/*/resampled.npy"))
+    for file in files:
+        kept[f"{name}/{file.parents[2].name}/{file.parent.name}"] = np.rint(np.load(file) * 65535).astype(np.uint16)
+    if files:
+        np.savez_compressed(archive, **dict(sorted(kept.items())))
+    return {key: values / 65535 for key, values in kept.items()}
+
+
+def differences(
+    content: dict, name: str, kept: dict[str, np.ndarray], runs: Path, pairs: list[tuple[State, State]]
+) -> dict[str, dict]:
+    """Paired differences of AP with their intervals, of all pairs of which resamples are known.
+
+    In each resample of the images the difference is averaged over the seeds that both cells have.
+
+    Args:
+        content: A set of the record; a difference that it has stays where resamples of no more seeds are known.
+        name: Of the set.
+        kept: From `keep_resampled`.
         runs: Folder of the set's runs.
         pairs: First and second state.
 
     Returns:
-        Label -> "seeds"; "by_seed", "difference" (their mean) and "interval", in points.
+        Label -> "seeds"; "difference", their mean in points; its "interval".
     """
     from yolo_qc_plugin.tools.intervals import interval
 
     found = dict(content.get("differences", {}))
     for pair in pairs:
         of = [measured_seeds(content["cells"], state) for state in pair]
-        seeds = sorted(of[0] & of[1])
-        files = [[runs / f"{cell}-seed{s}" / "coco" / state / "resampled.npy" for s in seeds] for cell, state in pair]
-        if seeds and all(file.exists() for one in files for file in one):
-            a, b = (100 * np.stack([np.load(file) for file in one]) for one in files)  # (seeds, 1 + resamples)
-            mean = (a - b).mean(axis=0)
+        keys = {s: [f"{name}/{cell}-seed{s}/{state}" for cell, state in pair] for s in sorted(of[0] & of[1])}
+        seeds = [seed for seed, both in keys.items() if all(key in kept for key in both)]
+        if len(seeds) > len(found.get(label(*pair), {"seeds": []})["seeds"]):
+            apart = 100 * np.mean([kept[keys[s][0]] - kept[keys[s][1]] for s in seeds], axis=0)  # (1 + resamples,)
+            files = [
+                [runs / f"{cell}-seed{s}" / "coco" / state / "agreement.npy" for s in seeds] for cell, state in pair
+            ]
             found[label(*pair)] = {
-                **nearer([[file.with_name("agreement.npy") for file in one] for one in files]),
-                "seeds": seeds,
-                "by_seed": (a - b)[:, 0].tolist(),
-                "difference": float(mean[0]),
-                "interval": interval(mean[1:]),
-            }
+                **nearer(files), "seeds": seeds, "difference": float(apart[0]), "interval": interval(apart[1:]),
+            }  # fmt: skip
     return found
 
 

@@ -199,7 +199,8 @@ def difference(content: dict, first: State, second: State, figure: str = "map50_
     if "differences" in content:
         found = content["differences"].get(measured.label(first, second))
         low, high = found["interval"] if found else (0, 0)
-        columns.append(f"{low:+.2f} to {high:+.2f}" if found else "-")
+        some = f" ({', '.join(map(str, found['seeds']))})" if found and len(found["seeds"]) < len(by_seed) else ""
+        columns.append(f"{low:+.2f} to {high:+.2f}{some}" if found else "-")
         beyond_noise = not low <= 0 <= high
     agree = all(d > 0 for d in by_seed) or all(d < 0 for d in by_seed)
     known = error is not None or "differences" in content

@@ -133,18 +133,34 @@ def test_differences_are_paired_over_images_and_averaged_over_seeds(tmp_path):
     }
     content = {"cells": {}, "notes": []}
     for (name, seed), values in resampled.items():
-        file = tmp_path / f"{name}-seed{seed}" / "coco" / "qat" / "resampled.npy"
+        file = tmp_path / "runs" / f"{name}-seed{seed}" / "coco" / "qat" / "resampled.npy"
         file.parent.mkdir(parents=True)
         np.save(file, values)
         content["cells"][f"{name}-seed{seed}"] = cell_of(seed, qat=values[0])
     pair, absent = (("a", "qat"), ("b", "qat")), (("a", "qc"), ("b", "qat"))
-    found = measured.differences(content, tmp_path, [pair, absent])
+    archive, runs, gone = tmp_path / "coco.npz", tmp_path / "runs", tmp_path / "elsewhere"
+    kept = measured.keep_resampled(archive, "set", runs)
+    found = measured.differences(content, "set", kept, runs, [pair, absent])
     (one,) = found.values()
-    assert one["seeds"] == [0, 1] and one["by_seed"] == pytest.approx([2 + 100 * noise[0], 4 - 100 * noise[0]])
-    assert one["difference"] == pytest.approx(3) and one["interval"] == pytest.approx([3, 3])
+    assert one["seeds"] == [0, 1] and one["difference"] == pytest.approx(3, abs=2e-3)
+    assert one["interval"] == pytest.approx([3, 3], abs=4e-3)
+
+    archived = measured.keep_resampled(archive, "set", gone)  # on another machine
+    assert archived.keys() == kept.keys() == {f"set/{name}-seed{seed}/qat" for name, seed in resampled}
+    assert measured.differences(content, "set", archived, gone, [pair]) == found
+    np.save(runs / "a-seed2" / "coco" / "qat" / "resampled.npy", base + 0.06)
+    content["cells"]["b-seed2"] = cell_of(2, qat=base[0])
+    later = measured.keep_resampled(archive, "set", runs)
+    assert measured.differences({**content, "differences": found}, "set", later, runs, [pair]) == found  # b has no file
+    partly = {**content, "differences": found}
+    content["cells"]["a-seed2"] = cell_of(2, qat=base[0] + 0.06)
+    assert paper.difference(partly, *pair, "ap")[-2:] == ["+3.00 to +3.00 (0, 1)", "holds"]
+    later["set/b-seed2/qat"] = archived["set/b-seed0/qat"]
+    (more,) = measured.differences(partly, "set", later, runs, [pair]).values()
+    assert more["seeds"] == [0, 1, 2] and more["difference"] == pytest.approx(4, abs=2e-3)
+    del content["cells"]["b-seed2"]
 
     content["differences"] = found
-    assert measured.differences(content, tmp_path / "elsewhere", [pair]) == found  # files of another machine
     columns = paper.difference(content, *pair, "ap")
     assert columns[-2:] == ["+3.00 to +3.00", "holds"] and paper.difference(content, *absent, "ap") == []
     one["interval"] = [-0.5, 6.5]
@@ -209,7 +225,7 @@ def test_the_tables_on_coco(tmp_path):
     content = {"cells": recorded, "notes": [], "differences": {}}
     pair = ("EMA-4bit", "qat"), ("LSQ-4bit", "qat")
     assert pair in coco.compared()
-    content["differences"][measured.label(*pair)] = {"interval": [4.0, 6.0]}
+    content["differences"][measured.label(*pair)] = {"seeds": [0], "interval": [4.0, 6.0]}
     page = record.page(coco.HEAD, {"d-yolov5n": content}, *coco.TABLES).splitlines()
     assert "Not by default: budget=none, label_weight=0.0." in page
     assert "| float trained on | 1 | | | | 39.0 | 97.5% | 100.0% | | | | | | |" in page
