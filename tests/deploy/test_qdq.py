@@ -29,7 +29,7 @@ from yolo_qc_plugin.deploy.codes import compare_codes
 from yolo_qc_plugin.deploy.exported import RUNTIMES, ExportedONNX
 from yolo_qc_plugin.deploy.fold import deployed_convs
 from yolo_qc_plugin.deploy.graph import write_graph
-from yolo_qc_plugin.deploy.pack import pack_weights
+from yolo_qc_plugin.deploy.pack import pack_weights, shorten_names
 from yolo_qc_plugin.deploy.snap import snap
 from yolo_qc_plugin.host import architecture
 from yolo_qc_plugin.quant.calibrate import calibrate, calibrate_outputs
@@ -308,6 +308,29 @@ def test_widths_of_layers_reach_the_file(tmp_path, kind):
     file = write_onnx(stack, x, kind, tmp_path / "stack.onnx")
     assert [layer.bits for layer in deployed_convs(stack).values()] == [4, 6, 4]
     check_both(file, stack, x)
+
+
+def test_a_packed_file_has_short_names_and_no_constant_twice(tmp_path):
+    """Nothing but names and weights' containers tells it from the int8 kind; what graphs inside nodes read stays."""
+    stack, x = stack_of([ONE] * 3, dict(bits=4), 8, "off", 0)
+    files = {kind: write_onnx(copy.deepcopy(stack), x, kind, tmp_path / f"{kind}.onnx") for kind in ("int8", "packed")}
+    wide, small = (onnx.load(file).graph for file in files.values())
+    assert [n.op_type for n in small.node if n.op_type != "Cast"] == [n.op_type for n in wide.node]
+    assert {n.name for n in small.node} == {"0.conv", "1.conv", "2.conv", ""}
+    assert [n.name for n in small.node if n.op_type == "Conv"] == ["0.conv", "1.conv", "2.conv"]
+    assert not [name for n in small.node for name in (*n.input, *n.output) if name.startswith("/")]
+    constants = [(i.data_type, i.raw_data) for i in small.initializer if not i.name[0].isdigit()]
+    assert len(set(constants)) == len(constants) < len(wide.initializer) - len(small.initializer) + len(constants)
+
+    named = onnx.helper.make_tensor("/kept", onnx.TensorProto.FLOAT, [1], [1.0])
+    then = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", ["/x", "/kept"], ["/inside"])], "then", [], [onnx.ValueInfoProto(name="/inside")]
+    )
+    branch = onnx.helper.make_node("If", ["/condition"], ["/y"], "/If", then_branch=then, else_branch=then)
+    graph = onnx.helper.make_graph([branch], "outer", [], [onnx.ValueInfoProto(name="y")], [named])
+    shorten_names(graph)
+    assert graph.initializer[0].name == "/kept" and graph.node[0].attribute[0].g.node[0].input == ["/x", "/kept"]
+    assert graph.node[0].input[0][0] == graph.node[0].output[0][0] == "t"
 
 
 @pytest.mark.parametrize("name", ["weight_codes", "weight_scale", "bias_codes", "zero_point", "scale"])

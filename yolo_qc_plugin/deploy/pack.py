@@ -1,12 +1,13 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Pack the weights of a finished ONNX file of the int8 kind: INT4 constants, each with a Cast to INT8 behind it.
+"""Make a finished ONNX file of the int8 kind small: weights in 4 bits, short names, no constant twice.
 
-Runtimes fold the Cast when they load the file, and compute what they computed before. It comes last, because what
-simplifies graphs at the export would fold it too.
+Packed weights are INT4 constants, each with a Cast to INT8 behind it. Runtimes fold the Cast when they load the file,
+and compute what they computed before. It comes last, because what simplifies graphs at the export would fold it too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from .nodes import pack4
 
 
 def pack_weights(file: str | Path) -> str:
-    """Pack, in place, every INT8 weight whose codes fit into 4 bits.
+    """Pack, in place, every INT8 weight whose codes fit into 4 bits, and leave out what only takes room.
 
     Args:
         file: An ONNX file that deploy.graph wrote as int8, whatever has been done to it since.
@@ -44,10 +45,50 @@ def pack_weights(file: str | Path) -> str:
     del model.graph.node[:]
     model.graph.node.extend([*casts, *nodes])
     del model.graph.value_info[:]  # shapes, which runtimes infer themselves; a thirtieth of the file
+    shorten_names(model.graph)
     raise_opset(model)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, file)
     return f"{len(casts)} weights packed into 4 bits, {Path(file).stat().st_size / 1e6:.2f} MB"
+
+
+def shorten_names(graph) -> None:
+    """Number what tracing named, keep one of equal constants, and drop the names of nodes but convolutions', in place.
+
+    Names that begin with a slash are tracing's: paths through the modules, a tenth of a small file. Layers' own
+    constants keep theirs, and a convolution gets its layer's.
+    """
+    inner = set(_read_inside(graph))
+    first: dict[bytes, str] = {}  # content of a constant -> its new name
+    short: dict[str, str] = {}
+    for constant in [c for c in graph.initializer if _is_traced(c.name, inner)]:
+        name = constant.name
+        constant.ClearField("name")
+        content = constant.SerializeToString()
+        if content in first:
+            graph.initializer.remove(constant)
+        short[name] = constant.name = first.setdefault(content, f"c{len(first)}")
+    for node in graph.node:
+        for names in node.input, node.output:
+            for i, name in enumerate(names):
+                if _is_traced(name, inner):
+                    names[i] = short.setdefault(name, f"t{len(short)}")
+        of_layer = node.op_type == "Conv" and node.input[1].endswith(".weight")
+        node.name = node.input[1].removesuffix(".weight") if of_layer else ""
+
+
+def _is_traced(name: str, inner: set[str]) -> bool:
+    return name.startswith("/") and name not in inner
+
+
+def _read_inside(graph) -> Iterator[str]:
+    """What the graphs inside nodes, of loops and conditions, read."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inside in (attribute.g, *attribute.graphs):
+                yield from (name for n in inside.node for name in n.input)
+                yield from (out.name for out in inside.output)
+                yield from _read_inside(inside)
 
 
 def raise_opset(model) -> None:
