@@ -89,7 +89,7 @@ UNIFORM = {**{width: RECIPE[width] for width in TRAINED}, "W3A8": {"weight_bits"
 PLANS = {
     **{f"budget-{width}": (width, {"budget": "100%size"}) for width in UNIFORM},
     **{f"budget-{width}-ops": (width, {"budget": "100%ops"}) for width in ("W4A4", "W3A3")},
-    "budget-W4A4-90%": ("W4A4", {"budget": "90%size"}),
+    **{f"budget-{width}-90%": (width, {"budget": "90%size"}) for width in ("W4A8", "W4A4")},
     "budget-W4A8-102%": ("W4A8", {"budget": "102%size", "target": "cpu"}),
 }
 
