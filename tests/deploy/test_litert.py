@@ -150,6 +150,19 @@ def test_the_file_holds_the_checkpoints_integers(family, name, kind):
     assert packed == (kind == "int4" and name != "small")  # whose every layer has a code that INT4 cannot negate
 
 
+def test_equal_vectors_are_written_once():
+    """Zero points of two weights with a scale per channel: one vector of them in the file, read by both."""
+    flat = Flatbuffer("vectors")
+    for name, scale in ("a", 0.25), ("b", 0.5):
+        flat.constant(name, np.ones((1000, 1), np.int8), scale=np.full(1000, scale, np.float32))
+    content = flat.finish([], [])
+    quantization = [t.quantization for t in flat.schema.ModelT.InitFromPackedBuf(content, 0).subgraphs[0].tensors]
+    assert [q.scale[0] for q in quantization] == [0.25, 0.5]
+    assert all(len(q.zeroPoint) == 1000 and not q.zeroPoint.any() for q in quantization)
+    once = 2 * 1000 + 2 * 4000 + 8000  # codes, scales, zero points
+    assert once < len(content) < once + 2000
+
+
 def test_constants_are_aligned(family):
     """TensorFlow Lite for Microcontrollers reads them in place."""
     _, file = family("small", "int4")
