@@ -18,7 +18,7 @@ from yolo_qc_plugin.host import architecture
 from yolo_qc_plugin.host.distillation import head_loss
 from yolo_qc_plugin.host.images import read_images, spread_out
 from yolo_qc_plugin.quant.quantizer import WeightQuantizer
-from yolo_qc_plugin.run.sensitivity import GAINS, KINDS, Probe, describe, measure
+from yolo_qc_plugin.run.sensitivity import GAINS, KINDS, Probe, completed, describe, measure, to_measure
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,27 @@ def test_measuring_goes_on_where_it_stopped(probe, tmp_path, monkeypatch):
     assert json.loads(file.read_text()) == {"about": about, "costs": costs}
     measure(probe, wanted, {**about, "imgsz": 96}, file)  # of other images
     assert len(asked) == 6
+
+
+def test_costs_between_the_measured_widths_follow_from_them():
+    """A quarter a bit beyond the last, the same share a bit between two; what was measured stays, 0 stays 0."""
+    wanted = {("weights", "a"): range(2, 9), ("weights", "b"): (4, 7), ("activations", "c"): (8,)}
+    wanted |= {("activations", "d"): (5, 6, 7), ("weights", "e"): (4, 5, 6), ("activations", "f"): (2, 3, 4, 5)}
+    assert {name: widths for (_, name), widths in to_measure(wanted).items()} == {
+        "a": [2, 3, 4, 6], "b": [4], "c": [8], "d": [5, 6], "e": [4, 6], "f": [2, 3, 4]
+    }  # fmt: skip
+    costs = {
+        "weights": {"a": {"2": 8.0, "3": 3.0, "4": 0.9, "6": 0.1}, "b": {"4": 0.64}, "e": {"4": 0.5, "6": 0.0}},
+        "activations": {"c": {"8": 0.2}, "f": {"2": 1.0, "3": -1e-9, "4": 0.0}, "d": {"5": 0.5, "6": 0.3}},
+    }
+    found = completed(costs, wanted)
+    whole = {"2": 8.0, "3": 3.0, "4": 0.9, "5": 0.3, "6": 0.1, "7": 0.025, "8": 0.00625}
+    assert found["weights"]["a"] == pytest.approx(whole)
+    assert found["weights"]["b"] == pytest.approx({"4": 0.64, "7": 0.01})
+    assert found["weights"]["e"] == {"4": 0.5, "5": 0.0, "6": 0.0}
+    assert found["activations"]["c"] == {"8": 0.2}
+    assert found["activations"]["d"] == pytest.approx({"5": 0.5, "6": 0.3, "7": 0.075})
+    assert found["activations"]["f"] == {"2": 1.0, "3": 0.0, "4": 0.0, "5": 0.0}
 
 
 def test_images_are_padded_and_spread_over_their_order(tmp_path):

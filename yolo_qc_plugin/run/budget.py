@@ -28,7 +28,7 @@ from ..options import AUTO, BUDGET_UNITS, split_budget
 from ..report.costs import FILE
 from ..report.record import FIGURES, model_size
 from .allocation import BITS_OF_INPUTS, PERCENT_OF_USUAL, Layer, Plan, Problem
-from .sensitivity import IMAGES, Probe, Wanted, measure, prepare
+from .sensitivity import IMAGES, Probe, Wanted, completed, measure, prepare, to_measure
 
 PLAN = "plan.json"  # in a run's qc/
 
@@ -74,8 +74,9 @@ def _plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig, budget: str)
     if unit != "%drop":  # before what takes minutes
         check_reach(problem, budget)
     folder.mkdir(parents=True, exist_ok=True)
-    costs = measure(probe, wanted(layers), about, folder / FILE)
-    summary = solve(replace(problem, costs=costs), budget)
+    needed = wanted(layers)
+    costs = measure(probe, to_measure(needed), about, folder / FILE)
+    summary = solve(replace(problem, costs=completed(costs, needed)), budget)
     with replacing(folder / PLAN) as temporary:
         temporary.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     for line in format_plan(summary):

@@ -36,7 +36,10 @@ from ..quant.share import share_quantizers
 IMAGES, BATCH = 32, 16
 GAINS = Gains(outputs=1.0, features=0.0, labels=0.0, cls=0.5, dfl=1.5)  # Ultralytics' own
 KINDS = "weights", "activations"
+MEASURED = 2, 3, 4, 6  # widths at which a plan's costs are measured, as far as it may have them; see `completed`
+FALL = 0.25  # what a further bit leaves of a cost, as of a squared error
 Wanted = Mapping[tuple[str, str], Iterable[int]]  # (kind, name) -> widths
+Costs = dict[str, dict[str, dict[str, float]]]  # kind -> name -> width as text -> cost
 
 
 class Probe:
@@ -141,7 +144,7 @@ def prepare(
     return probe, describe(probe, config, files, size)
 
 
-def measure(probe: Probe, wanted: Wanted, about: dict, file: Path) -> dict[str, dict[str, dict[str, float]]]:
+def measure(probe: Probe, wanted: Wanted, about: dict, file: Path) -> Costs:
     """Measure costs, with a progress bar; what the file has of the same model and images is not measured again.
 
     Args:
@@ -151,7 +154,7 @@ def measure(probe: Probe, wanted: Wanted, about: dict, file: Path) -> dict[str, 
         file: JSON to go on with and to write, after each quantizer.
 
     Returns:
-        What the file holds as "costs": kind -> name -> width as text -> cost.
+        What the file holds as "costs".
     """
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if found.get("about") != about:
@@ -164,6 +167,33 @@ def measure(probe: Probe, wanted: Wanted, about: dict, file: Path) -> dict[str, 
             with replacing(file) as temporary:
                 temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found["costs"]
+
+
+def to_measure(wanted: Wanted) -> Wanted:
+    """Of wanted widths, those from which `completed` tells the others."""
+    return {key: sorted({min(widths), *(set(MEASURED) & set(widths))}) for key, widths in wanted.items()}
+
+
+def completed(costs: Costs, wanted: Wanted) -> Costs:
+    """Costs at all wanted widths, from those at `to_measure`.
+
+    In between a cost falls by the same share with each bit, beyond the last by FALL.
+    """
+    found: Costs = {kind: {} for kind in KINDS}
+    for (kind, name), widths in wanted.items():
+        known = {
+            int(bits): max(cost, 0.0) for bits, cost in costs[kind][name].items()
+        }  # rounding may leave less than 0
+        found[kind][name] = {str(bits): _cost_at(bits, known) for bits in widths}
+    return found
+
+
+def _cost_at(bits: int, known: Mapping[int, float]) -> float:
+    below, above = max(b for b in known if b <= bits), min((b for b in known if b >= bits), default=None)
+    if above is None:
+        return known[below] * FALL ** (bits - below)
+    share = (bits - below) / max(above - below, 1)
+    return known[below] ** (1 - share) * known[above] ** share
 
 
 def describe(probe: Probe, config: QCConfig, files: Sequence[Path], imgsz: int) -> dict[str, Any]:
