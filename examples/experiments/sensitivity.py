@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from record import made, page, read, table_head, versions, write
+from record import made, measure_a_model, parser_of_a_model, read, table_head, versions, write
 
 HEAD = ["# Sensitivity", "", "Written by `examples/experiments/sensitivity.py` from `sensitivity.json`."]
 EVERY = {"weights": 2, "activations": 4}  # one of so many is measured
@@ -45,8 +45,7 @@ def measure(file: Path, args: argparse.Namespace) -> None:
     yolo.model = probe.model
     yolo.model.fuse = lambda *args, **kwargs: yolo.model  # fusing would compute integers
     record = read(file)
-    name = args.name or Path(args.weights).stem
-    content = record.setdefault(name, {"about": {}, "drops": {}, "costs": {}, "notes": []})
+    content = record.setdefault(args.name, {"about": {}, "drops": {}, "costs": {}, "notes": []})
     content["about"] = {
         "weights": Path(args.weights).name, "data": Path(args.data).name, "imgsz": args.imgsz, "bits": args.bits,
         "images": len(files), "versions": versions(), **made(),
@@ -186,21 +185,9 @@ def section(name: str, content: dict) -> list[str]:
 
 def main() -> None:
     """Parse the command line and run."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--weights", help="float checkpoint")
-    p.add_argument("--data", help="data set YAML")
-    p.add_argument("--name", help="of the section; by default that of the checkpoint")
-    p.add_argument("--imgsz", type=int, default=320)
+    p = parser_of_a_model(__doc__, imgsz=320)
     p.add_argument("--bits", type=int, default=2)
-    p.add_argument("--out", type=Path, default=Path("docs/results"))
-    p.add_argument("--assemble", action="store_true", help="make the page from the JSON file, without measuring")
-    args = p.parse_args()
-    file = args.out / "sensitivity.json"
-    if not args.assemble:
-        if not (args.weights and args.data):
-            p.error("--weights and --data are needed to measure")
-        measure(file, args)
-    file.with_suffix(".md").write_text(page(HEAD, read(file), section), encoding="utf-8")
+    measure_a_model(p, "sensitivity", HEAD, measure, section)
 
 
 if __name__ == "__main__":

@@ -300,8 +300,8 @@ def page_tables(lines: list[str]) -> list[list[str]]:
 SCRIPTS = {
     "benchmarks": ("step", "quantizer", "gpu"),
     "experiments": (
-        "paper table1", "paper cost", "summary", "defaults", "sensitivity", "families", "parity", "kill_and_resume",
-        "reliability",
+        "paper table1", "paper cost", "summary", "defaults", "sensitivity", "plans", "families", "parity",
+        "kill_and_resume", "reliability",
         *["coco recipe"] * (ROOT / "docs" / "results" / "coco.json").exists(),
     ),
 }  # fmt: skip
