@@ -1,7 +1,7 @@
 # yolo_qc_plugin, AGPL-3.0
 """Write a 4-bit checkpoint as ONNX and measure both: python examples/export.py best.pt [DATA KIND IMGSZ].
 
-KIND is int8 (INT8 containers, for speed) or int4 (packed 4-bit weights, for size).
+KIND is packed (small and fast), int8 (for older runtimes) or int4 (for converters).
 """
 
 import sys
@@ -12,7 +12,7 @@ from ultralytics import YOLO
 from yolo_qc_plugin import choose_onnx_kind
 
 
-def main(checkpoint: str, data: str = "coco8.yaml", kind: str = "int8", imgsz: int = 640) -> None:
+def main(checkpoint: str, data: str = "coco8.yaml", kind: str = "packed", imgsz: int = 640) -> None:
     """Export, then validate the checkpoint and the file on square images."""
     model = YOLO(checkpoint)
     choose_onnx_kind(model, kind)

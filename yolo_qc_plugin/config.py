@@ -77,7 +77,7 @@ class QCConfig:
         scale_lr: Learning rate of scales and offsets as a factor of `lr0`, above 0.
         relative_steps: Take an adaptive optimizer's steps on weights in proportion to the size of their layer's.
         rounding: Of weights in training: "annealed" hardens over nine tenths of the run, "nearest" rounds with
-            straight-through gradients (LSQ).
+            straight-through gradients (LSQ), which dampening and freezing need.
         ema_decay: Constant decay of the EMA of weights, scales and offsets, in [0, 1), in place of Ultralytics' own; 0
             is plain LSQ.
         dampening_weight: Final weight of the loss that draws weights to their grid points (oscillation dampening), at

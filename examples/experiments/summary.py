@@ -21,8 +21,8 @@ TRIALS = "coco-yolov5n-auto", "coco-yolov5n-mix", "animals-yolov5n-auto"  # of a
 HEAD = """# Results
 
 Three tables, written by `examples/experiments/summary.py` from the records in [results](results/README.md), which has
-the recipes, versions, seeds and commands of every figure. W4A8 means weights of 4 bits and activations of 8. Nothing
-was measured on a GPU.
+the recipes, versions, seeds and commands of every figure. W4A8 means weights of 4 bits and activations of 8. No
+accuracy was measured on a GPU.
 
 ## What a model keeps
 

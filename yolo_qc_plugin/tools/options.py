@@ -12,8 +12,8 @@ WIDTH = 100  # of lines on the console
 HEAD = """# Options
 
 Written by `yolo-qc options markdown=true` from the docstring of `QCConfig`. On the command line of `yolo` an option is
-`qc_<name>=<value>`, in Python a keyword of `add_qc_callbacks` or a field of `QCConfig`. `preset=NAME` and
-`target=NAME` give values to the options that are not given.
+`qc_<name>=<value>`, in Python a keyword of `add_qc_callbacks` or of `QCConfig.from_options`. `preset=NAME` and
+`target=NAME` give values to the options that are not given (a `QCConfig(target=NAME)` of its own fills none).
 
 | option | default | meaning |
 |---|---|---|"""

@@ -17,7 +17,7 @@ Codes of a grid narrower than 8 bits lie at the container's top, so that saturat
 MAXIMUM cuts off those below, where the input can be that low (see `bounds`).
 
 LiteRT computes what XNNPACK knows by XNNPACK, whose codes are those of PyTorch. INT4 filters it does not know; the
-built-in kernels that take them move a few codes in a thousand by one (see `weights.rounds_twice`).
+built-in kernels that take them move less than a twentieth of the codes by one (see `weights.rounds_twice`).
 """
 
 from __future__ import annotations
