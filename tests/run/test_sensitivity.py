@@ -18,7 +18,7 @@ from yolo_qc_plugin.host import architecture
 from yolo_qc_plugin.host.distillation import head_loss
 from yolo_qc_plugin.host.images import read_images, spread_out
 from yolo_qc_plugin.quant.quantizer import WeightQuantizer
-from yolo_qc_plugin.run.sensitivity import GAINS, KINDS, Probe, completed, describe, measure, to_measure
+from yolo_qc_plugin.run.sensitivity import GAINS, KINDS, Probe, completed, describe, measure, size_for, to_measure
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,10 @@ def test_costs_between_the_measured_widths_follow_from_them():
     assert found["activations"]["c"] == {"8": 0.2}
     assert found["activations"]["d"] == pytest.approx({"5": 0.5, "6": 0.3, "7": 0.075})
     assert found["activations"]["f"] == {"2": 1.0, "3": 0.0, "4": 0.0, "5": 0.0}
+
+
+def test_costs_are_of_half_the_size_of_training_but_of_no_small_images():
+    assert [size_for(imgsz) for imgsz in (64, 320, 416, 640, 1280)] == [64, 320, 320, 320, 640]
 
 
 def test_images_are_padded_and_spread_over_their_order(tmp_path):

@@ -28,7 +28,7 @@ from ..options import AUTO, BUDGET_UNITS, split_budget
 from ..report.costs import FILE
 from ..report.record import FIGURES, model_size
 from .allocation import BITS_OF_INPUTS, PERCENT_OF_USUAL, Layer, Plan, Problem
-from .sensitivity import IMAGES, Probe, Wanted, completed, measure, prepare, to_measure
+from .sensitivity import IMAGES, Probe, Wanted, completed, measure, prepare, size_for, to_measure
 
 PLAN = "plan.json"  # in a run's qc/
 
@@ -68,7 +68,7 @@ def _plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig, budget: str)
     unit = split_budget(budget)[1]
     folder = trainer.save_dir / "qc"
     files = spread_out(image_files(trainer.data["train"], str(trainer.args.data)), IMAGES)
-    probe, about = prepare(model, config, files, trainer.args.imgsz, trainer.device)
+    probe, about = prepare(model, config, files, size_for(trainer.args.imgsz), trainer.device)
     layers = layers_of(probe, config, unit)
     problem = Problem(layers, {}, bits_beside_weights(probe), usual_plan(probe))
     if unit != "%drop":  # before what takes minutes

@@ -34,6 +34,7 @@ from ..quant.quantizer import ActQuantizer, Quantizer
 from ..quant.share import share_quantizers
 
 IMAGES, BATCH = 32, 16
+SMALL = 320  # px, see `size_for`
 GAINS = Gains(outputs=1.0, features=0.0, labels=0.0, cls=0.5, dfl=1.5)  # Ultralytics' own
 KINDS = "weights", "activations"
 MEASURED = 2, 3, 4, 6  # widths at which a plan's costs are measured, as far as it may have them; see `completed`
@@ -124,6 +125,14 @@ class Probe:
         quant.set_bits(bits)
         quant.calibrate(seen.values, seen.low, self._method)
         return quant
+
+
+def size_for(imgsz: int) -> int:
+    """Side of the images that costs are measured on, of the size that is trained at: half of it, down to SMALL.
+
+    A quarter of the time; docs/results/plans.md has what plans lose by it, and by MEASURED.
+    """
+    return min(imgsz, max(SMALL, imgsz // 2))
 
 
 def prepare(

@@ -17,7 +17,7 @@ from ..host.photographs import read_photographs
 from ..quant.layers import is_quantized
 from ..report.costs import FILE, draw_costs
 from ..report.pictures import STYLE, save
-from ..run.sensitivity import IMAGES, measure, prepare
+from ..run.sensitivity import IMAGES, measure, prepare, size_for
 
 SHOWN = 10  # layers in the text
 
@@ -41,7 +41,8 @@ def sensitivity(
         data: A folder of photographs, or a data YAML, whose training images are used without their labels.
         bits: Widths, 2 to 8.
         images: Images to measure on.
-        imgsz: Size of the images in pixels; by default that of the model's training.
+        imgsz: Size of the images in pixels; by default as a run's budget takes it, half of the model's training size
+            down to 320.
         out: Folder for sensitivity.json and the pictures; by default the name of `model` with -sensitivity.
         device: Where to compute: cpu, 0, ...
 
@@ -61,7 +62,7 @@ def sensitivity(
         raise QCError(f"QC: model={model} is quantized; give the float checkpoint.")
     folder = Path(out or f"{Path(model).stem}-sensitivity")
     files = spread_out(list(read_photographs(data, folder).splits["train"]), images)
-    size = imgsz or (yolo.ckpt or {}).get("train_args", {}).get("imgsz") or 640
+    size = imgsz or size_for((yolo.ckpt or {}).get("train_args", {}).get("imgsz") or 640)
     probe, about = prepare(yolo.model, QCConfig(), files, size, select_device(device, verbose=False))
     widths = sorted(set(bits))
     wanted = {**{("weights", n): widths for n in probe.convs}, **{("activations", n): widths for n in probe.inputs}}
