@@ -1,11 +1,8 @@
 # yolo_qc_plugin, AGPL-3.0
 """What plans lose when the costs that they are made from are measured on less: fewer images, pixels and widths.
 
-    python examples/experiments/plans.py --weights float.pt --data coco.yaml --imgsz 640
-
-The yardstick is what a plan costs by measurements at all widths on images of the size that is trained at; plans are
-made from costs on other images. OUT/plans.json has all costs and is written as they are measured; OUT/plans.md is made
-from it alone, by --assemble. Each model is a section.
+A part of sensitivity.py. The yardstick is what a plan costs by measurements at all widths on images of the size that is
+trained at; plans are made from costs on other images.
 """
 
 from __future__ import annotations
@@ -14,12 +11,11 @@ import argparse
 import time
 from pathlib import Path
 
-from record import made, measure_a_model, parser_of_a_model, read, table_head, versions, write
+from record import made, read, table_head, versions, write
 
 from yolo_qc_plugin.run.allocation import Layer, Problem
 from yolo_qc_plugin.run.sensitivity import KINDS, MEASURED, completed
 
-HEAD = ["# Plans from fewer costs", "", "Written by `examples/experiments/plans.py` from `plans.json`."]
 IMAGES = 32  # half of them for the yardstick
 SMALL = 320  # px
 ALL = tuple(range(2, 9))
@@ -32,8 +28,8 @@ BUDGETS = {
 WIDTHS = ALL, MEASURED, (2, 4)  # that are measured; the others follow
 
 
-def measure(file: Path, args: argparse.Namespace) -> None:
-    """Measure the costs on two halves of the images, and in two sizes."""
+def measure_costs(file: Path, args: argparse.Namespace) -> None:
+    """Measure the costs on two halves of the images and in two sizes, as far as the record lacks them."""
     from ultralytics import YOLO
 
     from yolo_qc_plugin.config import QCConfig
@@ -42,7 +38,7 @@ def measure(file: Path, args: argparse.Namespace) -> None:
     from yolo_qc_plugin.run import budget, sensitivity
 
     record = read(file)
-    content = record.setdefault(args.name, {"about": {}, "layers": {}, "costs": {}, "notes": []})
+    content = record.setdefault(args.name, {"notes": []}).setdefault("plans", {"about": {}, "layers": {}, "costs": {}})
     files, config = spread_out(list(read_photographs(args.data, args.out).splits["train"]), IMAGES), QCConfig()
     for half, size in ("b", args.imgsz), ("a", SMALL), ("b", SMALL):
         if (key := f"{half}, {size} px") in content["costs"]:
@@ -72,19 +68,20 @@ def problem(content: dict, costs: dict, weight_bits, act_bits, usual) -> Problem
     return Problem(layers, costs, content["about"]["other_bits"], widths)
 
 
-def section(name: str, content: dict) -> list[str]:
-    """A model: the predicted drop of each budget's plan, by what its costs were measured on."""
+def plans(name: str, content: dict) -> list[str]:
+    """The predicted drop of each budget's plan, by what its costs were measured on."""
+    if "plans" not in content:
+        return []
+    content = content["plans"]
     about, measured = content["about"], content["costs"]
     yardstick = f"b, {about['imgsz']} px"
-    if yardstick not in measured:
-        return []
     sources = {  # of the plan -> halves of the images
         "yardstick": [yardstick],
         f"these and 16 other images, {SMALL} px": [f"a, {SMALL} px", f"b, {SMALL} px"],
         f"16 other images, {SMALL} px": [f"a, {SMALL} px"],
     }
     lines = [
-        f"## {name}",
+        f"## Plans from fewer costs: {name}",
         "",
         f"{about['weights']} on {about['data']}, without training. The predicted drop of mAP in percent, by costs on "
         f"{about['images'] // 2} images of {about['imgsz']} px at all widths, of plans whose costs come from what the "
@@ -121,13 +118,3 @@ def averaged(halves: list[dict], widths: tuple[int, ...]) -> dict:
             kept = [bits for bits in of if int(bits) in widths or len(of) == 1]
             found[kind][name] = {b: sum(half[kind][name][b] for half in halves) / len(halves) for b in kept}
     return completed(found, {(kind, n): [*map(int, of)] for kind in KINDS for n, of in halves[0][kind].items()})
-
-
-def main() -> None:
-    """Parse the command line and run."""
-    p = parser_of_a_model(__doc__, imgsz=640)
-    measure_a_model(p, "plans", HEAD, measure, section)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,6 @@ shows below the set's tables: the command that made it, and what the figures say
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import subprocess
@@ -117,41 +116,3 @@ def graphics() -> str:
     import torch
 
     return torch.cuda.get_device_name()
-
-
-def parser_of_a_model(description: str, imgsz: int) -> argparse.ArgumentParser:
-    """The command line of a script that measures a float checkpoint; see `measure_a_model`."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--weights", help="float checkpoint")
-    p.add_argument("--data", help="data set YAML")
-    p.add_argument("--name", help="of the section; by default that of the checkpoint")
-    p.add_argument("--imgsz", type=int, default=imgsz)
-    p.add_argument("--out", type=Path, default=Path("docs/results"))
-    p.add_argument("--assemble", action="store_true", help="make the page from the JSON file, without measuring")
-    return p
-
-
-def measure_a_model(
-    p: argparse.ArgumentParser,
-    stem: str,
-    head: list[str],
-    measure: Callable[[Path, argparse.Namespace], None],
-    section: Callable[[str, dict], list[str]],
-) -> None:
-    """Parse the command line, add what is missing to OUT/STEM.json, and make OUT/STEM.md from it.
-
-    Args:
-        p: From `parser_of_a_model`.
-        stem: Of the files.
-        head: Lines of the page.
-        measure: Gets the file and the arguments, with the section's name among them.
-        section: Makes the lines of a section.
-    """
-    args = p.parse_args()
-    file = args.out / f"{stem}.json"
-    if not args.assemble:
-        if not (args.weights and args.data):
-            p.error("--weights and --data are needed to measure")
-        args.name = args.name or Path(args.weights).stem
-        measure(file, args)
-    file.with_suffix(".md").write_text(page(head, read(file), section), encoding="utf-8")

@@ -10,7 +10,11 @@ the values,
 
     loss = E[(g . e)^2] / 2 = E[sum (g e)^2] / 2    where errors of different values are independent
 
-It takes a backward pass for a few images in place of a forward pass for each layer and width. OUT/sensitivity.json
+It takes a backward pass for a few images in place of a forward pass for each layer and width.
+
+    python examples/experiments/sensitivity.py --plans --weights float.pt --data coco.yaml --imgsz 640
+
+measures what plans of widths lose by costs on fewer images, pixels and widths (plans.py). OUT/sensitivity.json
 keeps every figure as soon as it is measured; OUT/sensitivity.md is made from it alone, by --assemble. Each model is a
 section.
 """
@@ -20,7 +24,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from record import made, measure_a_model, parser_of_a_model, read, table_head, versions, write
+from plans import measure_costs, plans
+from record import made, page, read, table_head, versions, write
 
 HEAD = ["# Sensitivity", "", "Written by `examples/experiments/sensitivity.py` from `sensitivity.json`."]
 EVERY = {"weights": 2, "activations": 4}  # one of so many is measured
@@ -45,7 +50,8 @@ def measure(file: Path, args: argparse.Namespace) -> None:
     yolo.model = probe.model
     yolo.model.fuse = lambda *args, **kwargs: yolo.model  # fusing would compute integers
     record = read(file)
-    content = record.setdefault(args.name, {"about": {}, "drops": {}, "costs": {}, "notes": []})
+    content = record.setdefault(args.name, {"notes": []})
+    content |= {key: content.get(key, {}) for key in ("drops", "costs")}
     content["about"] = {
         "weights": Path(args.weights).name, "data": Path(args.data).name, "imgsz": args.imgsz, "bits": args.bits,
         "images": len(files), "versions": versions(), **made(),
@@ -149,10 +155,12 @@ def weighted_outputs(raw: dict, bins: int):
     return (scores * v).sum() + (sides * u).sum()
 
 
-def section(name: str, content: dict) -> list[str]:
+def ranks(name: str, content: dict) -> list[str]:
     """A model: how well each measure ranks, and every layer's figures."""
     from scipy.stats import spearmanr
 
+    if "drops" not in content:
+        return []
     about, drops, costs = content["about"], content["drops"], content["costs"]
     whole = drops["float"]
     lost = {key: whole - ap for key, ap in drops.items() if key in costs}
@@ -185,9 +193,23 @@ def section(name: str, content: dict) -> list[str]:
 
 def main() -> None:
     """Parse the command line and run."""
-    p = parser_of_a_model(__doc__, imgsz=320)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--weights", help="float checkpoint")
+    p.add_argument("--data", help="data set YAML")
+    p.add_argument("--name", help="of the section; by default that of the checkpoint")
+    p.add_argument("--imgsz", type=int, default=320)
     p.add_argument("--bits", type=int, default=2)
-    measure_a_model(p, "sensitivity", HEAD, measure, section)
+    p.add_argument("--plans", action="store_true", help="measure what plans lose by fewer costs")
+    p.add_argument("--out", type=Path, default=Path("docs/results"))
+    p.add_argument("--assemble", action="store_true", help="make the page from the JSON file, without measuring")
+    args = p.parse_args()
+    file = args.out / "sensitivity.json"
+    if not args.assemble:
+        if not (args.weights and args.data):
+            p.error("--weights and --data are needed to measure")
+        args.name = args.name or Path(args.weights).stem
+        (measure_costs if args.plans else measure)(file, args)
+    file.with_suffix(".md").write_text(page(HEAD, read(file), ranks, plans), encoding="utf-8")
 
 
 if __name__ == "__main__":

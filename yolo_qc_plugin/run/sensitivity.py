@@ -130,7 +130,7 @@ class Probe:
 def size_for(imgsz: int) -> int:
     """Side of the images that costs are measured on, of the size that is trained at: half of it, down to SMALL.
 
-    A quarter of the time; docs/results/plans.md has what plans lose by it, and by MEASURED.
+    A quarter of the time; docs/results/sensitivity.md has what plans lose by it, and by MEASURED.
     """
     return min(imgsz, max(SMALL, imgsz // 2))
 
