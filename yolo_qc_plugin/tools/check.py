@@ -30,8 +30,8 @@ from ..deploy.exported_qonnx import open_onnx
 from ..deploy.fold import deployed_convs
 from ..deploy.litert.exported import LITERT_RUNTIMES, ExportedLiteRT
 from ..host import log
+from ..host.checkpoints import load_checkpoint
 from ..report.record import figures_of
-from .checkpoints import load_checkpoint
 from .evaluate import evaluate, validate
 from .exported_whole import ExportedOpenVINO, ExportedTorchScript
 from .running import computed_by, on_runtime
@@ -87,10 +87,11 @@ def check(
     graph.match(deployed_convs(yolo.model))
     stash = _Stash(images)
     settings = dict(data=data, imgsz=graph.imgsz, batch=graph.batch, split=split, conf=conf, iou=iou, rect=False)
+    settings["device"] = "cpu"  # where the runtimes are, and the model that computes
 
     with computed_by(yolo.model, stash.wrap):
         expected = _figures(yolo, settings)
-    with computed_by(yolo.model, lambda _: fake_quantized):
+    with computed_by(yolo.model, lambda _: fake_quantized.forward):
         trained = _figures(yolo, settings)
     sample = torch.cat(stash.batches)[:images]
     weights = graph.differing_weights(deployed_convs(yolo.model))
