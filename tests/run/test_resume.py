@@ -10,6 +10,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from yolo_qc_plugin.files import AtomicPath
 from yolo_qc_plugin.qat.ema import ConstantEMA
 from yolo_qc_plugin.quant.layers import is_quantized, quant_convs
 from yolo_qc_plugin.run import finish, resume, state
+from yolo_qc_plugin.run.steps import Steps
 
 
 def tensors(value, name=""):
@@ -128,6 +130,15 @@ def test_all_state_comes_back(interrupted, go_on):
     assert any(not torch.equal(v, before[f"/weights/{k}"]) for k, v in half.items())  # what the host would start from
 
 
+def test_a_script_with_the_same_two_lines_resumes(interrupted):
+    """Its options come second to those in the checkpoint; a finished one is refused, as ever."""
+    yolo = YOLO(interrupted[0] / "weights" / "last.pt")
+    assert add_qc_callbacks(yolo, target="cpu").target == "cpu"
+    yolo.ckpt["optimizer"] = None
+    with pytest.raises(QCError, match="already quantized"):
+        add_qc_callbacks(yolo, target="cpu")
+
+
 def test_without_its_state_a_run_goes_on_from_the_average(interrupted, go_on, caplog):
     after = go_on(lambda weights: (weights / "resume.pt").unlink())
     assert "there is no resume.pt" in caplog.text and "not exactly" in caplog.text
@@ -149,8 +160,54 @@ def test_a_state_that_does_not_belong_to_the_checkpoint_is_left_alone(interrupte
         torch.save({**whole_state, **change}, file)
         found, why = resume.find_state(last, checkpoint)
         assert found is None and expected in why
-    file.write_bytes(whole[:1000])
-    assert "cannot be read" in resume.find_state(last, checkpoint)[1]
+    for damaged in whole[:1000], b"", b"no state":
+        file.write_bytes(damaged)
+        assert "cannot be read" in resume.find_state(last, checkpoint)[1]
+
+
+def test_a_damaged_best_checkpoint_does_not_stop_a_run_that_goes_on(interrupted, tmp_path, caplog):
+    """Without it nothing could be finished: the last one takes its place."""
+    weights = shutil.copytree(interrupted[0] / "weights", tmp_path / "weights")
+    last, best = weights / "last.pt", weights / "best.pt"
+    whole, run = best.read_bytes(), load_checkpoint(last)[0].qc.run
+    resume.mend_best(last)
+    assert best.read_bytes() == whole
+    for damaged in whole[:1000], b"", b"no checkpoint":
+        best.write_bytes(damaged)
+        assert not resume.has_ended(last, run)
+        resume.mend_best(last)
+        assert (
+            best.read_bytes() == last.read_bytes() and f"{best} cannot be read; last.pt takes its place" in caplog.text
+        )
+        caplog.clear()
+
+
+def test_state_of_steps_starts_anew_with_an_epoch(train):
+    """An epoch that Ultralytics begins again after a lack of memory holds nothing of the pass that failed."""
+    seen = []
+
+    def leave_something(trainer):
+        steps = steps_of(trainer)
+        x = torch.rand(1, 8, 4, 4)
+        for quant in steps._shared:
+            quant(x)
+        seen.append(len([quant for quant in steps._shared if quant._kept]))
+        steps.begin_epoch(trainer)
+        seen.append(len([quant for quant in steps._shared if quant._kept or quant._reads]))
+
+    train({"budget": None, "correction": "off"}, {"on_train_batch_start": leave_something}, model=TINY_YAML)
+    assert seen[0] > 1 and set(seen[1::2]) == {0}
+
+
+@pytest.mark.parametrize(
+    "hours,elapsed,expected", [(None, 99, 0.375), (1.0, 900, 0.375), (1.0, 1800, 0.5), (0.1, 999, 1.0)]
+)
+def test_how_much_of_a_run_is_over(monkeypatch, hours, elapsed, expected):
+    """Of its epochs; of its hours too, where it is given some, whose epochs Ultralytics counts after the first."""
+    monkeypatch.setattr("time.time", lambda: 1000 + elapsed)
+    trainer = SimpleNamespace(epoch=1, epochs=4, train_loader=range(8), args=SimpleNamespace(time=hours))
+    trainer.train_time_start = 1000
+    assert Steps._share_done(SimpleNamespace(_batches=4), trainer) == pytest.approx(expected)
 
 
 def test_a_run_of_other_scales_is_refused(go_on):

@@ -160,7 +160,7 @@ def _unless_given_up(f: Callable, *arguments: Any) -> Any:
         return None
     try:
         return f(*arguments)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         raise
     except Exception as e:  # whatever a missing or broken compiler makes of it
         enabled = False

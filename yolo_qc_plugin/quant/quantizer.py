@@ -190,7 +190,7 @@ class ActQuantizer(Quantizer):
             return x
         if self.readers == 1 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             if self._kept is not None:  # of a pass that ended in an error
-                self._let_go()
+                self.let_go()
             return self._quantized(x)
         versions = [t._version for t in (x, self.scale, self.offset) if t is not None]  # as they are changed in place
         if self._kept is None or self._kept.x is not x or self._kept.versions != versions:
@@ -198,10 +198,11 @@ class ActQuantizer(Quantizer):
         result = self._kept.result
         self._reads += 1
         if self._reads == self.readers:
-            self._let_go()
+            self.let_go()
         return result
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Forget the result that is kept for further readers, and with it what its backward pass needs."""
         self._kept, self._reads = None, 0
 
     def _quantized(self, x: Tensor) -> Tensor:

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 from pathlib import Path
 from pickle import UnpicklingError  # the error alone
+from shutil import copyfile
 
 import torch
 from ultralytics.nn.tasks import load_checkpoint
 
 from ..files import AtomicPath, replacing
+from ..host import log
 from ..host.record import own_record, record_of, strip
 from ..quant.layers import quant_convs
 
 FILE = "resume.pt"
 FORMAT = 4  # raise it when older files cannot be read as they are
-UNREADABLE = OSError, RuntimeError, EOFError, UnpicklingError
+UNREADABLE = OSError, RuntimeError, EOFError, UnpicklingError, TypeError, KeyError  # Ultralytics' own and torch's
 
 
 def conclude(last: AtomicPath) -> None:
@@ -59,6 +61,19 @@ def has_ended(last: Path, run: str) -> bool:
         return False
     finished = any(conv.correction for _, conv in quant_convs(model))
     return finished or (report.exists() and not last.with_name(FILE).exists())
+
+
+def mend_best(last: Path) -> None:
+    """Put last.pt in the place of a damaged best.pt, without which the run could not be finished."""
+    best = last.with_name("best.pt")
+    if last.name != "last.pt" or not best.exists():
+        return
+    try:
+        load_checkpoint(best)
+    except UNREADABLE:
+        log.warning(f"{best} cannot be read; {last.name} takes its place until an epoch is better")
+        with replacing(best) as temporary:
+            copyfile(last, temporary)
 
 
 def drop_rows(csv: Path, epochs: int) -> None:

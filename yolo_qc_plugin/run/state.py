@@ -29,7 +29,7 @@ from ..host.record import QuantRecord, own_record, record_of, write_checkpoint
 from ..host.teacher import Teacher, teacher_of
 from ..quant.layers import scale_parameters
 from .randomness import random_state, set_random_state
-from .resume import FILE, FORMAT, conclude, drop_rows, find_state, has_ended
+from .resume import FILE, FORMAT, conclude, drop_rows, find_state, has_ended, mend_best
 from .steps import Steps
 
 DISTILL_MODEL = "teacher_model."  # read again from its own file
@@ -84,6 +84,8 @@ class RunState:
                 conclude(AtomicPath(last))
             checkpoint["epoch"] = -1
             return
+        if RANK in {-1, 0}:
+            mend_best(last)
         self.resumed, why = find_state(last, checkpoint)
         if self.resumed is None:
             log.warning(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from torch import nn
@@ -23,6 +24,7 @@ from ..qat.oscillation import Oscillation, annealed
 from ..qat.prepare import TrainedWeights
 from ..qat.scale_steps import ScaleSteps
 from ..qat.weight_steps import WeightSteps
+from ..quant.calibrate import act_quantizers
 from .accumulation import Accumulation
 from .telemetry import EVERY, Telemetry
 
@@ -53,6 +55,7 @@ class Steps:
         self._steps = ScaleSteps(trainer.optimizer, model)  # counts the optimizer's real steps
         recorded = config.telemetry and RANK in {-1, 0}
         self._weights = TrainedWeights(model)
+        self._shared = [quant for quant in act_quantizers(model).values() if quant.readers > 1]
         self._weight_steps = WeightSteps(trainer.optimizer, self._weights) if config.relative_steps else None
         self._annealed = AnnealedRounding(self._weights) if config.rounding == "annealed" else None
         self._freezing = Freezing(self._weights, config.body_bits[0]) if config.freeze_threshold else None
@@ -85,16 +88,25 @@ class Steps:
         self._take_over(trainer)
         self._batches = 0
         self._weights.take_back()  # after an error in an epoch that is begun again
+        for quant in self._shared:
+            quant.let_go()
         self.accumulation.settle(trainer)
         self._put_back_frozen(trainer)
         self._weights.read()
         if self.telemetry:
             self.telemetry.watch(*_models(trainer))
 
+    def _share_done(self, trainer: BaseTrainer) -> float:
+        """How much of the run is over, in [0, 1]: of its epochs or, where it is given hours, of these."""
+        done = (trainer.epoch + self._batches / len(trainer.train_loader)) / trainer.epochs
+        if trainer.args.time:  # epochs follow from it after the first one only
+            done = max(done, (time.time() - trainer.train_time_start) / (3600 * trainer.args.time))
+        return min(done, 1.0)
+
     def begin_batch(self, trainer: BaseTrainer) -> None:
         """Hand out the quantized weights, and add what is to join the loss."""
         if not self.accumulation.pending:
-            self._progress = (trainer.epoch + self._batches / len(trainer.train_loader)) / trainer.epochs
+            self._progress = self._share_done(trainer)
         if self._freezes_norms and not self._batches:  # Ultralytics has just set the mode of every layer
             freeze_norms(architecture.student(trainer.model))
         self._batches += 1
