@@ -220,16 +220,17 @@ def test_a_plan_of_another_model_is_refused(planned, train):
 
 
 def test_a_trained_start_is_planned_of_itself(train):
-    """With no more operations on bits than the same width for all takes."""
-    yolo = train({"telemetry": False}, model=FLOAT)
+    """With no more operations on bits than the same width for all takes; of sizes as training takes them."""
+    yolo = train({"telemetry": False}, model=FLOAT, imgsz=[32, 64])
     report = json.loads((yolo.trainer.save_dir / "qc" / "report.json").read_text())
     assert report["config"]["budget"] == "100%ops" and report["budget"]["takes"]["%ops"] <= 100
     assert len(set(widths_of(load_checkpoint(yolo.trainer.best)[0]).values())) > 2
 
 
-def test_a_start_that_is_not_trained_has_the_same_width_everywhere(train, monkeypatch):
+@pytest.mark.parametrize("start", [{}, {"model": FLOAT, "pretrained": False}], ids=["YAML", "pretrained=False"])
+def test_a_start_that_is_not_trained_has_the_same_width_everywhere(train, monkeypatch, start):
     monkeypatch.setattr(budget, "_plan", None)  # what would search
-    yolo = train({"target": "cpu", "telemetry": False})
+    yolo = train({"target": "cpu", "telemetry": False}, **start)
     model, _ = load_checkpoint(yolo.trainer.best)
     assert set(widths_of(model).values()) == {"W8A8", "W4A8"}
     assert model.qc.options.budget is None

@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import FLOAT, TINY
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
 
 from yolo_qc_plugin import QCConfig, add_qc_callbacks
 from yolo_qc_plugin.config import QCError
+from yolo_qc_plugin.run import callbacks as module
+from yolo_qc_plugin.run.callbacks import QCCallbacks
 
 QUICK = {"correction": "off", "output_bits": None, "telemetry": False}
 
@@ -51,6 +55,34 @@ def test_the_callbacks_go_when_their_run_was_interrupted(train, digits, tmp_path
     assert quantized_layers(yolo.model) == 0
 
 
+def test_the_callbacks_go_when_other_processes_had_their_run(monkeypatch):
+    """The process that starts those of several devices is not told of the run's end."""
+    labelled = []
+    monkeypatch.setattr(module, "label_for_run", lambda trainer, config: labelled.append(trainer))
+    yolo = YOLO("yolov5n.yaml")
+    add_qc_callbacks(yolo, **QUICK)
+    (ours,) = [c.__self__ for c in yolo.callbacks["teardown"] if isinstance(getattr(c, "__self__", None), QCCallbacks)]
+    runs = [SimpleNamespace(ddp=True, callbacks=dict(yolo.callbacks)) for _ in range(2)]
+    for trainer in runs:
+        ours.on_dataset(trainer)
+    of_ours = [
+        [c for cs in holder.callbacks.values() for c in cs if c in ours.events().values()] for holder in (*runs, yolo)
+    ]
+    assert labelled == runs[:1] and of_ours[0] and not of_ours[1] and not of_ours[2]
+
+
+def test_what_is_not_validated_is_put_back():
+    """Of several processes one may get no image: its epoch's end comes without a batch's."""
+    model = YOLO(FLOAT).model
+    layers = model.model
+    callbacks = QCCallbacks(QCConfig())
+    callbacks.state.steps = SimpleNamespace(scalars={})
+    callbacks.validation._averaged, callbacks.validation._layers = model, layers
+    model.model = copy.deepcopy(layers)
+    callbacks.on_fit_epoch_end(None)
+    assert model.model is layers
+
+
 def test_what_a_run_was_refused_for_can_be_mended(digits, tmp_path):
     """A refusal before training is not the end of a run: the callbacks wait for the next one."""
     yolo = YOLO("yolov5n.yaml")
@@ -64,12 +96,16 @@ def test_what_a_run_was_refused_for_can_be_mended(digits, tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     ({"quantize": 8}, "quantize=8"), ({"compile": True}, "compile=True"), ({"model": "best.pt"}, "already quantized"),
+    ({"device": "mps"}, "device='mps' is not accepted: it lacks"),
 ])  # fmt: skip
 def test_callbacks_added_to_a_trainer_are_refused_as_early(train, digits, tmp_path, arguments, message):
     if "model" in arguments:
         arguments = {"model": str(train(QUICK).trainer.best)}
     overrides = {"model": "yolov5n.yaml", **TINY, "data": str(digits), "project": str(tmp_path), **arguments}
+    device = overrides.pop("device") if arguments.get("device") else None
     trainer = DetectionTrainer(overrides=overrides)
+    if device:  # which this machine has not
+        trainer.device, trainer.args.device = torch.device(device), device
     with pytest.raises(QCError, match=message):
         add_qc_callbacks(trainer, **QUICK)
 

@@ -147,6 +147,7 @@ def test_costs_between_the_measured_widths_follow_from_them():
 
 def test_costs_are_of_half_the_size_of_training_but_of_no_small_images():
     assert [size_for(imgsz) for imgsz in (64, 320, 416, 640, 1280)] == [64, 320, 320, 320, 640]
+    assert size_for([480, 960]) == size_for((960,)) == 480
 
 
 def test_images_are_padded_and_spread_over_their_order(tmp_path):
@@ -158,7 +159,24 @@ def test_images_are_padded_and_spread_over_their_order(tmp_path):
     assert batch.shape == (1, 3, 64, 64) and batch[0, :, 32, 32].tolist() == [1, 0, 0]
     assert batch[0, :, 0, 0].tolist() == pytest.approx([114 / 255] * 3)
     assert read_images([tmp_path / "a.png"], 64, channels=1).shape == (1, 1, 64, 64)
-    (tmp_path / "b.png").write_text("no image")
-    with pytest.raises(QCError, match=r"b.png cannot be read"):
-        read_images([tmp_path / "b.png"], 64)
+    image = np.dstack([image, np.full((20, 40), 51, np.uint8)])  # blue, green, red and a fourth channel, as they are
+    cv2.imwrite(str(tmp_path / "four.png"), image)
+    four = read_images([tmp_path / "four.png"], 64, channels=4)
+    assert four[0, :, 32, 32].tolist() == pytest.approx([0, 0, 1, 0.2])
+    with pytest.raises(QCError, match=r"four.png has 4 channels; the model takes 10"):
+        read_images([tmp_path / "four.png"], 64, channels=10)
     assert spread_out(list("abcdefgh"), 4) == list("aceg") and spread_out(list("ab"), 4) == list("ab")
+
+
+def test_images_that_cannot_be_read_are_left_out(tmp_path, caplog):
+    """As of training; where none can be read, one line says so."""
+    cv2 = pytest.importorskip("cv2")
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((20, 40, 3), np.uint8))
+    (tmp_path / "b.png").write_text("no image")
+    (tmp_path / "c.png").touch()
+    files = [tmp_path / f"{name}.png" for name in ("b", "a", "c", "missing")]
+    assert len(read_images(files, 64)) == 1
+    for file in files[:1] + files[2:]:
+        assert f"{file} cannot be read as an image and is left out" in caplog.text
+    with pytest.raises(QCError, match=r"of 1 images none can be read, such as .*b.png"):
+        read_images(files[:1], 64)

@@ -65,7 +65,13 @@ def test_the_teacher_of_the_run_teaches_again(train, tmp_path):
     assert figures[0]["qat"] == figures[1]["qat"] and figures[0]["qc"] != figures[1]["qc"]
 
 
-def test_what_cannot_be_corrected_is_refused(capsys):
+def test_what_cannot_be_corrected_is_refused(capsys, tmp_path):
+    half = tmp_path / "half.pt"
+    half.write_bytes(FLOAT.read_bytes()[:20_000])
+    for content in (half.read_bytes(), b"", b"no checkpoint"):
+        half.write_bytes(content)
+        with pytest.raises(QCError, match=r"model=.*half.pt cannot be read as a checkpoint: "):
+            correct(half)
     with pytest.raises(QCError, match="is not quantized"):
         correct(FLOAT)
     assert main(["correct", "correction=tensor"]) == 1

@@ -30,6 +30,7 @@ def test_the_command_writes_a_file_and_a_picture(digits, tmp_path, capsys):
 @pytest.mark.parametrize("arguments,message", [
     ({"bits": [1, 4]}, r"bits=\[1, 4\] is not accepted; give whole numbers from 2 to 8"),
     ({"bits": []}, r"bits=\[\] is not accepted"),
+    ({"model": "missing.pt"}, r"model 'missing.pt' does not exist"),
     ({"images": 0}, r"images=0 is not accepted; give a whole number of at least 1"),
     ({"model": CHECKPOINTS / "quantized.pt"}, r"quantized.pt is quantized; give the float checkpoint"),
 ])  # fmt: skip

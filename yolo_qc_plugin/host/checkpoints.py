@@ -1,16 +1,51 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Checkpoints that an option of a command names."""
+"""Checkpoints that an option or a command names: opened, or refused in one line that names both."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import ultralytics  # not YOLO of it: a restricted load imports this file before that exists
 from torch import nn
-from ultralytics import YOLO
+from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from ..config import QCError
 from ..quant.layers import is_quantized
-from .evaluate import load_model
+
+if TYPE_CHECKING:
+    from ultralytics import YOLO
+
+
+def load_model(model: str | Path) -> YOLO:
+    """The model; a missing checkpoint is refused before Ultralytics asks the network for it.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+    """
+    name = Path(model).name
+    known = "://" in str(model) or name in GITHUB_ASSETS_NAMES or Path(model).is_file()
+    if name.endswith(".pt") and not known:
+        raise FileNotFoundError(f"model '{model}' does not exist: pass a checkpoint, an exported model or a model YAML")
+    return ultralytics.YOLO(model)
+
+
+def open_checkpoint(option: str, file: str | Path) -> YOLO:
+    """What an option names, as Ultralytics opens it.
+
+    Args:
+        option: For the messages.
+        file: Of the checkpoint.
+
+    Raises:
+        QCError: If it is missing or unreadable.
+    """
+    try:
+        return load_model(file)
+    except FileNotFoundError as e:
+        raise QCError(f"QC: {e}") from None
+    except Exception as e:  # a truncated or foreign file: torch, zip and pickle errors alike
+        raise QCError(f"QC: {option}={file} cannot be read as a checkpoint: {e}") from None
 
 
 def load_checkpoint(option: str, file: str | Path, quantized: bool) -> YOLO:
@@ -24,12 +59,7 @@ def load_checkpoint(option: str, file: str | Path, quantized: bool) -> YOLO:
     Raises:
         QCError: If it is missing, unreadable or the other.
     """
-    try:
-        yolo = load_model(file)
-    except FileNotFoundError as e:
-        raise QCError(f"QC: {e}") from None
-    except Exception as e:  # a truncated or foreign file: torch, zip and pickle errors alike
-        raise QCError(f"QC: {option}={file} cannot be read as a checkpoint: {e}") from None
+    yolo = open_checkpoint(option, file)
     if not isinstance(yolo.model, nn.Module):
         raise QCError(f"QC: {option}={file} is an exported file; accepted: checkpoints.")
     if quantized and not is_quantized(yolo.model):

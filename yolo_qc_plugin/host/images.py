@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import torch
@@ -13,6 +14,9 @@ from ultralytics.data.augment import LetterBox
 from ultralytics.utils.patches import imread
 
 from ..config import QCError
+from . import log
+
+FLAGS = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}  # as Ultralytics reads them; more channels as they are
 
 
 def spread_out(files: Sequence[Path], count: int) -> list[Path]:
@@ -22,20 +26,34 @@ def spread_out(files: Sequence[Path], count: int) -> list[Path]:
 
 
 def read_images(files: Sequence[Path], imgsz: int, channels: int = 3) -> Tensor:
-    """Images padded to a square, of shape (n, channels, imgsz, imgsz) in [0, 1], RGB or grey.
+    """Images padded to a square, of shape (n, channels, imgsz, imgsz) in [0, 1], RGB, grey or of further channels.
+
+    Files that cannot be read are left out, as Ultralytics leaves them out of training.
 
     Raises:
-        QCError: If one cannot be read, or has other channels than the model takes.
+        QCError: If none can be read, or one has other channels than the model takes.
     """
     pad = LetterBox((imgsz, imgsz), auto=False)
-    flags = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
     images = []
     for file in files:
-        image = imread(str(file), flags)
+        image = _read(file, channels)
         if image is None:
-            raise QCError(f"QC: {file} cannot be read as an image.")
-        image = pad(image=image).reshape(imgsz, imgsz, -1)[..., ::-1]  # BGR as OpenCV reads it
+            log.warning(f"{file} cannot be read as an image and is left out")
+            continue
+        image = pad(image=image).reshape(imgsz, imgsz, -1)
         if image.shape[2] != channels:
             raise QCError(f"QC: {file} has {image.shape[2]} channels; the model takes {channels}.")
+        if channels == 3:
+            image = image[..., ::-1]  # BGR as OpenCV reads it
         images.append(torch.from_numpy(image.transpose(2, 0, 1).copy()))
+    if not images:
+        raise QCError(f"QC: of {len(files)} images none can be read, such as {files[0]}.")
     return torch.stack(images).float().div_(255)
+
+
+def _read(file: Path, channels: int) -> Any:
+    """An image as an array (height, width, ...), or None."""
+    try:
+        return imread(str(file), FLAGS.get(channels, cv2.IMREAD_UNCHANGED))
+    except (OSError, cv2.error):  # a file that is missing; an empty one
+        return None

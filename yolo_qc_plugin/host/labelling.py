@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-import ultralytics  # not YOLO of it: a restricted load imports this file before that exists
 from ultralytics.engine.results import Keypoints, Results
 from ultralytics.utils import TQDM
 
@@ -17,6 +16,7 @@ from ..config import QCError
 from ..files import replacing
 from ..quant.layers import is_quantized
 from .architecture import MODELS
+from .checkpoints import open_checkpoint
 from .photographs import Photographs
 
 TASKS = [task for task in MODELS if task != "classify"]  # whose labels are files of rows
@@ -52,7 +52,7 @@ class Labeller:
     ):
         if Path(model).suffix != ".pt":
             raise QCError(f"QC: model={model} is not trained and cannot label photographs; give a trained .pt file.")
-        self.yolo = ultralytics.YOLO(model)
+        self.yolo = open_checkpoint("model", model)
         of_training = (self.yolo.ckpt or {}).get("train_args")
         if not of_training:
             raise QCError(f"QC: model={model} was never trained and cannot label photographs; give a trained .pt file.")

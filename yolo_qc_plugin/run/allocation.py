@@ -18,6 +18,8 @@ from math import exp, inf, log1p
 
 import numpy as np
 
+from ..config import QCError
+
 Widths = tuple[int, int]  # of weights and of the input
 Plan = dict[str, Widths]  # by the name of the layer
 # How much of mAP each unit of cost takes after training, which mends weights better: by least squares from the runs of
@@ -82,7 +84,7 @@ class Problem:
             limit: Within `reach(unit)`.
 
         Raises:
-            RuntimeError: If there is none.
+            QCError: If there is none.
         """
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
@@ -103,7 +105,7 @@ class Problem:
             options={"mip_rel_gap": GAP},
         )
         if found.x is None:
-            raise RuntimeError(f"QC: no widths fit a budget of {limit:g}{unit}: {found.message}")
+            raise QCError(f"QC: no widths fit budget='{limit:g}{unit}': {found.message}")
         return {name: (w, a) for (name, w, a), chosen in zip(choices, found.x) if chosen > 0.5}
 
     def _choices(self, name: str) -> Iterator[tuple[str, int, int]]:

@@ -58,9 +58,10 @@ def with_plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig) -> QCCon
 
 
 def _is_untrained(trainer: BaseTrainer) -> bool:
-    """Whether the run starts from a YAML, and from no weights beside it."""
+    """Whether the run starts from no weights: of a YAML or with pretrained=False, and of no other file."""
     args = trainer.args
-    return str(args.model).endswith((".yaml", ".yml")) and not isinstance(args.pretrained, (str, Path))
+    from_scratch = str(args.model).endswith((".yaml", ".yml")) or args.pretrained is False
+    return from_scratch and not isinstance(args.pretrained, (str, Path))
 
 
 def _plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig, budget: str) -> dict[str, str]:

@@ -43,6 +43,7 @@ class QCCallbacks:
         self.validation = EpochValidation()
         self._registered_with: Any = None
         self._trainer: BaseTrainer | None = None  # of the run, once it has begun
+        self._handed_on = False  # to the processes of a run on several devices
 
     def __getstate__(self) -> dict:
         """A process of a multi-GPU run gets the options."""
@@ -90,6 +91,11 @@ class QCCallbacks:
 
     def on_dataset(self, trainer: BaseTrainer) -> None:
         """Have photographs labelled, where that is asked for; of several processes, by the first alone."""
+        if trainer.ddp and RANK == -1:  # it starts the processes of a run, and is told nothing of the run's end
+            if self._handed_on:
+                self._withdraw(trainer, self._registered_with)
+                return
+            self._handed_on = True
         if RANK in {-1, 0}:
             label_for_run(trainer, self.state.config)
 
@@ -157,6 +163,7 @@ class QCCallbacks:
 
     def on_fit_epoch_end(self, trainer: BaseTrainer) -> None:
         """Let loggers see what was noted of the epoch; of Ultralytics' final evaluation there is nothing."""
+        self.validation.put_back()  # of several processes, one may have had no image to validate
         if scalars := self.state.steps.scalars:
             hand_over(trainer, scalars)
             self.state.steps.scalars = {}
@@ -251,7 +258,8 @@ def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConf
             )
         start.check_arguments(model, config)
     module = getattr(model, "model", None)
-    if isinstance(module, nn.Module):  # a trainer may have the name of a file there
+    unfinished = (getattr(model, "ckpt", None) or {}).get("optimizer")  # to be resumed, with the options in it
+    if isinstance(module, nn.Module) and not unfinished:  # a trainer may have the name of a file there
         start.check_model(module)
     QCCallbacks(config).register(model)
     return config

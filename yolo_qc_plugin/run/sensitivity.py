@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils import TQDM
-from ultralytics.utils.checks import check_imgsz
 
 from ..config import QCConfig
 from ..files import replacing
@@ -127,12 +127,16 @@ class Probe:
         return quant
 
 
-def size_for(imgsz: int) -> int:
-    """Side of the images that costs are measured on, of the size that is trained at: half of it, down to SMALL.
+def size_for(imgsz: int | Sequence[int]) -> int:
+    """Side of the images that costs are measured on: half of the size that is trained at, down to SMALL.
 
     A quarter of the time; docs/results/sensitivity.md has what plans lose by it, and by MEASURED.
+
+    Args:
+        imgsz: As the user gave it; training takes the larger of two sides.
     """
-    return min(imgsz, max(SMALL, imgsz // 2))
+    side = imgsz if isinstance(imgsz, int) else max(imgsz)
+    return min(side, max(SMALL, side // 2))
 
 
 def prepare(
@@ -147,7 +151,8 @@ def prepare(
         imgsz: Their size in pixels, which is rounded up to what the model takes.
         device: Where to compute.
     """
-    size = check_imgsz(imgsz, stride=max(int(model.stride.max()), 32), max_dim=1)
+    stride = max(int(model.stride.max()), 32)
+    size = ceil(imgsz / stride) * stride
     images = read_images(files, size, model.yaml.get("channels", 3)).to(device)
     probe = Probe(model.to(device), config, list(images.split(BATCH)))
     return probe, describe(probe, config, files, size)

@@ -8,7 +8,6 @@ from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 
-from ultralytics import YOLO
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils.torch_utils import unset_deterministic
@@ -16,6 +15,7 @@ from ultralytics.utils.torch_utils import unset_deterministic
 from ..config import QCConfig, QCError
 from ..deploy.snap import snap
 from ..host import compat, log
+from ..host.checkpoints import open_checkpoint
 from ..host.record import own_record, record_of
 from ..host.teacher import FILE as TEACHER
 from ..host.teacher import teacher_of
@@ -26,7 +26,7 @@ from .validation import validate
 
 OPTIONS = tuple(f.name for f in fields(QCConfig) if f.name.startswith("correction"))
 # of the run that the checkpoint is from: what is not to be taken over
-OTHERS = "model", "resume", "project", "name", "exist_ok", "save_dir", "distill_model"
+OTHERS = "model", "pretrained", "resume", "project", "name", "exist_ok", "save_dir", "distill_model"
 
 
 def correct(model: str | Path, data: str | Path | None = None, **arguments) -> dict:
@@ -51,7 +51,7 @@ def correct(model: str | Path, data: str | Path | None = None, **arguments) -> d
         >>> from yolo_qc_plugin import correct
         >>> correct("runs/detect/train/weights/qat.pt", correction="tensor", correction_shift=False)
     """
-    yolo = YOLO(model)
+    yolo = open_checkpoint("model", model)
     record = record_of(yolo.model)
     if record is None:
         raise QCError(f"QC: model={model} is not quantized; give qat.pt or best.pt of a run of callbacks=qc.")

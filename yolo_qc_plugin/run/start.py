@@ -31,6 +31,7 @@ from ..report.runs import RECORD
 from ..report.traces import FILE as TELEMETRY
 from .validation import training_images, validate
 
+DEVICES = "cpu", "cuda"  # torch.segment_reduce and FP64 are missing elsewhere
 MIN_FITNESS = 0.05  # of a float start that can teach; new heads and untrained models have about 0
 
 
@@ -47,6 +48,11 @@ def check_arguments(trainer: BaseTrainer, config: QCConfig) -> None:
         raise QCError(
             f"QC: coco_eval=True does not work with task={args.task!r}, of which pycocotools has no metrics; "
             f"accepted: {', '.join(COMPARED)}."
+        )
+    if trainer.device.type not in DEVICES:
+        raise QCError(
+            f"QC: device={args.device!r} is not accepted: it lacks operations that quantizers take; give 'cpu' or the "
+            "number of a CUDA device."
         )
     if args.quantize is not None:
         raise QCError(

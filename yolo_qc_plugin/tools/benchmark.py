@@ -18,12 +18,12 @@ from ultralytics.utils import TQDM
 from ..config import QCError
 from ..deploy.exported import ExportedONNX, batched
 from ..host import log
+from ..host.checkpoints import load_checkpoint
 from ..quant.inject import remove
 from ..quant.layers import quant_convs
 from ..report.console import in_short
 from ..report.record import figures_of
 from .check import MAIN_FIGURES
-from .checkpoints import load_checkpoint
 from .evaluate import validate
 from .exports import FP32, File, files_of
 from .latency import RUNTIMES, TURN, Runtime, cpu_name, integer_convolutions, measure
@@ -79,6 +79,8 @@ def benchmark(
     sides = [size, size] if isinstance(size, int) else list(size)
     folder = _folder(Path(model), out)
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):  # before what takes minutes
+        raise QCError(f"QC: out={folder} cannot be written to; give out= another folder.")
     result: dict[str, Any] = {
         "model": _described(yolo),
         "checkpoint": model,
@@ -182,7 +184,8 @@ class _Rows:
             if name == "ONNX Runtime":
                 row["integer"] = integer_convolutions(file.path)
         step(f"{name}: time")
-        times = measure(runs, FP32, self.settings["imgsz"], self.settings["repeats"])
+        channels = self.yolo.model.yaml.get("channels", 3)
+        times = measure(runs, FP32, self.settings["imgsz"], self.settings["repeats"], channels)
         return [{**row, **times.get(row["file"], {})} for row in rows]
 
     def _figure(self) -> float:

@@ -20,10 +20,10 @@ from ultralytics.engine.validator import BaseValidator
 from ultralytics.models.yolo import detect as of_boxes
 from ultralytics.models.yolo import pose as of_keypoints
 from ultralytics.models.yolo import segment as of_masks
-from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from ..coco.records import COMPARED, Record, all_metrics, in_coco_form, recording
 from ..config import QCError
+from ..host.checkpoints import load_model
 
 VALIDATORS = of_boxes.DetectionValidator, of_masks.SegmentationValidator, of_keypoints.PoseValidator
 NAMES = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
@@ -185,15 +185,6 @@ def format_table(result: dict[str, Any]) -> str:
     head = f"{result['model']} on {result['data']} ({result['split']}), imgsz {result['imgsz']}"
     counts = f"{result['images']} images, {result['instances']} instances, ground truth: {result['ground_truth']}"
     return "\n".join([head, counts, *(f"{a:<{width}}  {b:>8}  {c:>11}".rstrip() for a, b, c in rows)])
-
-
-def load_model(model: str | Path) -> YOLO:
-    """The model; a missing checkpoint is refused before Ultralytics asks the network for it."""
-    name = Path(model).name
-    known = "://" in str(model) or name in GITHUB_ASSETS_NAMES or Path(model).is_file()
-    if name.endswith(".pt") and not known:
-        raise FileNotFoundError(f"model '{model}' does not exist: pass a checkpoint, an exported model or a model YAML")
-    return YOLO(model)
 
 
 def load_scored(model: str | Path | YOLO) -> YOLO:

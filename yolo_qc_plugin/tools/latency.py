@@ -79,6 +79,7 @@ def measure(
     base: str,
     sides: Sequence[int],
     repeats: int,
+    channels: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float | None]]:
     """Time files in turns.
@@ -88,13 +89,14 @@ def measure(
         base: The file by whose time the others' are divided, if it is among them.
         sides: Height and width in pixels.
         repeats: Calls of each file, at least.
+        channels: Of an image.
         clock: Seconds; `time.process_time` counts the processor's time alone.
 
     Returns:
         File -> "median", "p10" and "p90" of one call in ms, and "ratio", the median over all turns of the ratio within
         a turn, which a machine's slow minutes do not move, or None.
     """
-    image = np.random.default_rng(0).random((1, 3, *sides), dtype=np.float32)
+    image = np.random.default_rng(0).random((1, channels, *sides), dtype=np.float32)
     turns: dict[str, list[list[float]]] = {name: [] for name in runs}
     for _ in range(-(-repeats // TURN)):
         for name, run in runs.items():

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ultralytics import YOLO
 from ultralytics.utils.torch_utils import select_device
 
 from ..config import MAX_BITS, MIN_BITS, QCConfig, QCError
 from ..host import architecture, log
+from ..host.checkpoints import open_checkpoint
 from ..host.images import spread_out
 from ..host.photographs import read_photographs
 from ..quant.layers import is_quantized
@@ -56,7 +56,7 @@ def sensitivity(
         raise QCError(f"QC: bits={list(bits)} is not accepted; give whole numbers from {MIN_BITS} to {MAX_BITS}.")
     if images < 1:
         raise QCError(f"QC: images={images} is not accepted; give a whole number of at least 1.")
-    yolo = YOLO(model)
+    yolo = open_checkpoint("model", model)
     architecture.check_model(yolo.model)
     if is_quantized(yolo.model):
         raise QCError(f"QC: model={model} is quantized; give the float checkpoint.")
