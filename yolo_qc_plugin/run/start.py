@@ -106,11 +106,11 @@ def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> Teacher | None:
     if teacher and fitness < MIN_FITNESS:
         log.info(f"the start is no teacher: its fitness is {fitness:.3f}, under {MIN_FITNESS}")
         teacher = None
-    folder = trainer.save_dir / "qc"
-    written = RECORD, TELEMETRY, TABLE, CARD, PAGE, f"plots/{PREDICTIONS}"
-    for stale in (trainer.wdir / "qat.pt", trainer.wdir / TEACHER, *(folder / name for name in written)):
-        stale.unlink(missing_ok=True)  # of an earlier run here
     if RANK in {-1, 0}:
+        folder = trainer.save_dir / "qc"
+        written = RECORD, TELEMETRY, TABLE, CARD, PAGE, f"plots/{PREDICTIONS}"
+        for stale in (trainer.wdir / "qat.pt", trainer.wdir / TEACHER, *(folder / name for name in written)):
+            stale.unlink(missing_ok=True)  # of an earlier run here
         trainer._model_train()  # batch norms of frozen layers keep their statistics, as they will in training
         if teacher and config.bn_freeze:
             freeze_norms(model)
