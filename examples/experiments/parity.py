@@ -3,8 +3,8 @@
 
     python examples/experiments/parity.py --checkpoints run/weights/best.pt ... --data bccd.yaml --imgsz 320
 
-Exports every checkpoint in both kinds by the stock `export`, runs `yolo-qc check` on them, and writes a page from the
-JSON that gives.
+Exports every checkpoint by the stock `export`, runs `yolo-qc check` on the file, and writes a page from the JSON that
+gives.
 """
 
 from __future__ import annotations
@@ -15,68 +15,54 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from record import made, versions
+from record import made, table_head, versions
 from ultralytics import YOLO
 
 from yolo_qc_plugin import choose_onnx_kind
 from yolo_qc_plugin.tools.check import check, format_check
 
-KINDS = "packed", "int8"  # what target=cpu exports, and what older runtimes take
-
 
 def measure(checkpoint: Path, name: str, args: argparse.Namespace) -> dict:
-    """Kind -> result of the check, with file sizes in MB."""
-    result: dict = {"name": name}
+    """The result of the check, with the name and the file's size in MB."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "best.pt"
         shutil.copy(checkpoint, copy)
-        for kind in KINDS:
-            yolo = YOLO(copy)
-            choose_onnx_kind(yolo, kind)
-            file = yolo.export(format="onnx", imgsz=args.imgsz, device="cpu")
-            found = check(copy, file, args.data, images=args.images)
-            print(format_check(found), flush=True)
-            drop = {"model", "file", "data"}
-            result[kind] = {k: v for k, v in found.items() if k not in drop} | {"mb": Path(file).stat().st_size / 1e6}
-    return result
+        yolo = YOLO(copy)
+        choose_onnx_kind(yolo, "packed")  # what target=cpu exports, and no target
+        file = Path(yolo.export(format="onnx", imgsz=args.imgsz, device="cpu"))
+        found = check(copy, file, args.data, images=args.images)
+        print(format_check(found), flush=True)
+        kept = {k: v for k, v in found.items() if k not in {"model", "file", "data"}}
+        return {"name": name, "mb": file.stat().st_size / 1e6, **kept}
 
 
 def page(record: dict) -> str:
     """The record as Markdown."""
     results = record["results"]
+    runtimes = [row["name"] for row in results[0]["runtimes"] if "AP" in row]
+    columns = "model", "MB", "as trained", "deployed, PyTorch", *runtimes, "largest difference"
     lines = [
         "# One model, one number",
         "",
         f"Written by `examples/experiments/parity.py` on {record['data']} at {record['imgsz']} px. AP (mAP50-95 by "
-        "pycocotools, square images) in points; in brackets the share of codes that differ layer by layer, over "
-        f"{record['images']} images.",
+        "pycocotools, square images) in points: of the checkpoint as it was trained, fake-quantized; of its deployed "
+        "form, which `yolo val` runs; of the packed ONNX file. In brackets the share of codes that differ layer by "
+        f"layer, over {record['images']} images.",
         "",
+        *table_head([*columns]),
     ]
-    kinds = [kind for kind in KINDS if kind in results[0]]
-    runtimes = [(kind, row["name"]) for kind in kinds for row in results[0][kind]["runtimes"] if "AP" in row]
-    columns = [
-        "model",
-        "checkpoint",
-        "deployed, PyTorch",
-        *(f"{kind}, {r}" for kind, r in runtimes),
-        "largest difference",
-    ]
-    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for result in results:
-        base = result[kinds[0]]
-        figures = [base["checkpoint"]["AP"], base["pytorch"]["AP"]]
-        cells = [f"{100 * v:.2f}" for v in figures]
-        for kind, runtime in runtimes:
-            row = next(r for r in result[kind]["runtimes"] if r["name"] == runtime)
+        figures = [result["checkpoint"]["AP"], result["pytorch"]["AP"]]
+        cells = [result["name"], f"{result['mb']:.2f}", *(f"{100 * v:.2f}" for v in figures)]
+        for runtime in runtimes:
+            row = next(r for r in result["runtimes"] if r["name"] == runtime)
             if "skipped" in row:
                 cells.append(row["skipped"])
                 continue
             figures.append(row["AP"])
             cells.append(f"{100 * row['AP']:.2f} [{row['changed']:.0e}]")
-        cells.append(f"{100 * (max(figures) - min(figures)):.2f}")
-        lines.append(f"| {result['name']} | {' | '.join(cells)} |")
-    sizes = ", ".join(f"{kind} {results[0][kind]['mb']:.2f} MB" for kind in kinds)
-    return "\n".join([*lines, "", f"Files of {results[0]['name']}: {sizes}.", ""])
+        lines.append(f"| {' | '.join([*cells, f'{100 * (max(figures) - min(figures)):.2f}'])} |")
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:

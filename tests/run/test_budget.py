@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import product
 from math import exp
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,10 +228,18 @@ def test_a_trained_start_is_planned_of_itself(train):
     assert len(set(widths_of(load_checkpoint(yolo.trainer.best)[0]).values())) > 2
 
 
-@pytest.mark.parametrize("start", [{}, {"model": FLOAT, "pretrained": False}], ids=["YAML", "pretrained=False"])
-def test_a_start_that_is_not_trained_has_the_same_width_everywhere(train, monkeypatch, start):
+@pytest.mark.parametrize("model,pretrained,untrained", [
+    ("a.yaml", True, True), ("a.yml", False, True), ("a.yaml", "b.pt", False), ("a.pt", True, False),
+    ("a.pt", False, True), ("a.pt", "b.pt", False),
+])  # fmt: skip
+def test_what_counts_as_untrained(model, pretrained, untrained):
+    """What starts from no weights, as Ultralytics reads these arguments."""
+    assert budget._is_untrained(SimpleNamespace(args=SimpleNamespace(model=model, pretrained=pretrained))) is untrained
+
+
+def test_a_start_that_is_not_trained_has_the_same_width_everywhere(train, monkeypatch):
     monkeypatch.setattr(budget, "_plan", None)  # what would search
-    yolo = train({"target": "cpu", "telemetry": False}, **start)
+    yolo = train({"target": "cpu", "telemetry": False})
     model, _ = load_checkpoint(yolo.trainer.best)
     assert set(widths_of(model).values()) == {"W8A8", "W4A8"}
     assert model.qc.options.budget is None

@@ -203,9 +203,9 @@ def _obstacle(file: File, path: Path, package: str) -> str | None:
 
 
 def format_benchmark(result: dict[str, Any]) -> str:
-    """The result of `benchmark` as a page of Markdown, whose table is aligned."""
+    """The result of `benchmark` as a page of Markdown: a table, aligned, and what is not in it and why."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    table = [HEAD, *map(_cells, result["rows"])]
+    table = [HEAD, *(_cells(row) for row in result["rows"] if "skipped" not in row)]
     widths = [max(len(row[i]) for row in table) for i in range(len(HEAD))]
     lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |" for row in table]
     lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
@@ -216,6 +216,13 @@ def format_benchmark(result: dict[str, Any]) -> str:
         f"in the same turn. {versions}. OpenVINO without f32 computes float layers in BF16 where the processor has it."
     )
     title = f"# {result['model']}, {size} px, on {Path(result['data']).name}"
+    left_out: dict[tuple[str, str], list[str]] = {}
+    for row in result["rows"]:
+        if "skipped" in row:
+            left_out.setdefault((row["file"], row["skipped"]), []).append(row["runtime"])
+    if left_out:
+        lines += ["", "Left out:", ""]
+        lines += [f"- {file} ({', '.join(runtimes)}): {reason}" for (file, reason), runtimes in left_out.items()]
     return "\n".join([title, "", about, "", *lines, ""])
 
 
@@ -229,4 +236,4 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "integer": lambda counts: f"{counts[0]} of {counts[1]}",
     }
     cells = ["-" if row.get(key) is None else word(row[key]) for key, word in words.items()]
-    return [row["runtime"], row["file"], *cells[:-1], row.get("skipped", cells[-1])]
+    return [row["runtime"], row["file"], *cells]
