@@ -129,6 +129,14 @@ def planned(digits, tmp_path_factory):
     return yolo, folder / "run", {**arguments, "name": "again"}
 
 
+def test_a_plan_measures_some_widths_alone(planned):
+    """Of half the size of training; the others follow from them."""
+    found = json.loads((planned[1] / "qc" / "sensitivity.json").read_text())
+    measured = {tuple(costs) for costs in found["costs"]["weights"].values()}
+    assert measured == {("8",), ("5",), ("2", "3", "4", "6")}  # edges, what `layer_bits` names, the rest
+    assert found["about"]["imgsz"] == 64  # the least of TINY
+
+
 def widths_of(model) -> dict[str, str]:
     """Name -> widths as `layer_bits` takes them."""
     return {name: f"W{conv.weight_quant.bits}A{conv.act_quant.bits}" for name, conv in quant_convs(model)}

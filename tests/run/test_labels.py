@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from yolo_qc_plugin.cli import main
 from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.run import labelled
 from yolo_qc_plugin.run.callbacks import QCCallbacks
-from yolo_qc_plugin.run.labels import label
+from yolo_qc_plugin.run.labels import label, refuse_without_labels
 
 ALL = 32
 QUICK = {"labels": "teacher", "correction": "off", "output_bits": None, "telemetry": False, "calibration_batches": 1}
@@ -229,6 +230,22 @@ def test_a_trainer_has_read_its_data(digits, tmp_path):
     trainer = DetectionTrainer(overrides={**TINY, "model": str(FLOAT), "data": str(digits), "project": str(tmp_path)})
     with pytest.raises(QCError, match="labels='teacher' is too late for a trainer"):
         add_qc_callbacks(trainer, labels="teacher")
+
+
+def test_a_trainer_with_a_data_set_of_its_own_needs_no_label_files(photos):
+    """Such as one that reads COCO's annotations; Ultralytics' own is refused before it reads all images."""
+
+    class Stock(SimpleNamespace):
+        build_dataset = DetectionTrainer.build_dataset
+
+    class Own(SimpleNamespace):
+        def build_dataset(self):
+            """Labels are elsewhere."""
+
+    given = {"args": SimpleNamespace(task="detect", data="d.yaml"), "data": {"train": str(photos)}}
+    refuse_without_labels(Own(**given))
+    with pytest.raises(QCError, match=r"data=d.yaml has no label for any training image"):
+        refuse_without_labels(Stock(**given))
 
 
 def test_several_devices(photos, digits, tmp_path):

@@ -182,6 +182,11 @@ def test_a_damaged_best_checkpoint_does_not_stop_a_run_that_goes_on(interrupted,
         caplog.clear()
 
 
+def test_a_resumed_run_mends_its_best_checkpoint(go_on, caplog):
+    go_on(lambda weights: (weights / "best.pt").write_bytes(b"no checkpoint"))
+    assert "best.pt cannot be read; last.pt takes its place" in caplog.text
+
+
 def test_state_of_steps_starts_anew_with_an_epoch(train):
     """An epoch that Ultralytics begins again after a lack of memory holds nothing of the pass that failed."""
     seen = []

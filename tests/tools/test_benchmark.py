@@ -128,11 +128,13 @@ def test_a_file_that_cannot_be_written_is_a_row(run, digits, tmp_path, monkeypat
     (dict(float="best"), "is quantized; accepted: float checkpoints"),
     (dict(float="yolov5n.yaml"), "float=yolov5n.yaml is of another task or other classes than model="),
     (dict(data="none.yaml"), "none.yaml"),
+    (dict(out="closed"), "out=closed cannot be written to"),
 ], ids=str)  # fmt: skip
 def test_refusals_take_one_line_and_no_export(run, digits, tmp_path, monkeypatch, capsys, change, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(exports.File, "write", lambda *_: pytest.fail("something was exported"))
     (tmp_path / "torn.pt").write_bytes(run[1].read_bytes()[:1000])
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != "closed")  # the superuser may write everywhere
     named = {"best": run[0] / "weights" / "best.pt", "start": run[1]}
     given = {"model": "best", "data": digits, "float": "start", "out": tmp_path / "out", **change}
     assert main(["benchmark", *(f"{key}={named.get(value, value)}" for key, value in given.items())]) == 1

@@ -132,9 +132,10 @@ class Problem:
         layers = self.layers
 
         def cost(name: str, w: int, a: int) -> float:
-            of_weights = self.costs["weights"].get(name, {}).get(str(w), 0.0)
-            of_tensor = self.costs["activations"].get(layers[name].reads, {}).get(str(a), 0.0)
-            of_tensor *= self._payer(layers[name]) == name
+            of_weights = self.costs["weights"][name][str(w)]
+            reads = layers[name].reads  # the first layer's image costs nothing
+            pays = reads and self._payer(layers[name]) == name
+            of_tensor = self.costs["activations"][reads][str(a)] if pays else 0.0
             return DROP["weights"] * of_weights + DROP["activations"] * of_tensor
 
         if unit == "%drop":
