@@ -195,9 +195,8 @@ def completed(costs: Costs, wanted: Wanted) -> Costs:
     """
     found: Costs = {kind: {} for kind in KINDS}
     for (kind, name), widths in wanted.items():
-        known = {
-            int(bits): max(cost, 0.0) for bits, cost in costs[kind][name].items()
-        }  # rounding may leave less than 0
+        # rounding may leave less than 0
+        known = {int(bits): max(cost, 0.0) for bits, cost in costs[kind][name].items()}
         found[kind][name] = {str(bits): _cost_at(bits, known) for bits in widths}
     return found
 

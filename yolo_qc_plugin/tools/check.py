@@ -87,11 +87,11 @@ def check(
     graph.match(deployed_convs(yolo.model))
     stash = _Stash(images)
     settings = dict(data=data, imgsz=graph.imgsz, batch=graph.batch, split=split, conf=conf, iou=iou, rect=False)
-    settings["device"] = "cpu"  # where the runtimes are, and the model that computes
+    settings["device"] = "cpu"  # where the runtimes compute, and the model
 
     with computed_by(yolo.model, stash.wrap):
         expected = _figures(yolo, settings)
-    with computed_by(yolo.model, lambda _: fake_quantized.forward):
+    with computed_by(yolo.model, lambda _: fake_quantized):
         trained = _figures(yolo, settings)
     sample = torch.cat(stash.batches)[:images]
     weights = graph.differing_weights(deployed_convs(yolo.model))

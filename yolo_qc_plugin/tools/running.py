@@ -17,7 +17,8 @@ Wrap = Callable[[Callable], Callable]  # a model's forward -> what is called in 
 @contextmanager
 def computed_by(model: nn.Module, wrap: Wrap) -> Iterator[None]:
     """Within, `wrap` of the model's forward computes its outputs."""
-    vars(model)["forward"] = wrap(type(model).forward.__get__(model))  # a module set as an attribute would be no method
+    # past nn.Module's own attributes: it would file a module among its parts, and go on calling the class's forward
+    vars(model)["forward"] = wrap(type(model).forward.__get__(model))
     try:
         yield
     finally:
