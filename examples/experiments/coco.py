@@ -91,6 +91,7 @@ PLANS = {
     **{f"budget-{width}-ops": (width, {"budget": "100%ops"}) for width in ("W4A4", "W3A3")},
     **{f"budget-{width}-90%": (width, {"budget": "90%size"}) for width in ("W4A8", "W4A4")},
     "budget-W4A8-102%": ("W4A8", {"budget": "102%size", "target": "cpu"}),
+    "budget-W4A8-tensorrt": ("W4A8", {"budget": "102%size", "target": "tensorrt"}),
 }
 
 NARROW = {"4": {"bits": 4}, "3": {"bits": 3}, "4*": {"bits": 4, "edge_bits": 4}}

@@ -4,6 +4,7 @@
 import importlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,13 @@ from ultralytics import YOLO
 
 from yolo_qc_plugin import add_qc_callbacks, choose_litert_kind, choose_onnx_kind
 from yolo_qc_plugin.cli import main
+from yolo_qc_plugin.coco.metrics import coco_metrics
 from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.deploy.fold import FixedQuantizer, deployed_convs
 from yolo_qc_plugin.deploy.snap import MULTIPLIER_BITS
 from yolo_qc_plugin.quant.layers import quant_convs
-from yolo_qc_plugin.tools.check import check
+from yolo_qc_plugin.tools.accuracy import Accuracy, measure
+from yolo_qc_plugin.tools.check import check, format_check
 from yolo_qc_plugin.tools.evaluate import evaluate, takes_oblong
 
 onnx = pytest.importorskip("onnx")
@@ -60,8 +63,8 @@ def test_a_file_of_ours_passes(trained, digits, tmp_path, capsys):
 def test_a_checkpoint_that_computes_something_else_fails(trained, digits, monkeypatch):
     """Than its own deployed form: the first row is of what was trained, fake-quantized. All is computed on the CPU."""
     checkpoint, file = trained
-    load, figures, devices = checking._load_quantized, checking._figures, []
-    monkeypatch.setattr(checking, "_figures", lambda yolo, s: devices.append(s["device"]) or figures(yolo, s))
+    load, measure, devices = checking._load_quantized, checking.measure, []
+    monkeypatch.setattr(checking, "measure", lambda yolo, s: devices.append(s["device"]) or measure(yolo, s))
 
     def changed(*args):
         yolo, fake_quantized = load(*args)
@@ -75,7 +78,31 @@ def test_a_checkpoint_that_computes_something_else_fails(trained, digits, monkey
         not result["passed"] and not result["weights"] and result["checkpoint"]["AP"] < result["pytorch"]["AP"] - 0.01
     )
     assert all(r.get("steps", 0) == 0 for r in result["runtimes"])
+    assert result["checkpoint"]["interval"][1] < 0 and "points are more than chance" in format_check(result)
     assert len(devices) > 2 and set(devices) == {"cpu"}
+
+
+def test_what_few_images_show_by_chance_passes(trained, digits, monkeypatch):
+    """As flipped codes do: one image finds nothing as trained, which lowers mAP by more than is accepted."""
+    checkpoint, file = trained
+    measured: list[Accuracy] = []
+
+    def without_one_image(yolo, settings):
+        found = measure(yolo, settings)
+        if len(measured) == 1:
+            kept = [d for d in found.detections if d["image_id"] != 1]
+            found = replace(
+                found, detections=kept, figures={**found.figures, "AP": coco_metrics(found.truth, kept)["AP"]}
+            )
+        measured.append(found)
+        return found
+
+    monkeypatch.setattr(checking, "measure", without_one_image)
+    result = check(checkpoint, file, digits, images=1)
+    low, high = result["checkpoint"]["interval"]
+    assert result["checkpoint"]["points"] > 0.1 and low < 0 == high and result["passed"], result["checkpoint"]
+    assert all("interval" not in r for r in result["runtimes"])
+    assert f"checkpoint: {result['checkpoint']['points']:.2f} points are chance: 95% of" in format_check(result)
 
 
 def test_a_file_that_is_not_square_passes(trained, digits, tmp_path):

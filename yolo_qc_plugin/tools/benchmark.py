@@ -23,7 +23,7 @@ from ..quant.inject import remove
 from ..quant.layers import quant_convs
 from ..report.console import in_short
 from ..report.record import figures_of
-from .check import MAIN_FIGURES
+from .accuracy import MAIN_FIGURES
 from .evaluate import validate
 from .exports import FP32, File, files_of
 from .latency import RUNTIMES, TURN, Runtime, cpu_name, integer_convolutions, measure

@@ -1,0 +1,73 @@
+# yolo_qc_plugin, AGPL-3.0
+"""Accuracy of whatever computes a model's outputs, and whether two of them differ by more than chance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ultralytics import YOLO
+
+from ..coco.metrics import coco_metrics
+from ..report.record import figures_of
+from .evaluate import detect, validate
+from .intervals import interval, resampled_ap
+
+MAIN_FIGURES = ("AP", "map50_95", "mask_map50_95", "pose_map50_95", "top1")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Of one validation.
+
+    Attributes:
+        figures: By name, in 0..1; None where there is no ground truth. AP and AP50 by pycocotools of detection, those
+            of `report.figures_of` of other tasks.
+        truth: Of detection the ground truth in COCO form, else None.
+        detections: Of detection COCO results, else empty.
+    """
+
+    figures: dict[str, float | None]
+    truth: dict[str, Any] | None
+    detections: list[dict[str, Any]]
+
+
+def measure(yolo: YOLO, settings: dict[str, Any]) -> Accuracy:
+    """Validate what computes the model's outputs now; settings as of `evaluate`."""
+    if yolo.task == "detect":
+        truth, detections, _ = detect(yolo, **settings)
+        coco = coco_metrics(truth, detections)
+        return Accuracy({name: coco[name] for name in ("AP", "AP50")}, truth, detections)
+    found = figures_of(validate(yolo, **settings).metrics.results_dict)
+    return Accuracy({name: value for name, value in found.items() if name != "fitness"}, None, [])
+
+
+def held_against(expected: Accuracy, found: Accuracy, limit: float) -> dict[str, Any]:
+    """The figures found, and how far they are from others of the same images.
+
+    Args:
+        expected: The others.
+        found: Those to be judged.
+        limit: In points; of detection, what is farther off gets an interval.
+
+    Returns:
+        The figures; "points", the largest difference of the main ones, where no ground truth at all counts as 0; and
+        "interval" of the difference of AP in points (see `intervals`), where it was asked for.
+    """
+    a, b = found.figures, expected.figures
+    points = max(100 * abs((a[name] or 0.0) - (b[name] or 0.0)) for name in a if name in MAIN_FIGURES)
+    if points <= limit or found.truth is None:
+        return {**a, "points": points}
+    resampled = [100 * resampled_ap(found.truth, one.detections)[1:] for one in (found, expected)]
+    return {**a, "points": points, "interval": interval(resampled[0] - resampled[1])}
+
+
+def is_chance(entry: dict[str, Any]) -> bool:
+    """Whether the interval of what `held_against` gave holds 0."""
+    low, high = entry.get("interval", (1.0, 1.0))
+    return low <= 0 <= high
+
+
+def is_as_accurate(entry: dict[str, Any], limit: float) -> bool:
+    """Whether figures are within a limit, in points, or differ by chance; without figures too."""
+    return entry.get("points", 0) <= limit or is_chance(entry)
