@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import coco
@@ -26,20 +27,29 @@ accuracy was measured on a GPU.
 
 ## What a model keeps
 
-mAP50-95 in points, mean ± standard deviation over seeds: AP by pycocotools on COCO's photographs and on animals, else
-Ultralytics' own. `best.pt` is the better of the models without and with QC on the validation set, as the plugin keeps
-it. Float is the checkpoint that training starts from; trained on is the same after as many epochs of the same recipe
-in float, with true labels. Labels say what training used beside the float model's outputs. A budget gives each layer a
-width of its own, within a share of the file size or of the operations on bits that the width before it takes. QC's
-gain is with less without, in brackets the middle 95% of 1,000 resamples of the images or, of older runs (bccd, digits;
-a float teacher or none), the standard error."""
+mAP50-95 of `best.pt`, the better of the models without and with QC on the validation set, as a share of float's, then
+in points, mean ± standard deviation over seeds, their number in brackets: AP by pycocotools on COCO's photographs and
+on animals, else Ultralytics' own. Labels say what training used beside the float model's outputs. Float is the
+checkpoint that training starts from; with true labels it is the same after as many epochs of the same recipe in float,
+where that was run. One width is that of all layers; otherwise a budget gives each layer a width of its own, with as
+much of what it names as that one width takes. Its gain is of the models without QC, in AP, in brackets the middle 95%
+of 1,000 resamples of the images. [coco.md](results/coco.md) has further budgets."""
 
 CLAIMS = """## What held of the paper
 
-The paper trains on all of COCO for 100 epochs; here it is small data for the few epochs that
-[paper.md](results/paper.md) says, with the paper's way of rounding (`rounding=nearest`). Differences in points, mean
-over seeds and standard error; a claim holds where all seeds agree and the mean is at least twice that error. QC's
-gain with the plugin's own way of rounding is in the table above."""
+The paper trains on all of COCO for 100 epochs; here it is small data for few epochs. Rounding is the paper's
+(`rounding=nearest`) except where the plugin's recipe is named, which trains as in the table above, with one width.
+Differences in points, mean over seeds, in brackets the middle 95% of 1,000 resamples of the images (coco, animals),
+else ± the standard error (bccd). A claim holds where all seeds agree and that interval leaves out 0, or the mean is at
+least twice that error. [coco.md](results/coco.md) and [paper.md](results/paper.md) have the recipes."""
+
+# width of all layers -> budgets of as much, the default first
+PLANS = {
+    "W4A8": ("budget-W4A8-102%", "budget-W4A8", "budget-W4A8-90%"),
+    "W4A4": ("budget-W4A4-ops", "budget-W4A4"),
+    "W3A8": ("budget-W3A8",),
+    "W3A3": ("budget-W3A3-ops", "budget-W3A3"),
+}
 
 EVERYWHERE = """## One model, one number
 
@@ -55,53 +65,62 @@ def labels(run: dict) -> str:
     return "the float model's" if options.get("labels") == "teacher" else "true"
 
 
-def gain_of_qc(content: dict, cell: str, figure: str) -> str:
-    """With QC less without, and how sure that is."""
-    columns = difference(content, (cell, "qc"), (cell, "qat"), figure)
-    if not columns:
-        return ""
-    _, mean, error, *interval, _ = columns
-    return f"{mean} ({interval[0] if interval else f'± {error}'})"
-
-
-def kept(content: dict, cell: str, start: str, figure: str) -> list[str] | None:
-    """Columns of a row, from model and data to QC's gain; None where there is no run."""
-    runs = results(content["cells"], cell)
+def share(runs: dict[int, dict], whole: float, figure: str) -> str:
+    """What best.pt keeps, and in points."""
     if not runs:
-        return None
-    one = next(iter(runs.values()))
-    floats = points(results(content["cells"], start), "trained", figure)
-    on = points(results(content["cells"], "float"), "trained", figure)
+        return ""
     best = [100 * run["metrics"][run["kept"]][figure] for run in runs.values()]
-    config = one["config"]
-    bits = "W{}A{}".format(*(config[f"{of}_bits"] or config["bits"] for of in ("weight", "act")))
-    if cell in coco.PLANS:
-        bits += f", {coco.PLANS[cell][1]['budget']}"
-    share = [
-        f"{statistics.mean(best) / statistics.mean(whole.values()):.1%}" if whole else "" for whole in (floats, on)
-    ]
-    shown = [mean_and_spread(values.values()) if values else "" for values in (floats, on)]
+    return f"{statistics.mean(best) / whole:.1%}: {mean_and_spread(best)} ({len(best)})"
+
+
+def row(content: dict, width: str, plans: Sequence[str] = (), figure: str = "ap") -> list[str] | None:
+    """A line of the first table, None where there is no run.
+
+    Args:
+        content: Of a set.
+        width: The cell with one width for all layers.
+        plans: Cells with a budget; the first that was run is shown.
+        figure: Of which the shares are.
+    """
+    cells = content["cells"]
+    plan = next((p for p in plans if results(cells, p)), "")
+    one, each = results(cells, width), results(cells, plan)
+    if not (one or each):
+        return None
+    run = next(iter((one or each).values()))
+    start, on = (points(results(cells, cell), "trained", figure) for cell in (coco.START.name, "float"))
+    longer = bool(on) and (labels(run) == "true" or not start)
+    floats = on if longer else start
+    whole = statistics.mean(floats.values())
+    config = run["config"]
+    gain = difference(content, (plan, "qat"), (width, "qat"), figure) if plan else []
     return [
-        f"{one['model']}, {Path(one['data']).stem}", str(one["images"]["train"]), labels(one), str(one["steps"]), bits,
-        str(len(runs)), *shown, mean_and_spread(best), *share, gain_of_qc(content, cell, figure),
-    ]  # fmt: skip
+        f"{run['model']}, {Path(run['data']).stem}",
+        f"{run['images']['train']} photographs, labels: {labels(run)}, {run['steps']} steps",
+        "W{}A{}".format(*(config[f"{of}_bits"] or config["bits"] for of in ("weight", "act"))),
+        mean_and_spread(floats.values()) + " trained on" * longer,
+        share(one, whole, figure),
+        share(each, whole, figure) + f" {coco.PLANS[plan][1]['budget']}" if plan else "",
+        f"{gain[1]} ({seeds_named(gain[3])})" if gain else "",
+    ]
+
+
+def seeds_named(interval: str) -> str:
+    """An interval, with the seeds in words where it is not of all."""
+    return interval.replace(" (", "; seeds ").rstrip(")")
 
 
 def table_kept(records: dict[str, dict]) -> list[str]:
     """The first table."""
-    head = ["model, data", "photographs", "labels", "steps", "bits", "seeds", "float", "trained on", "best.pt",
-            "of float", "of trained on", "QC's gain"]  # fmt: skip
-    rows = [
-        kept(c, width, coco.START.name, "ap")
-        for n, c in records["coco"].items()
-        if n not in TRIALS
-        for width in dict.fromkeys((*coco.RECIPE, *coco.UNIFORM, *coco.PLANS))
-    ]
+    head = ["model, data", "trained with", "bits", "float", "one width", "a width for each layer", "its gain"]
+    sets = [name for name in records["coco"] if name not in TRIALS]
+    sets.sort(key=lambda name: name.partition("-")[0] != "coco")  # then as recorded
+    rows = [row(records["coco"][name], width, plans) for name in sets for width, plans in PLANS.items()]
     rows += [
-        kept(c, f"{preset}-{bits}bit", "", "map50_95")
-        for c in records["presets"].values()
+        row(content, f"{preset}-{bits}bit", figure="map50_95")
+        for content in records["presets"].values()
         for preset in ("best", "per-channel")
-        for bits in (4, 3, 2)
+        for bits in (4, 3)
     ]
     return [*table_head(head), *(f"| {' | '.join(row)} |" for row in rows if row)]
 
@@ -122,13 +141,19 @@ def claims() -> dict[str, tuple]:
 
 def table_of_claims(records: dict[str, dict]) -> list[str]:
     """The second table."""
+    sets = [("map50_95", *of) for of in records["paper"].items()] + [("ap", *of) for of in records["coco"].items()]
+    both = [(claim, pair, f"{first - second:+.1f}") for claim, (pair, (first, second)) in claims().items()]
+    both += [
+        (f"QC gains in the plugin's recipe, {width}", ((width, "qc"), (width, "qat")), "") for width in coco.UNIFORM
+    ]
     rows = []
-    for claim, (pair, (first, second)) in claims().items():
-        for name, content in records["paper"].items():
-            columns = difference(content, *pair, "map50_95")
+    for claim, pair, theirs in both:
+        for figure, name, content in sets:
+            columns = difference(content, *pair, figure)
             if columns and "," in columns[0]:  # several seeds
-                _, mean, error, reading = columns
-                rows.append(f"| {claim} | {first - second:+.1f} | {name} | {mean} ± {error} | {reading} |")
+                _, mean, error, *interval, reading = columns
+                sure = f"({seeds_named(interval[0])})" if interval else f"± {error}"
+                rows.append(f"| {claim} | {theirs} | {name} | {mean} {sure} | {reading} |")
     return [*table_head(["claim", "paper, YOLOv5n", "here, data and model", "difference", "reading"]), *rows]
 
 
