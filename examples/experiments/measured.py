@@ -60,21 +60,27 @@ def coco(model, request: dict, folder: Path) -> dict[str, float]:
     """Measure a model on the validation set and leave its files in a folder.
 
     Returns:
-        "ap" by pycocotools; "map50_95" and "map50" by Ultralytics, of the same detections; all in 0..1. Of a file also
-        "agreement", the loss of its outputs against those of the float checkpoint that training starts from.
+        "ap" by pycocotools, of boxes, or of the masks or keypoints of such a task, and "box_ap" then of its boxes;
+        "map50_95" and "map50" by Ultralytics, of the same boxes; all in 0..1. Of a file also "agreement", the loss of
+        its outputs against those of the float checkpoint that training starts from.
     """
+    from yolo_qc_plugin.coco.metrics import coco_metrics
+    from yolo_qc_plugin.coco.records import COMPARED
     from yolo_qc_plugin.tools.evaluate import detect
     from yolo_qc_plugin.tools.intervals import resampled_ap
 
     size, device = (request["recipe"][key] for key in ("imgsz", "device"))
     truth, detections, validator = detect(model, request["data"], size, device=device)
-    resampled = resampled_ap(truth, detections)
+    *_, kind = COMPARED[validator.args.task]
+    resampled = resampled_ap(truth, detections, iou_type=kind, sigmas=getattr(validator, "sigma", None))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "annotations.json").write_text(json.dumps(truth))
     (folder / "detections.json").write_text(json.dumps(detections))
     np.save(folder / "resampled.npy", resampled)
     box = validator.metrics.box
     found = {"ap": float(resampled[0]), "map50_95": float(box.map), "map50": float(box.map50)}
+    if kind != "bbox":
+        found["box_ap"] = coco_metrics(truth, detections)["AP"]
     if isinstance(model, Path):
         losses = agreement(model, request["weights"], validator)
         np.save(folder / "agreement.npy", losses)

@@ -28,6 +28,7 @@ import record  # noqa: E402
 from conftest import CHECKPOINTS, TINY  # noqa: E402
 
 from yolo_qc_plugin.config import QCConfig  # noqa: E402
+from yolo_qc_plugin.data.digits import compose  # noqa: E402
 from yolo_qc_plugin.quant.layers import QuantConv2d, quant_convs  # noqa: E402
 from yolo_qc_plugin.tools.evaluate import detect, evaluate  # noqa: E402
 
@@ -201,6 +202,29 @@ def test_a_soft_model_is_not_deployed(digits):
     quant = conv.weight_quant
     low, high = (quant.per_weight(conv.weight) * end for end in (quant.quant_min, quant.quant_max))
     assert torch.allclose(quant(conv.weight), conv.weight.clamp(low, high))
+
+
+def test_masks_are_what_a_segmentation_model_is_compared_by(tmp_path):
+    """And boxes stand beside them, in its cells and in Table 1."""
+    masks = compose(tmp_path / "masks", 1, 8, 64, task="segment")
+    recipe = {"imgsz": 64, "device": "cpu"}
+    request = {"recipe": recipe, "data": str(masks), "weights": str(CHECKPOINTS / "segment.pt")}
+    found = measured.coco(CHECKPOINTS / "segment.pt", request, tmp_path / "coco")
+    wanted = {kind: of["AP"] for kind, of in evaluate(CHECKPOINTS / "segment.pt", masks, **recipe)["coco"].items()}
+    assert found["ap"] == pytest.approx(wanted["segm"]) and found["box_ap"] == wanted["bbox"] and found["ap"] > 0.01
+    assert found["ap"] != pytest.approx(found["box_ap"], abs=1e-3) and found["agreement"] == pytest.approx(0, abs=1e-6)
+    assert np.load(tmp_path / "coco" / "resampled.npy")[0] == found["ap"]
+
+    one = {"data": "d.yaml", "weights": "w.pt", "model": "yolov8n-seg", "steps": 6, "versions": {}}
+    one |= {"images": {"train": 24, "val": 8}}
+    states = {"float": {"trained": 0.4}, "EMA-4bit": {"qat": 0.3, "qc": 0.35}}
+    recorded = {}
+    for name, of in states.items():
+        metrics = {state: {"ap": ap, "box_ap": ap + 0.1} for state, ap in of.items()}
+        recorded[f"{name}-seed0"] = {**one, "recipe": {"seed": 0}, "metrics": metrics}
+    lines = paper.table1("d-yolov8n-seg", {"cells": recorded})
+    assert "| method | QC | bits | seeds | AP of masks | of float | AP of boxes | paper, yolov5n-seg |" in lines
+    assert "| EMA | ✓ | 4 | 1 | 35.0 | 87.5% | 45.0 | 19.5 |" in lines and "AP is that of masks." in lines[2]
 
 
 def test_the_tables_on_coco(tmp_path):
