@@ -204,15 +204,16 @@ def difference(content: dict, first: State, second: State, figure: str = "map50_
         return []
     mean, error = statistics.mean(by_seed), standard_error(by_seed)
     columns = [", ".join(f"{d:+.1f}" for d in by_seed), f"{mean:+.2f}", "-" if error is None else f"{error:.2f}"]
-    beyond_noise = error is not None and abs(mean) >= 2 * error
+    beyond_noise, found = error is not None and abs(mean) >= 2 * error, None
     if "differences" in content:
         found = content["differences"].get(measured.label(first, second))
-        low, high = found["interval"] if found else (0, 0)
-        some = f" ({', '.join(map(str, found['seeds']))})" if found and len(found["seeds"]) < len(by_seed) else ""
+        if found:
+            low, high = found["interval"]
+            beyond_noise = not low <= 0 <= high
+            some = f" ({', '.join(map(str, found['seeds']))})" if len(found["seeds"]) < len(by_seed) else ""
         columns.append(f"{low:+.2f} to {high:+.2f}{some}" if found else "-")
-        beyond_noise = not low <= 0 <= high
     agree = all(d > 0 for d in by_seed) or all(d < 0 for d in by_seed)
-    known = error is not None or "differences" in content
+    known = error is not None or found
     reading = ("holds" if mean > 0 else "reversed") if agree and beyond_noise else "noise" if known else "one seed"
     return [*columns, reading]
 
