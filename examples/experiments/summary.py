@@ -39,9 +39,10 @@ CLAIMS = """## What held of the paper
 
 The paper trains on all of COCO for 100 epochs; here it is small data for few epochs. Rounding is the paper's
 (`rounding=nearest`) except where the plugin's recipe is named, which trains as in the table above, with one width or
-by a budget. Differences in points, mean over several seeds, in brackets the middle 95% of 1,000 resamples of the images (coco, animals),
-else ± the standard error (bccd). A claim holds where all seeds agree and that interval leaves out 0, or the mean is at
-least twice that error. [coco.md](results/coco.md) and [paper.md](results/paper.md) have the recipes."""
+by a budget. Differences in points, mean over several seeds, in brackets the middle 95% of 1,000 resamples of the
+images (coco, animals), else ± the standard error (bccd). A claim holds where all seeds agree and that interval leaves
+out 0, or the mean is at least twice that error.
+[coco.md](results/coco.md) and [paper.md](results/paper.md) have the recipes."""
 
 # width of all layers -> budgets of as much, the default first
 PLANS = {

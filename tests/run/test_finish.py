@@ -9,7 +9,10 @@ import pytest
 import torch
 from conftest import FLOAT, TINY_YAML
 from ultralytics import YOLO
+from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils.loss import E2ELoss
+
+from yolo_qc_plugin.qat.correction import freeze_statistics
 
 
 @pytest.mark.parametrize("kept,options", [
@@ -35,6 +38,27 @@ def test_the_better_is_kept(train, digits, kept, options):
     assert report["rounding"] is None
     found = YOLO(wdir / "best.pt").val(data=str(digits), imgsz=64, workers=0, plots=False, verbose=False)
     assert found.box.map == pytest.approx(figures[kept]["map50_95"], abs=1e-6)
+
+
+def test_the_correction_trains_in_the_memory_format_of_the_run(train, monkeypatch):
+    """On a GPU channels last; what it writes lies as any checkpoint does."""
+    seen = []
+
+    def look(model):
+        weights = [p for p in model.parameters() if p.dim() == 4]
+        seen.append(all(p.is_contiguous(memory_format=torch.channels_last) for p in weights))
+        return freeze_statistics(model)
+
+    def lay_out(trainer):
+        trainer.model.to(memory_format=torch.channels_last)
+
+    monkeypatch.setattr("yolo_qc_plugin.run.qc.freeze_statistics", look)
+    yolo = train({"correction_lr": 1e-9}, {"on_pretrain_routine_end": lay_out}, model=FLOAT, epochs=1)
+    (qc,) = (yolo.trainer.save_dir / "qc").glob("report.json")
+    assert seen == [True] and json.loads(qc.read_text())["metrics"]["qc"]["map50_95"] > 0.05
+    for file in ("best.pt", "qat.pt"):
+        model = load_checkpoint(yolo.trainer.wdir / file)[0]
+        assert all(p.is_contiguous() for p in model.parameters()), file
 
 
 def test_the_correction_weighs_the_losses_as_the_last_epoch_did(train, tmp_path, monkeypatch):

@@ -54,12 +54,6 @@ class Teacher:
                 self.model(batch)
         self.spreads = [_spread(seen[i]) for i in range(len(layers))]
 
-    def follow(self, model: nn.Module) -> None:
-        """Take over the memory format of a model's weights, which on a GPU is channels last, the faster one there."""
-        last = torch.channels_last
-        if any(not p.is_contiguous() and p.is_contiguous(memory_format=last) for p in model.parameters()):
-            self.model.to(memory_format=last)
-
     def broadcast(self) -> None:
         """Give every process the spreads that rank 0 has measured; to be called by all."""
         device = next(self.model.parameters()).device

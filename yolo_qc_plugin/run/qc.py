@@ -57,6 +57,7 @@ def train_qc(trainer: BaseTrainer, config: QCConfig, source: Path, teacher: Teac
         FloatingPointError: If the loss is not finite.
     """
     model, _ = load_checkpoint(source, device=trainer.device)
+    architecture.take_memory_format(model, architecture.student(trainer.model))
     record_args, model.args = model.args, trainer.args  # the criterion reads hyperparameters as attributes
     parameters = insert_correction(
         model, config.correction == "channel", config.correction_scale, config.correction_shift
@@ -88,6 +89,7 @@ def train_qc(trainer: BaseTrainer, config: QCConfig, source: Path, teacher: Teac
         train_correction(parameters, epochs, loss, config.correction_lr, steps, scaler, accumulate)
     model.criterion, model.args = None, record_args
     snap(model)
+    model.to(memory_format=torch.contiguous_format)  # as Ultralytics writes checkpoints, whatever it trained in
     return model.eval().requires_grad_(False)  # as a stripped checkpoint is
 
 

@@ -66,7 +66,7 @@ class Steps:
             self._dampening = Dampening(unwrap_model(trainer.model), self._weights, summed)
         self.distillation = distillation(trainer, config, unwrap_model(trainer.model), teacher)
         if teacher:
-            teacher.follow(model)
+            architecture.take_memory_format(teacher.model, model)
         self._freezes_norms = config.bn_freeze and teacher is not None
         self.telemetry = None
         self.scalars: dict[str, float] = {}
