@@ -135,9 +135,9 @@ def table1(name: str, content: dict) -> list[str]:
     """Table 1: every method before and after QC."""
     found = {c.name: results(content["cells"], c.name) for c in cells("table1", WIDTHS)}
     files = [r for runs in found.values() for r in runs.values()]
-    if not found["float"] or not any(runs for cell, runs in found.items() if cell != "float"):
-        return []
     start = results(content["cells"], "pretrained")
+    if not (start or found["float"]) or not any(runs for cell, runs in found.items() if cell != "float"):
+        return []
     theirs_of = RIVALS.get(files[0]["model"], files[0]["model"])
     paper = PAPER.get(theirs_of, {})
     (figure, title), lines = main_figure(files), header("Table 1", name, files)
