@@ -73,6 +73,11 @@ ABLATION = {  # one default changed at a time, at W4A4; what is the default is l
     "rounding=nearest": {"rounding": "nearest"},
     "rounding=nearest,dampening_weight=0.1": {"rounding": "nearest", "dampening_weight": 0.1},
     "rounding=nearest,freeze_threshold=0.01": {"rounding": "nearest", "freeze_threshold": 0.01},
+    # on photographs without labels
+    **{
+        f"labels=teacher,label_confidence={value}": {"labels": "teacher", "label_confidence": value}
+        for value in (0.1, 0.25, 0.5, 0.7)
+    },
     "act_bits=8": {"act_bits": 8},
     "act_bits=6": {"act_bits": 6},
     "act_bits=5": {"act_bits": 5},
