@@ -3,6 +3,7 @@
 
     python examples/experiments/coco.py recipe --data coco.yaml --weights yolo11n.pt --seeds 0 1 2 --train lr0=1e-4
     python examples/experiments/coco.py ablation ...
+    python examples/experiments/coco.py labels ...
     python examples/experiments/coco.py budget ...
     python examples/experiments/coco.py table1 ... --qc preset=paper
     python examples/experiments/coco.py table2 ... --qc preset=paper
@@ -10,9 +11,10 @@
     python examples/experiments/coco.py granularity ... --qc preset=paper
 
 `recipe` is what a model keeps with the plugin's defaults and the same widths in all layers; `ablation` changes one
-default at a time; `budget` is the same widths against widths by a budget of as much; table1 to table3 are the paper's,
-made by the same functions as paper.py's; `granularity` is a scale per tensor against one per channel, narrow edges
-("4-bit*") and soft rounding. Runs are shared between the kinds, and what is done or begun is not repeated
+default at a time; `labels` has the float model label photographs that have no labels, from several confidences on;
+`budget` is the same widths against widths by a budget of as much; table1 to table3 are the paper's, made by the same
+functions as paper.py's; `granularity` is a scale per tensor against one per channel, narrow edges ("4-bit*") and soft
+rounding. Runs are shared between the kinds, and what is done or begun is not repeated
 (see cells.py); give the last four the same options. OUT/coco.json holds all cells and their paired differences,
 OUT/coco.npz the resamples that these come from; OUT/coco.md is made from the first alone:
 
@@ -73,11 +75,6 @@ ABLATION = {  # one default changed at a time, at W4A4; what is the default is l
     "rounding=nearest": {"rounding": "nearest"},
     "rounding=nearest,dampening_weight=0.1": {"rounding": "nearest", "dampening_weight": 0.1},
     "rounding=nearest,freeze_threshold=0.01": {"rounding": "nearest", "freeze_threshold": 0.01},
-    # on photographs without labels
-    **{
-        f"labels=teacher,label_confidence={value}": {"labels": "teacher", "label_confidence": value}
-        for value in (0.1, 0.25, 0.5, 0.7)
-    },
     "act_bits=8": {"act_bits": 8},
     "act_bits=6": {"act_bits": 6},
     "act_bits=5": {"act_bits": 5},
@@ -87,6 +84,11 @@ TRAINING = {  # arguments of `yolo train` changed
     "lr0=9e-4": {"lr0": 9e-4},
     "mosaic=0.5": {"mosaic": 0.5},
     "mosaic=0": {"mosaic": 0.0},
+}
+
+LABELS = {  # of photographs that have none, at W4A4
+    "labels-none": {"label_weight": 0.0},
+    **{f"labels-{c}": {"labels": "teacher", "label_confidence": c} for c in (0.1, 0.25, 0.5, 0.7)},
 }
 
 UNIFORM = {**{width: RECIPE[width] for width in TRAINED}, "W3A8": {"weight_bits": 3, "act_bits": 8}}
@@ -136,6 +138,8 @@ def cells(kind: str) -> list[Cell]:
         return [START, TRAINED_ON, *map(calibrated, RECIPE), *(Cell(width, RECIPE[width]) for width in TRAINED)]
     if kind == "ablation":
         return [START, *ablated()]
+    if kind == "labels":
+        return [START, *labelled()]
     if kind == "budget":
         return [START, *budgeted()]
     if kind == "granularity":
@@ -153,16 +157,30 @@ def ablated() -> list[Cell]:
     return [Cell("ablation-base", base), *changed]
 
 
+def labelled() -> list[Cell]:
+    """No labels at W4A4, then those of the float model from each confidence on."""
+    return [Cell(name, {"bits": 4, **options}) for name, options in LABELS.items()]
+
+
 def ablation(name: str, content: dict) -> list[str]:
     """What each default is worth."""
-    base, *others = ablated()
-    runs = {cell.name: results(content["cells"], cell.name) for cell in (base, *others)}
-    files = [run for found in runs.values() for run in found.values()]
-    if not runs[base.name]:
+    return against_the_first("One default changed at a time", ablated(), name, content)
+
+
+def labels(name: str, content: dict) -> list[str]:
+    """What the float model's labels are worth, by the confidence that they ask for."""
+    return against_the_first("No labels, and the float model's from a confidence on", labelled(), name, content)
+
+
+def against_the_first(title: str, made: list[Cell], name: str, content: dict) -> list[str]:
+    """A line for each cell, and how it differs from the first."""
+    runs = {cell.name: results(content["cells"], cell.name) for cell in made}
+    first, files = made[0].name, [run for found in runs.values() for run in found.values()]
+    if not runs[first]:
         return []
     gain = [f"AP: {column}" if column == "by seed" else column for column in difference_head(content)]
     head = ["changed", "seeds", "without QC", "with QC", "loss of outputs", "its difference", "95% over images", *gain]
-    lines = header("One default changed at a time", name, files)
+    lines = header(title, name, files)
     lines += [
         "Differences are to the first row, without QC. The loss of outputs is that against the float start, on the "
         "validation images; lower is nearer.",
@@ -173,11 +191,13 @@ def ablation(name: str, content: dict) -> list[str]:
         if found:
             columns = [mean_and_spread(points(found, state, "ap").values() or [0]) for state in ("qat", "qc")]
             loss = statistics.mean(run["metrics"]["qat"]["agreement"] for run in found.values())
-            pair = (cell, "qat"), (base.name, "qat")
+            pair = (cell, "qat"), (first, "qat")
             apart = content.get("differences", {}).get(label(*pair), {})
-            nearer = [f"{apart['agreement']:+.3f}", "{:+.3f} to {:+.3f}".format(*apart["agreement_interval"])]
+            nearer = ["", ""]
+            if "agreement" in apart:
+                nearer = [f"{apart['agreement']:+.3f}", "{:+.3f} to {:+.3f}".format(*apart["agreement_interval"])]
             by = difference(content, *pair, "ap") or [""] * len(gain)
-            shown = [cell.removeprefix("ablation-"), str(len(found)), *columns, f"{loss:.3f}", *nearer, *by]
+            shown = [cell.partition("-")[2], str(len(found)), *columns, f"{loss:.3f}", *nearer, *by]
             lines.append(f"| {' | '.join(shown)} |")
     return lines
 
@@ -196,7 +216,7 @@ def searched() -> list[tuple[State, State]]:
 def compared() -> list[tuple[State, State]]:
     """All pairs of which the page shows the difference."""
     pairs = [*gains_of_qc(), *paper.ordered(), *paper.corrections(), *paper.decays()]
-    pairs += [((cell.name, "qat"), ("ablation-base", "qat")) for cell in ablated()]
+    pairs += [((cell.name, "qat"), (made[0].name, "qat")) for made in (ablated(), labelled()) for cell in made]
     pairs += searched()
     return [*pairs, *(pair for bits in NARROW for pair in granular(bits)), *map(softer, paper.WIDTHS)]
 
@@ -379,12 +399,12 @@ def soft_rounding(name: str, content: dict) -> list[str]:
     return lines
 
 
-TABLES = recipe, ablation, budgets, paper.table1, paper.table2, paper.table3, granularity, soft_rounding
+TABLES = recipe, ablation, labels, budgets, paper.table1, paper.table2, paper.table3, granularity, soft_rounding
 
 
 def main() -> None:
     """Parse the command line and run."""
-    p = parser(__doc__, ("recipe", "ablation", "budget", "table1", "table2", "table3", "granularity"))
+    p = parser(__doc__, ("recipe", "ablation", "labels", "budget", "table1", "table2", "table3", "granularity"))
     p.set_defaults(runs=Path("runs/coco"), coco=True)
     args = p.parse_args()
     file = args.out / "coco.json"

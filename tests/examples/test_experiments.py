@@ -288,6 +288,27 @@ def test_the_table_of_budgets():
     assert (("budget-W4A4-90%", "qat"), ("W4A4", "qat")) in coco.compared()
 
 
+def test_cells_against_the_first():
+    """What the float model's labels are worth: the first row has none."""
+    one = {"data": "d.yaml", "weights": "w.pt", "model": "yolov5n", "steps": 6, "versions": {}}
+    one |= {"images": {"train": 24, "val": 8}}
+    states = {"labels-none": {"qat": 0.5, "qc": 0.51}, "labels-0.25": {"qat": 0.52, "qc": 0.5}}
+    recorded = {f"{name}-seed0": {**one, **cell_of(0, **of)} for name, of in states.items()}
+    for cell, agreement in zip(recorded.values(), (0.3, 0.2)):
+        cell["metrics"]["qat"]["agreement"] = agreement
+    pair = ("labels-0.25", "qat"), ("labels-none", "qat")
+    assert pair in coco.compared()
+    apart = {"seeds": [0], "interval": [1.0, 3.0], "agreement": -0.1, "agreement_interval": [-0.2, -0.05]}
+    page = coco.labels("d", {"cells": recorded, "notes": [], "differences": {measured.label(*pair): apart}})
+    nearer = "0.200 | -0.100 | -0.200 to -0.050"
+    assert f"| 0.25 | 1 | 52.0 | 50.0 | {nearer} | +2.0 | +2.00 | - | +1.00 to +3.00 | holds |" in page
+    assert "| none | 1 | 50.0 | 51.0 | 0.300 |  |  | +0.0 | +0.00 | - | - | one seed |" in page
+    assert coco.ablation("d", {"cells": recorded}) == []
+    for made in coco.ablated(), coco.labelled():
+        assert len({cell.name for cell in made}) == len(made) > 4
+        assert all(QCConfig.from_options(cell.options) for cell in made)
+
+
 def test_a_budget_is_what_its_name_says():
     options = {cell.name: cell.options for cell in coco.budgeted()}
     for name, (width, more) in coco.PLANS.items():
