@@ -87,7 +87,7 @@ TRAINING = {  # arguments of `yolo train` changed
 }
 
 LABELS = {  # of photographs that have none, at W4A4
-    "labels-none": {"label_weight": 0.0},
+    "labels-none": {"labels": "teacher", "label_weight": 0.0},  # predicted too, and not learned from
     **{f"labels-{c}": {"labels": "teacher", "label_confidence": c} for c in (0.1, 0.25, 0.5, 0.7)},
 }
 
