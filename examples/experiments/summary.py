@@ -102,7 +102,7 @@ def row(content: dict, width: str, plans: Sequence[str] = (), figure: str = "ap"
         mean_and_spread(floats.values()) + " trained on" * longer,
         share(one, whole, figure),
         share(each, whole, figure) + f" {coco.PLANS[plan][1]['budget']}" if plan else "",
-        f"{gain[1]} ({seeds_named(gain[3])})" if gain else "",
+        f"{gain[1]} ({seeds_named(gain[3])})".replace(" (-)", "") if gain else "",
     ]
 
 
