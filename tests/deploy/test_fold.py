@@ -14,6 +14,7 @@ from ultralytics.nn.modules.block import RepVGGDW
 from ultralytics.nn.tasks import BaseModel
 
 from yolo_qc_plugin.config import QCConfig, QCError
+from yolo_qc_plugin.deploy import fold as fold_module
 from yolo_qc_plugin.deploy.fold import FixedQuantizer, deploy_conv, deployed_convs
 from yolo_qc_plugin.deploy.snap import snap
 from yolo_qc_plugin.host import architecture
@@ -456,6 +457,21 @@ def test_codes_do_not_depend_on_how_a_gpu_divides_by_numbers(bits):
             assert torch.equal(fixed.steps(x), steps)
             moved += (to_codes(x, fixed.scale, None, *fixed.range) != steps).sum().item()
     assert moved > 10  # were the scale a number
+
+
+@torch.no_grad()
+def test_mixed_precision_and_devices_without_fp64(monkeypatch):
+    """The first moves no code; on the second a layer is folded on the CPU, and computes wide sums in FP32."""
+    deployed, x = one_sign(512, 8)
+    wanted = deployed(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(deployed(x), wanted)
+    monkeypatch.setattr(fold_module, "WITHOUT_FP64", {"cpu"})
+    narrow, _ = one_sign(512, 8)
+    assert torch.equal(narrow.scale, deployed.scale) and torch.equal(narrow.shift, deployed.shift)
+    with ConvolutionTypes() as types:
+        found = narrow(x)
+    assert types.seen == {torch.float32} and torch.allclose(found, wanted, rtol=1e-5)
 
 
 class ConvolutionTypes(TorchDispatchMode):

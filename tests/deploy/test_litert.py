@@ -1,6 +1,7 @@
 # yolo_qc_plugin, AGPL-3.0
 """The LiteRT files: the checkpoint's integers, PyTorch's codes in every layer, Ultralytics' own use of the file."""
 
+import inspect
 import math
 import shutil
 from functools import cache
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from test_fold import build, write_trained
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils.export import engine
 
 from yolo_qc_plugin import choose_litert_kind, choose_onnx_kind
 from yolo_qc_plugin.config import QCConfig, QCError
@@ -22,9 +24,10 @@ from yolo_qc_plugin.deploy.fold import deployed_convs
 from yolo_qc_plugin.deploy.litert import exported
 from yolo_qc_plugin.deploy.litert.exported import LITERT_RUNTIMES, ExportedLiteRT
 from yolo_qc_plugin.deploy.litert.flatbuffer import Flatbuffer, Grid
-from yolo_qc_plugin.deploy.litert.graph import LITERT_KINDS
+from yolo_qc_plugin.deploy.litert.graph import LITERT_KINDS, write_litert
 from yolo_qc_plugin.deploy.litert.layout import Geometry, Tensor, regrouped
 from yolo_qc_plugin.deploy.litert.weights import rounds_twice
+from yolo_qc_plugin.deploy.snap import snap
 from yolo_qc_plugin.host import exporting
 from yolo_qc_plugin.quant.layers import quant_convs
 
@@ -227,6 +230,37 @@ def test_a_kind_is_asked_of_its_own_format(checkpoint):
     choose_onnx_kind(yolo, "int8")
     with pytest.raises(QCError, match="onnx='int8' is not accepted with format='litert'; leave it out"):
         yolo.export(format="litert", imgsz=64, device="cpu")
+
+
+def test_a_dead_channel_of_a_large_shift(tmp_path):
+    """Its shift is many steps of the output's grid, so that XNNPACK would take no scale of the whole of it."""
+    (tmp_path / "small.yaml").write_text(SMALL)
+    model = build(str(tmp_path / "small.yaml"), outputs=True)
+    block = model.model[1]
+    with torch.no_grad():
+        block.bn.weight[3], block.bn.bias[3] = 0.0, -600 * block.act.quant.scale.item()
+    snap(model)
+    path = write_trained(model, tmp_path / "dead.pt", QCConfig(), half=False)
+    for kind in LITERT_KINDS:
+        graph = ExportedLiteRT(export(path, kind))
+        found = compare_codes(deployed(path), graph, LITERT_RUNTIMES[0], images(2))
+        assert found["steps"] <= (kind == "int4") and found["changed"] < MOVED, (kind, found)
+        assert graph.differing_weights(deployed_convs(deployed(path))) == []
+
+
+def test_two_views_of_one_tensor(tmp_path):
+    """As it lies and transposed: each has its own order of values."""
+
+    class Views(torch.nn.Module):
+        def forward(self, x):
+            x = x.relu()
+            return torch.cat([x.flatten(1), x.transpose(2, 3).flatten(1), x.transpose(1, 2)[:, :2].flatten(1)], 1)
+
+    x = images(1, (8, 8))
+    inspect.unwrap(engine.torch2onnx)(Views(), x, str(tmp_path / "views.onnx"), 18)
+    write_litert(tmp_path / "views.onnx", tmp_path / "views.tflite", {}, "int8")
+    (found,) = exported.litert_session((tmp_path / "views.tflite").read_bytes(), LITERT_RUNTIMES[0])(x.numpy())
+    assert np.array_equal(found, Views()(x).numpy())
 
 
 def test_a_node_without_a_translation_is_named(tmp_path):

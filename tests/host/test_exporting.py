@@ -73,6 +73,20 @@ def test_the_line_of_an_export_names_kind_and_target(caplog):
     assert "onnx, packed kind, of a model trained for no target in particular" in caplog.text
 
 
+def test_an_onnx_runtime_of_another_name(monkeypatch):
+    """As onnxruntime-gpu, of which the package onnxruntime comes too."""
+    runtime = pytest.importorskip("onnxruntime")
+
+    def version(name):
+        raise kinds.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(kinds.metadata, "version", version)
+    check_runtime("packed")
+    monkeypatch.setattr(runtime, "__version__", "1.22.0")
+    with pytest.raises(QCError, match=r"ONNX Runtime 1\.22\.0 is too old for the packed kind"):
+        check_runtime("packed")
+
+
 @pytest.mark.parametrize("kind", ONNX_KINDS)
 def test_an_older_onnx_runtime(kind, monkeypatch, caplog):
     """It is told of at the export, where another machine may run the file, and refused where it is to run here."""

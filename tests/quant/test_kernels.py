@@ -88,6 +88,21 @@ def test_quantized_silu_equals_its_parts(memory):
         assert torch.equal(act(u), found[0][0])
 
 
+def test_where_compiling_is_refused(monkeypatch, caplog):
+    """As torch.compile does on a Python that is too new for it: said once, then computed by separate operations."""
+    act = QuantActivation(nn.SiLU(), 8).requires_grad_(False)
+    u = torch.linspace(-6, 6, 2**14).requires_grad_()
+    act.calibrate(u.detach(), -6.0, 6.0)
+
+    def refuse(f):
+        raise RuntimeError("not on this Python")
+
+    monkeypatch.setattr(kernels, "_compiled", refuse)
+    values = act(u)
+    assert not kernels.enabled and caplog.text.count("quantizers are not compiled") == 1
+    assert "not on this Python" in caplog.text and torch.equal(values, act(u))
+
+
 def test_quantized_silu_where_compiling_fails(monkeypatch):
     """A compiler that gives up between forward and backward changes nothing but the speed."""
     act = QuantActivation(nn.SiLU(), 8).requires_grad_(False)

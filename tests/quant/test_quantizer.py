@@ -10,7 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from yolo_qc_plugin.config import QCConfig, QCError
+from yolo_qc_plugin.quant.calibrate import calibrate
 from yolo_qc_plugin.quant.functional import fake_quantize
+from yolo_qc_plugin.quant.inject import inject
 from yolo_qc_plugin.quant.observers import SampleObserver, lsq_scale, mse_scale
 from yolo_qc_plugin.quant.quantizer import ActQuantizer, WeightQuantizer
 
@@ -167,6 +170,24 @@ def test_observer_bounds_its_sample_and_sees_every_channel():
     assert set(seen.samples[0].clamp(min=0).tolist()) == set(map(float, range(16)))
     with pytest.raises(RuntimeError, match="nothing observed"):
         SampleObserver().values
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_by_name(value):
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 1))
+    inject(model, QCConfig(budget=None))
+    image = torch.full((1, 1, 2, 2), 1.0)
+    image[0, 0, 1, 1] = value
+    with pytest.raises(QCError, match=r"QC: at 0 values from .* to .* were observed, of which no grid can be made"):
+        calibrate(model, [image], model)
+
+
+def test_a_narrow_range_survives_a_change_of_width():
+    quant = WeightQuantizer(8, int8=True)
+    for bits, low in ((4, -8), (8, -127)):
+        quant.set_bits(bits)
+        assert (quant.quant_min, quant.quant_max) == (low, 2 ** (bits - 1) - 1)
+    assert WeightQuantizer(8).quant_min == -128
 
 
 def test_observer_sees_every_column_of_a_large_tensor():

@@ -87,6 +87,15 @@ def test_a_run_of_each_task(train, tmp_path, task, name):
         assert all(r["changed_end_to_end"] == 0 and r["output"] < 1e-2 for r in checked["runtimes"] if "steps" in r)
 
 
+def test_a_run_in_which_no_quantized_layer_is_trained(train, tmp_path):
+    """A classifier whose linear layer alone is: nothing flips, and its convolutions stay as they were calibrated."""
+    data = compose(tmp_path / "data", 8, 8, 64, task="classify")
+    frozen = {"freeze": 9, "optimizer": "Adam", "lr0": 1e-3, "nbs": 4}
+    yolo = train({"skip": ("model.9.*",), "budget": None}, model="yolov8n-cls.yaml", data=str(data), **frozen)
+    report = json.loads((yolo.trainer.save_dir / "qc" / "report.json").read_text())
+    assert report["metrics"]["qat"] and not (yolo.trainer.save_dir / "qc" / "telemetry.parquet").exists()
+
+
 @pytest.mark.parametrize("name,last,fixed", [
     ("yolov8n-seg", {"cv2", "cv3", "cv4", "proto.cv3"}, {"dfl"}),
     ("yolo26n-seg", {"cv2", "cv3", "cv4", "one2one_cv2", "one2one_cv3", "one2one_cv4", "proto.cv3"}, {"proto.semseg"}),

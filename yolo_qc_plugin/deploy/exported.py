@@ -88,7 +88,10 @@ class Exported:
             codes = self.values[self.weights[name]].astype(np.int16)
             if self.values[self.weights[name]].dtype == np.uint8:
                 codes -= 128
-            mine = [c.cpu().numpy() for c in (layer.weight_codes, layer.positive_scale(-128, 127)[0])]
+            raw = layer.weight_codes
+            mine = [
+                c.cpu().numpy() for c in (raw, raw * ~layer.off.view(-1, 1, 1, 1), layer.positive_scale(-128, 127)[0])
+            ]
             if not any(np.array_equal(codes, c) for c in mine):
                 differing.append(name)
         return differing

@@ -14,6 +14,7 @@ The integer codes stay as they are. Batch norm folded into the weight, as for a 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from copy import deepcopy
 from typing import cast
 
 import torch
@@ -27,8 +28,10 @@ from ..quant.precision import KeepWide
 from ..quant.quantizer import ActQuantizer
 from .trace import traced_convolve, traced_quantize
 
+WITHOUT_FP64 = {"mps"}  # kinds of devices
 EXACT = 2**24  # FP32 holds every integer of up to this magnitude
 OFF = 2**30  # a channel is off where its shift is this many units of its integer sums
+STEPS = 2**20  # of such a channel's shift: with few, its scale over the output's would be more than runtimes take
 
 
 class FixedQuantizer(nn.Module):
@@ -75,8 +78,9 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
 
     The convolution of codes is exact, so this is what integer hardware computes. FP32 holds all integers up to 2^24; a
     layer whose sums can be larger (8-bit weights and inputs, some hundred channels) computes them in FP64, which takes
-    longer. On CUDA it is PyTorch's own convolution, a product of matrices: cuDNN may choose Winograd's or FFT, which
-    multiply by fractions. Parameters of the convolution (stride, padding, ...) are those of nn.Conv2d.
+    longer, and on a device that has none in FP32, inexactly. On CUDA it is PyTorch's own convolution, a product of
+    matrices: cuDNN may choose Winograd's or FFT, which multiply by fractions. Parameters of the convolution (stride,
+    padding, ...) are those of nn.Conv2d.
 
     Attributes:
         name: The layer's name in its model.
@@ -112,8 +116,9 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
         if torch.jit.is_tracing():
             return traced_convolve(self.act_quant(x), self)
         steps = self.act_quant.steps(x)
-        steps = steps.double() if self.wide_sums else steps
-        with torch.backends.cudnn.flags(enabled=False) if steps.is_cuda else nullcontext():
+        steps = steps.double() if self.wide_sums and x.device.type not in WITHOUT_FP64 else steps
+        plain = torch.backends.cudnn.flags(enabled=False) if steps.is_cuda else nullcontext()
+        with plain, torch.autocast(steps.device.type, enabled=False):
             sums = self.convolve(steps, self.weight_codes.to(steps.dtype))
         scale = (self.act_quant.scale * self.scale).to(steps.dtype)
         return torch.addcmul(along_channels(self.shift).to(steps.dtype), sums, along_channels(scale)).to(x.dtype)
@@ -124,15 +129,13 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
         A channel of negative scale gets negated codes. Where one of them would leave [lowest, highest], as 8 = -(-8)
         leaves a 4-bit container, no codes are negated, and the convolution's output is to be multiplied by the sign.
 
-        A channel is off where its scale is zero, or so small beside its shift that the shift would not fit an INT32
-        bias. It gets zero codes, and a scale of which its shift is a whole multiple.
+        A channel that is `off` gets zero codes, and a scale of which its shift is a whole multiple.
 
         Returns:
             Codes (int16, shape of the weight), scale (out_channels,), sign (out_channels,) of +1 and -1, or None.
         """
-        unit, size = self.act_quant.scale * self.scale.double().abs(), self.shift.double().abs()
-        off = (unit == 0) | (size >= unit * OFF)
-        whole = torch.where(size > 0, size / self.act_quant.scale, 1.0).to(self.scale.dtype)
+        off, size = self.off, self.shift.double().abs()
+        whole = torch.where(size > 0, size / self.act_quant.scale / STEPS, 1.0).to(self.scale.dtype)
         scale = torch.where(off, whole, self.scale.abs())
         sign = torch.where(self.scale < 0, -1, 1).to(torch.int16)
         codes = self.weight_codes.to(torch.int16) * ~off.view(-1, 1, 1, 1)
@@ -140,6 +143,12 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
         if negated.min() >= lowest and negated.max() <= highest:
             return negated, scale, None
         return codes, scale, sign.to(scale.dtype)
+
+    @property
+    def off(self) -> Tensor:
+        """Which output channels have a scale of 0, or one so small that their shift would not fit an INT32 bias."""
+        unit = self.act_quant.scale * self.scale.double().abs()
+        return (unit == 0) | (self.shift.double().abs() >= unit * OFF)
 
     @property
     def pads(self) -> list[int]:
@@ -208,8 +217,11 @@ def deploy_conv(conv: QuantConv2d, bn: nn.BatchNorm2d | None, name: str) -> Depl
     """
     if conv.padding_mode != "zeros":
         raise QCError(f"QC: {name} pads by {conv.padding_mode!r}; only zero padding can be deployed. Add it to skip.")
-    scale, shift = fold(conv, bn)
-    return DeployedConv2d(conv, scale.to(conv.weight.dtype), shift.to(conv.weight.dtype), name).train(conv.training)
+    device = conv.weight.device
+    if device.type in WITHOUT_FP64:
+        conv, bn = deepcopy(conv).cpu(), bn and deepcopy(bn).cpu()
+    scale, shift = (v.to(conv.weight.dtype) for v in fold(conv, bn))
+    return DeployedConv2d(conv, scale, shift, name).train(conv.training).to(device)
 
 
 def deploy_activation(act: QuantActivation) -> nn.Sequential:

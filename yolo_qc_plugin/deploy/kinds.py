@@ -117,10 +117,20 @@ def runtime_obstacle(kind: str) -> str | None:
     """Why the ONNX Runtime that is installed does not run a kind as it is meant, and what helps; None where it does."""
     if not find_spec("onnxruntime"):
         return None
-    found, needed = metadata.version("onnxruntime"), ONNX_KINDS[kind].runtime
-    if tuple(map(int, found.split(".")[:2])) >= needed:
+    found, needed = _runtime_version(), ONNX_KINDS[kind].runtime
+    if not found or tuple(map(int, found.split(".")[:2])) >= needed:
         return None
     older = "; or export with callbacks=qc qc_onnx=int8, which older ones run" if kind == "packed" else ""
     return (
         f"ONNX Runtime {found} is too old for the {kind} kind; install onnxruntime>={'.'.join(map(str, needed))}{older}"
     )
+
+
+def _runtime_version() -> str:
+    """ONNX Runtime's version, empty where it cannot tell; its packages have several names, such as onnxruntime-gpu."""
+    try:
+        return metadata.version("onnxruntime")  # without loading it
+    except metadata.PackageNotFoundError:
+        import onnxruntime
+
+        return getattr(onnxruntime, "__version__", "")

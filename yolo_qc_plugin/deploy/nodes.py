@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import numpy as np
-from torch import Tensor, as_tensor, int16
+from torch import Tensor, as_tensor
 
 
 def links(graph) -> tuple[dict, dict[str, list]]:
@@ -62,7 +62,7 @@ class Writer:
             kind = TensorProto.FLOAT if kind is None else kind
             value = as_tensor(value).detach().cpu()
             if kind in {TensorProto.INT4, TensorProto.UINT4}:
-                raw = pack4(value)
+                raw = pack4(value.numpy()).tobytes()
             else:
                 raw = value.numpy().astype(helper.tensor_dtype_to_np_dtype(kind)).tobytes()
             self.graph.initializer.append(helper.make_tensor(name, kind, value.shape, raw, raw=True))
@@ -81,9 +81,9 @@ class Writer:
         return name
 
 
-def pack4(codes: Tensor) -> bytes:
-    """Two codes a byte, the first in the low half, as ONNX stores 4-bit types."""
-    nibbles = codes.flatten().to(int16).numpy() & 15
+def pack4(codes: np.ndarray) -> np.ndarray:
+    """Two codes a byte, the first in the low half, as ONNX and LiteRT store 4-bit types."""
+    nibbles = codes.reshape(-1).astype(np.int16) & 15
     if nibbles.size % 2:
         nibbles = np.append(nibbles, 0)
-    return (nibbles[::2] | nibbles[1::2] << 4).astype(np.uint8).tobytes()
+    return (nibbles[::2] | nibbles[1::2] << 4).astype(np.uint8)

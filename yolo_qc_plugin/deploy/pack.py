@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from .kinds import INT4_OPSET
 from .nodes import pack4
@@ -37,7 +36,7 @@ def pack_weights(file: str | Path) -> str:
             continue
         codes = numpy_helper.to_array(constant).astype(np.int16)
         if codes.min() >= -8 and codes.max() <= 7:
-            raw = pack4(torch.from_numpy(codes))
+            raw = pack4(codes).tobytes()
             packed = f"{name}_packed"
             constant.CopyFrom(helper.make_tensor(packed, TensorProto.INT4, codes.shape, raw, raw=True))
             casts.append(helper.make_node("Cast", [packed], [name], name=f"{name}/Cast", to=TensorProto.INT8))

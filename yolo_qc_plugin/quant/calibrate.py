@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..config import QCError
 from .activations import quant_activations
 from .layers import quant_convs
 from .modules import evaluating, hooked
@@ -102,10 +103,14 @@ def observe(
     observers = {name: SampleObserver() for name in watched}
     batch_norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     norms = {m: (m.training, m.track_running_stats) for m in batch_norms}
-    hooks = (
-        m.register_forward_pre_hook(lambda m, args, seen=observers[name]: seen.update(args[0]))
-        for name, m in watched.items()
-    )
+
+    def look(name: str, x: Tensor) -> None:
+        try:
+            observers[name].update(x)
+        except ValueError as error:
+            raise QCError(f"QC: at {name} {error}; give a model and images that are sound.") from None
+
+    hooks = (m.register_forward_pre_hook(lambda m, args, name=name: look(name, args[0])) for name, m in watched.items())
     try:
         with hooked(hooks), evaluating(model):
             for m, (training, tracking) in norms.items():

@@ -149,7 +149,7 @@ def _each(f: Callable, tensors: tuple[Tensor, ...], scale: Tensor, offset: Tenso
     grid = _constant((low, high), scale.dtype, scale.device)
     with torch.no_grad():
         arguments = (*map(_flat, tensors), scale.detach(), offset.detach(), grid)
-        out = _unless_given_up(_compiled(f), *arguments)
+        out = _unless_given_up(lambda *given: _compiled(f)(*given), *arguments)  # compiling may fail already
         return (f(*arguments) if out is None else out).as_strided_(tensors[0].shape, tensors[0].stride())
 
 

@@ -32,9 +32,16 @@ class SampleObserver:
         self.low, self.high = float("inf"), float("-inf")
 
     def update(self, x: Tensor) -> None:
-        """Take a sample of `x` (any shape and dtype)."""
+        """Take a sample of `x` (any shape and dtype).
+
+        Raises:
+            ValueError: If a value is not finite.
+        """
         flat = x.detach().reshape(-1).float()
-        self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
+        low, high = float(flat.min()), float(flat.max())  # not a number where one of the values is none
+        if not math.isfinite(high - low):
+            raise ValueError(f"values from {low} to {high} were observed, of which no grid can be made")
+        self.low, self.high = min(self.low, low), max(self.high, high)
         # an odd stride walks through rows and channels alike, where a power of two would see one column of each
         stride = max(flat.numel() // self.capacity, 1) | 1
         self.samples.append(flat[::stride].clone())

@@ -95,9 +95,17 @@ class WeightQuantizer(Quantizer):
 
     __module__ = "yolo_qc_plugin"  # by which checkpoints name it
 
+    int8 = False  # of checkpoints written before it was kept; their range is
+
     def __init__(self, bits: int, channels: int = 1, int8: bool = False):
         super().__init__(bits, channels)
-        if int8 and bits == 8:
+        self.int8 = int8
+        self.set_signed(True)
+
+    def set_signed(self, signed: bool) -> None:
+        """Choose the signed or the unsigned range of this width."""
+        super().set_signed(signed)
+        if self.int8 and self.bits == 8:
             self.quant_range[0] += 1
             self._read_range()
 

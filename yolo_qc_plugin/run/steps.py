@@ -55,13 +55,16 @@ class Steps:
         self._steps = ScaleSteps(trainer.optimizer, model)  # counts the optimizer's real steps
         recorded = config.telemetry and RANK in {-1, 0}
         self._weights = TrainedWeights(model)
+        trained = bool(self._weights.convs)  # false where all that is quantized is frozen
         self._shared = [quant for quant in act_quantizers(model).values() if quant.readers > 1]
-        self._weight_steps = WeightSteps(trainer.optimizer, self._weights) if config.relative_steps else None
-        self._annealed = AnnealedRounding(self._weights) if config.rounding == "annealed" else None
-        self._freezing = Freezing(self._weights, config.body_bits[0]) if config.freeze_threshold else None
-        self.oscillation = self._freezing or (Oscillation(self._weights) if recorded else None)
+        self._weight_steps = (
+            WeightSteps(trainer.optimizer, self._weights) if config.relative_steps and trained else None
+        )
+        self._annealed = AnnealedRounding(self._weights) if config.rounding == "annealed" and trained else None
+        self._freezing = Freezing(self._weights, config.body_bits[0]) if config.freeze_threshold and trained else None
+        self.oscillation = self._freezing or (Oscillation(self._weights) if recorded and trained else None)
         self._dampening = None
-        if config.dampening_weight:
+        if config.dampening_weight and trained:
             summed = architecture.loss_is_summed(trainer.args.task)
             self._dampening = Dampening(unwrap_model(trainer.model), self._weights, summed)
         self.distillation = distillation(trainer, config, unwrap_model(trainer.model), teacher)

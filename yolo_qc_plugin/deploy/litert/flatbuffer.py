@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..nodes import pack4
+
 SCHEMA_VERSION = 3
 ALIGNMENT = 16  # of constants in bytes, as the schema demands; the generated code leaves it out
 # operator -> version by the type of its constants or inputs, where that is not 2 for INT8 and 1 for the rest
@@ -83,7 +85,7 @@ class Flatbuffer:
         kind = kind or array.dtype.name.upper()
         key = (name, kind, array.shape, array.tobytes())
         if key not in self._constants:
-            data = _pack4(array) if kind == "INT4" else np.ascontiguousarray(array)
+            data = pack4(array) if kind == "INT4" else np.ascontiguousarray(array)
             self.model.buffers.append(self.schema.BufferT(data=data.reshape(-1).view(np.uint8)))
             quantization = None if scale is None else self._quantization(scale, [zero_point] * len(scale), axis)
             buffer = len(self.model.buffers) - 1
@@ -189,11 +191,3 @@ def pack(model) -> bytes:
     builder = Builder()
     builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
     return bytes(builder.Output())
-
-
-def _pack4(codes: np.ndarray) -> np.ndarray:
-    """Two codes a byte, the first in the low half."""
-    nibbles = codes.reshape(-1) & 15
-    if nibbles.size % 2:
-        nibbles = np.append(nibbles, 0)
-    return (nibbles[::2] | nibbles[1::2] << 4).astype(np.uint8)

@@ -34,8 +34,8 @@ class Translation:
         self.graph, self.file = graph, file
         self.sources, _ = links(graph)
         self._constants: dict[str, np.ndarray] = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
-        self._arranged: dict[tuple[int, tuple], Tensor] = {}
-        self._cuts: dict[tuple[int, ...], Tensor] = {}
+        self._arranged: dict[tuple, Tensor] = {}
+        self._cuts: dict[tuple, Tensor] = {}
 
     def value(self, name: str) -> Tensor:
         """FLOAT32 values of an ONNX tensor."""
@@ -76,12 +76,13 @@ class Translation:
         order = tuple(range(len(x.shape)) if order is None else order)
         if x.order == order:
             return x
-        if (x.index, order) not in self._arranged:
+        key = x.index, x.order, order  # views of one tensor differ in their order
+        if key not in self._arranged:
             out = self.new(self.name_of(x), x.shape, order, x.grid)
             permutation = self.file.constant("order", np.array([x.order.index(a) for a in order], np.int32))
             self.file.add("TRANSPOSE", [x.index, permutation], out.index, "TransposeOptions")
-            self._arranged[x.index, order] = out
-        return self._arranged[x.index, order]
+            self._arranged[key] = out
+        return self._arranged[key]
 
     def alike(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Tensors of equal rank in the order of the first."""
@@ -99,7 +100,7 @@ class Translation:
 
     def cut(self, name: str, x: Tensor, begin: Sequence[int], size: Sequence[int]) -> Tensor:
         """A part of a tensor."""
-        key = (x.index, *begin, *size)
+        key = x.index, x.order, *begin, *size
         if key not in self._cuts:
             out = self._cuts[key] = self.new(name, size, x.order, x.grid)
             window = [np.array([v[a] for a in x.order], np.int32) for v in (begin, size)]

@@ -113,8 +113,9 @@ def _conv(t: Translation, node, name: str) -> Tensor:
 def _conv_transpose(t: Translation, node, name: str) -> Tensor:
     a, weight = attributes(node), t.given(node, 1)
     x = t.arranged(t.value(node.input[0]), NHWC)
-    if any(a.get("pads", [])) or a.get("group", 1) != 1 or any(a.get("output_padding", [])):
-        raise unknown(node, "with padding or groups")
+    plain = not any([*a.get("pads", []), *a.get("output_padding", [])]) and a.get("group", 1) == 1
+    if not plain or any(d != 1 for d in a.get("dilations", [])):
+        raise unknown(node, "with padding, groups or dilation")
     (height, width), kernel = a["strides"], a["kernel_shape"]
     sides = [(n - 1) * s + k for n, s, k in zip(x.shape[2:], a["strides"], kernel)]
     out = t.new(name, (x.shape[0], weight.shape[1], *sides), NHWC)
