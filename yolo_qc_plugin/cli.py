@@ -126,7 +126,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(usage(name))
         else:
             return run(COMMANDS[name][1], pairs)
-    except (ValueError, OSError, ImportError, RuntimeError) as e:
+    except (
+        ValueError,
+        OSError,
+        ImportError,
+        RuntimeError,
+        SyntaxError,
+    ) as e:  # the last is Ultralytics' of a data YAML
         print(f"{PROGRAM} {name}: {' '.join(str(e).split())}", file=sys.stderr)
         return 1
     return 0
@@ -136,6 +142,8 @@ def run(forms: Sequence[Form], pairs: Sequence[str]) -> int:
     """Call the function that the keys are for and print its result; returns the exit status."""
     form, values = choose(forms, pairs)
     target = values.pop("json", None)
+    if target and not Path(target).resolve().parent.is_dir():  # before what takes minutes
+        raise ValueError(f"json={target}: its folder does not exist")
     result = form.find(form.function)(**values)
     show = form.find(form.show) if isinstance(form.show, str) else form.show
     if show:

@@ -95,7 +95,8 @@ def _read(text: str, hint: Any) -> Any:
             return SWITCH[text.lower()]
         try:
             if get_origin(kind) is Sequence:
-                return [_read(part, *get_args(kind)) for part in text.strip("[]()").split(",")]
+                inner = text[1:-1] if text[:1] + text[-1:] in ("[]", "()") else text
+                return [_read(part, *get_args(kind)) for part in inner.split(",")]
             if kind in (int, float, str) and text:
                 return kind(text)
         except ValueError:

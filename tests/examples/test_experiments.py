@@ -323,7 +323,7 @@ def test_a_budget_is_what_its_name_says():
 
 def test_a_caption_is_of_the_file_where_it_was_measured():
     caption = runpy.run_path(str(ROOT / "examples" / "predictions.py"))["caption"]
-    layers = [{"weight_bits": w, "act_bits": 8} for w in (8, 4, 7)]
+    layers = [{"weight_bits": w, "act_bits": 8} for w in (8, 4, 7, 4, 4)]
     report = {"kept": "qc", "layers": layers, "size_mb": {"float32": 10.6, "quantized": 1.4}}
     report["metrics"] = {"float": {"map50_95": 0.3}, "qat": {"map50_95": 0.1}, "qc": {"map50_95": 0.2}}
     assert caption(report, "float", None) == "FP32: 10.6 MB of weights, mAP50-95 0.300"

@@ -48,7 +48,7 @@ def model_card(report: dict[str, Any], sizes: dict[str, int]) -> str:
     """
     made, size, metrics = report["training"], report["size_mb"], report["metrics"]
     base = Path(made["start"]).stem or "model"  # checkpoints of earlier versions do not know it
-    data = data_name(made["data"])
+    data = data_name(made.get("photographs") or made["data"])
     widths = Counter(map(widths_of, report["layers"])).most_common()
     short = in_short(map(widths_of, report["layers"]))
     columns = [(name, title) for name, title in FIGURES.values() if name in metrics["qat"]]
@@ -65,8 +65,7 @@ def model_card(report: dict[str, Any], sizes: dict[str, int]) -> str:
         f"# {base}, {short}",
         "",
         f"{base} ({made['task']}) trained to integer weights and activations with yolo-qc-plugin "
-        f"{report['versions']['yolo_qc_plugin']}: quantization-aware training with averaged weights and scales, and a "
-        f"correction at its end ([Gupta and Asthana, WACV 2024]({METHOD})).",
+        f"{report['versions']['yolo_qc_plugin']}: {_method(report)}.",
         "",
         f"- Base model: `{Path(made['start']).name}`",
         f"- Widths (W: bits of weights, A: of activations): {', '.join(f'{n} layers {w}' for w, n in widths)}",
@@ -74,7 +73,7 @@ def model_card(report: dict[str, Any], sizes: dict[str, int]) -> str:
         "",
         "## Accuracy",
         "",
-        "On the validation set, in points, by Ultralytics' validator; the better of QAT and QAT + QC there is kept.",
+        f"On the validation set, in points, by Ultralytics' validator{_judged(report)}.",
         "",
         f"| | {' | '.join(title for _, title in columns)} | weights, MB |",
         f"|---{'|---:' * (len(columns) + 1)}|",
@@ -84,7 +83,11 @@ def model_card(report: dict[str, Any], sizes: dict[str, int]) -> str:
         "",
         "| file | MB | what it is |",
         "|---|---:|---|",
-        *(f"| `{name}` | {size / 1e6:.2f} | {WHAT[name]} |" for name, size in sizes.items()),
+        *(
+            f"| `{name}` | {size / 1e6:.2f} | {WHAT[name]} |"
+            for name, size in sizes.items()
+            if name == "best.pt" or metrics.get("qc")
+        ),
         f"| an exported file | about {size['quantized']:.2f} | by `yolo export model=best.pt format=onnx` |",
         "",
         "## How to load it",
@@ -103,6 +106,22 @@ def model_card(report: dict[str, Any], sizes: dict[str, int]) -> str:
         "AGPL-3.0, as Ultralytics' models and yolo-qc-plugin are. Terms of the training data may add to it.",
         "",
     ])  # fmt: skip
+
+
+def _method(report: dict[str, Any]) -> str:
+    """How the model was trained, with the paper of what of it was on."""
+    averaged = " with averaged weights and scales" if report["config"]["ema_decay"] else ""
+    corrected = ", and a correction at its end" if report["metrics"].get("qc") else ""
+    source = f" ([Gupta and Asthana, WACV 2024]({METHOD}))" if averaged or corrected else ""
+    return f"quantization-aware training{averaged}{corrected}{source}"
+
+
+def _judged(report: dict[str, Any]) -> str:
+    """What a reader of the figures has to know."""
+    by_model = report["training"].get("val_by_model")
+    agreement = f" (the float model labelled {by_model} of its photographs: agreement with it, not accuracy)"
+    kept = "; the better of QAT and QAT + QC there is kept"
+    return agreement * bool(by_model) + kept * bool(report["metrics"].get("qc"))
 
 
 def data_name(path: str) -> str:

@@ -31,6 +31,7 @@ from ..report.record import build_report, figures_of, write_report
 from ..report.runs import shares_at_the_end
 from .budget import format_outcome, outcome, planned_widths
 from .drawing import draw_run
+from .labels import labels_of_run
 from .loggers import add_row, tell_result
 from .qc import train_qc
 from .resume import FILE, conclude
@@ -155,11 +156,14 @@ def correct_and_choose(
 def origin(trainer: BaseTrainer, model: nn.Module, command: str) -> dict:
     """What was trained on what, for the report."""
     args = trainer.args
+    labelled = labels_of_run(trainer)
     return {
         "command": command,
         "task": args.task,
         "start": own_record(model).start,
         "data": str(args.data),
+        "photographs": labelled.get("photographs"),  # where the start model has labelled some
+        "val_by_model": labelled.get("val_by_model"),
         "names": list(trainer.data["names"].values()),
         "imgsz": args.imgsz,
         "epochs": trainer.epoch + 1,

@@ -53,7 +53,8 @@ def write_labelled(photographs: Photographs, labeller: Labeller, folder: Path) -
 
     Returns:
         The YAML's path as `data`; numbers of photographs `train`, `val`, `by_data`, `by_model`, `val_by_model`,
-        `without_find` and `unreadable`; `boxes`, class name -> objects that the model found; its `settings`.
+        `without_find` and `unreadable`; `boxes`, class name -> objects that the model found; its `settings`; and
+        `photographs`, the data that they are from.
 
     Raises:
         QCError: If the folder holds something else, the classes are not the model's, or it finds nothing at all.
@@ -71,6 +72,7 @@ def write_labelled(photographs: Photographs, labeller: Labeller, folder: Path) -
         image.unlink()
     summary = _count(readable, labeller)
     summary |= {"data": str(folder / YAML_FILE), "unreadable": len(entries) - len(readable)}
+    summary["photographs"] = str(photographs.data)
     if not summary["boxes"]:
         _say_nothing_was_found(photographs, labeller, summary)
     YAML.save(folder / YAML_FILE, {"train": "images/train", "val": "images/val", **description})

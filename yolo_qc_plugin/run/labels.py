@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..config import QCConfig, QCError
 from ..host import log
 from ..host.labelling import TASKS, Labeller
 from ..host.photographs import any_labels, is_plain_folder, read_photographs
-from .labelled import YAML_FILE, write_labelled
+from .labelled import RECORD, YAML_FILE, write_labelled
 
 SHOWN = 8  # classes in the text
 ASK = "callbacks=qc qc_labels=teacher has the start model label the photographs"
@@ -98,6 +99,14 @@ def label_for_run(trainer: BaseTrainer, config: QCConfig) -> None:
             f"{summary['val_by_model']} of {summary['val']} photographs to validate are labelled by "
             f"{labeller.settings['model']}: figures tell the agreement with it, not accuracy"
         )
+
+
+def labels_of_run(trainer: BaseTrainer) -> dict[str, Any]:
+    """What `write_labelled` returned, where a run trains on labels by its start model; else empty."""
+    file = trainer.save_dir / "qc" / "data" / RECORD
+    if Path(trainer.args.data) != (file.parent / YAML_FILE).resolve() or not file.exists():
+        return {}
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def refuse_without_labels(trainer: BaseTrainer) -> None:

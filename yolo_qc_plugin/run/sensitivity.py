@@ -221,7 +221,7 @@ def describe(probe: Probe, config: QCConfig, files: Sequence[Path], imgsz: int) 
     return {
         "sha256": probe.sha256,
         "options": {name: config.to_dict()[name] for name in ("per_channel", "act_offset", "scale_init")},
-        "images": [file.name for file in files],
+        "images": [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}" for file in files],
         "imgsz": imgsz,
         "layers": {n: {"weights": c.weight.numel(), "macs": probe.macs[n]} for n, c in probe.convs.items()},
         "tensors": probe.readers,

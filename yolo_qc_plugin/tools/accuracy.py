@@ -13,7 +13,7 @@ from ..report.record import figures_of
 from .evaluate import detect, validate
 from .intervals import interval, resampled_ap
 
-MAIN_FIGURES = ("AP", "map50_95", "mask_map50_95", "pose_map50_95", "top1")
+MAIN_FIGURES = ("AP", "mask_map50_95", "pose_map50_95", "map50_95", "top1")  # a task's first is what it is for
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,15 @@ def held_against(expected: Accuracy, found: Accuracy, limit: float) -> dict[str,
 
 
 def is_chance(entry: dict[str, Any]) -> bool:
-    """Whether the interval of what `held_against` gave holds 0."""
-    low, high = entry.get("interval", (1.0, 1.0))
-    return low <= 0 <= high
+    """Whether a difference is none that the images can tell: 0 lies within the interval of what `held_against` gave.
+
+    At its end 0 lies where few images make all of a difference, whatever its cause. That passes where the entry tells
+    of codes that have flipped, as "changed_end_to_end".
+    """
+    if "interval" not in entry:
+        return False
+    low, high = entry["interval"]
+    return low < 0 < high or (low <= 0 <= high and entry.get("changed_end_to_end", 0) > 0)
 
 
 def is_as_accurate(entry: dict[str, Any], limit: float) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ultralytics import YOLO
 from ultralytics.utils import TQDM
+from ultralytics.utils.checks import check_imgsz
 
 from ..config import QCError
 from ..deploy.exported import ExportedONNX, batched
@@ -75,8 +76,9 @@ def benchmark(
         )
     if hasattr(yolo.model, "end2end"):
         yolo.model.end2end = False  # the head that exports have
-    size = imgsz or yolo.overrides.get("imgsz", 640)
-    sides = [size, size] if isinstance(size, int) else list(size)
+    if repeats < 1:
+        raise QCError(f"QC: repeats={repeats} is not accepted; give a whole number of at least 1.")
+    sides = check_imgsz(imgsz or yolo.overrides.get("imgsz", 640), stride=int(max(yolo.model.stride)), min_dim=2)
     folder = _folder(Path(model), out)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):  # before what takes minutes

@@ -10,8 +10,8 @@ Three comparisons for each runtime:
    differ end to end is reported, and not judged. OpenVINO's folders and TorchScript show no codes.
 3. Accuracy on the same images, padded to the file's size: of the checkpoint as it was trained (fake-quantized), of its
    deployed form in PyTorch, and of the runtime. For detection that is mAP by pycocotools, for other tasks Ultralytics'
-   own figures. Where codes may flip, few images show it in mAP: a larger difference of mAP passes where it is chance,
-   which it is where 0 lies in the middle 95% of resamples of the images (see `intervals`).
+   own figures. Where codes may flip, few images show it in mAP: for detection a larger difference passes where it is
+   chance, i.e. where 0 lies within the middle 95% of resamples of the images (see `accuracy`).
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def check(
     Raises:
         QCError: If a file is missing or cannot be read, or the file was not exported from a model like this one.
     """
+    if images < 1:
+        raise QCError(f"QC: images={images} is not accepted; give a whole number of at least 1.")
     graph = _open(Path(file))
     yolo, fake_quantized = _load_quantized(model, graph)
     graph.match(deployed_convs(yolo.model))
@@ -144,7 +146,7 @@ def _compare(
 def format_check(result: dict[str, Any]) -> str:
     """The result of `check` as plain text, figures in points."""
     names = list(result["pytorch"])
-    figures = lambda found: [f"{100 * (found[name] or 0):.2f}" for name in names]  # noqa: E731
+    figures = lambda found: ["-" if found[name] is None else f"{100 * found[name]:.2f}" for name in names]  # noqa: E731
     rows = [("", *names, "difference", "steps", "codes changed", "end to end")]
     trained = result["checkpoint"]
     rows.append(("checkpoint", *figures(trained), f"{trained['points']:.2f}"))
@@ -168,12 +170,22 @@ def format_check(result: dict[str, Any]) -> str:
             lines.append(
                 f"{name}: {entry['points']:.2f} points are {of}: 95% of resamples in [{low:+.2f}, {high:+.2f}]"
             )
-    limits = max([_limit(r["name"]) for r in result["runtimes"]], default=MAX_POINTS)
-    shown = any("steps" in r for r in result["runtimes"])
-    steps = f"{MAX_STEPS} step layer by layer over {result['images']} images, " if shown else ""
+    if all(value is None for value in result["pytorch"].values()):
+        lines.append(f"no object in the labels of {result['data']}: accuracy was not compared")
     verdict = "passed" if result["passed"] else "FAILED"
-    lines.append(f"{verdict} (accepted: {steps}{limits} points of the main figures, or chance)")
+    lines.append(f"{verdict} (accepted: {_accepted(result)})")
     return "\n".join(lines)
+
+
+def _accepted(result: dict[str, Any]) -> str:
+    """What passes, in words."""
+    runtimes = result["runtimes"]
+    steps = f"{MAX_STEPS} step layer by layer over {result['images']} images, "
+    litert = f" ({MAX_POINTS_LITERT} in LiteRT)" if any(r["name"] in LITERT_RUNTIMES for r in runtimes) else ""
+    chance = ", or chance" if "AP" in result["pytorch"] else ""
+    return (
+        f"{steps if any('steps' in r for r in runtimes) else ''}{MAX_POINTS} points{litert} of the main figures{chance}"
+    )
 
 
 def _load_quantized(model: str | Path, graph: Exported) -> tuple[YOLO, nn.Module]:

@@ -20,6 +20,7 @@ from ultralytics.engine.validator import BaseValidator
 from ultralytics.models.yolo import detect as of_boxes
 from ultralytics.models.yolo import pose as of_keypoints
 from ultralytics.models.yolo import segment as of_masks
+from ultralytics.utils.checks import check_imgsz
 
 from ..coco.records import COMPARED, Record, all_metrics, in_coco_form, recording
 from ..config import QCError
@@ -151,10 +152,10 @@ def validate(
     Raises:
         QCError: On a size that is not square, where this Ultralytics pads to squares alone.
     """
-    oblong = list(imgsz) if isinstance(imgsz, Sequence) else None
+    oblong = check_imgsz(list(imgsz), min_dim=2) if isinstance(imgsz, Sequence) else None  # as it rounds one side
     if oblong and not takes_oblong():
         raise QCError(f"QC: imgsz={oblong} is not square, which ultralytics {__version__} cannot validate; update it.")
-    size = {} if imgsz is None else {"imgsz": max(imgsz) if isinstance(imgsz, Sequence) else imgsz}
+    size = {} if imgsz is None else {"imgsz": max(oblong) if oblong else imgsz}
     made: list[BaseValidator] = []
 
     def make(args: dict[str, Any], _callbacks: dict) -> BaseValidator:

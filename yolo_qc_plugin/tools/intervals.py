@@ -115,7 +115,9 @@ def resampled_ap(
     Raises:
         ValueError: There is no ground truth, or what `coco_metrics` refuses.
     """
-    images = len(annotations["images"])
+    images = len(annotations.get("images", [])) if isinstance(annotations, dict) else 0
+    if not images:
+        raise ValueError("the ground truth has no images: COCO form has images, annotations, categories")
     weights = np.concatenate([np.ones((1, images), int), image_weights(images, resamples, seed)])
     found = weighted_ap(annotations, detections, weights, **rules)
     if np.isnan(found[0]):
@@ -208,12 +210,15 @@ def compare(
 
     Raises:
         FileNotFoundError: A model or the data is missing.
-        ValueError: A model's task has no such metrics or is not the other's, or `resamples` is too small.
+        ValueError: A model's task has no such metrics or is not the other's, its classes are not, or `resamples` is too
+            small.
     """
     models = [load_scored(model) for model in (a, b)]
     tasks = [model.task for model in models]
     if tasks[0] != tasks[1]:
         raise ValueError(f"a={a} is of task '{tasks[0]}', b={b} of task '{tasks[1]}': give two models of one task")
+    if models[0].names != models[1].names:
+        raise ValueError(f"a={a} and b={b} have other classes: give two models of the same classes")
     of_each = [detect(model, data, imgsz, batch=batch, device=device, split=split) for model in models]
     (truth, found_a, validator), (_, found_b, _) = of_each
     *_, iou_type = COMPARED[tasks[0]]

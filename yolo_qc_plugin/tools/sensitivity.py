@@ -68,7 +68,9 @@ def sensitivity(
     wanted = {**{("weights", n): widths for n in probe.convs}, **{("activations", n): widths for n in probe.inputs}}
     folder.mkdir(parents=True, exist_ok=True)
     log.info(f"{len(probe.convs)} layers and {len(probe.inputs)} tensors on {len(files)} images of {about['imgsz']} px")
-    costs = measure(probe, wanted, about, folder / FILE)
+    found = measure(probe, wanted, about, folder / FILE)  # all that the file holds, of earlier calls too
+    names = [str(width) for width in widths]
+    costs = {kind: {n: {b: c[b] for b in names} for n, c in of.items()} for kind, of in found.items()}
     from matplotlib import rc_context
 
     with rc_context(STYLE):
