@@ -73,6 +73,7 @@ def test_eval_of_files(tmp_path, capsys):
     (["correct", "correction=tensor"], "give model="),
     (["correct", "model=a", "correction_shape=1"], "Did you mean correction_s"),
     (["plot", "runs/a"], "'runs/a' is not accepted; give key=value with a key of runs, out, steps"),
+    (["eval", "annotations=a", "detections=b", "json=no/out.json"], "json=no/out.json: its folder does not exist"),
     (["digits"], "give out="),
     (["digits", "out=x", "train=1.5"], "train='1.5' is not accepted; give a whole number"),
     (["digits", "out=x", "train=0"], "train"),
@@ -129,6 +130,7 @@ def test_keys_are_those_of_a_function():
     read = {name: key.read(text) for (name, key), text in zip(keys.items(), ("x,y", "64", "b", "FALSE", "1e-3"))}
     assert read == {"runs": ["x", "y"], "size": 64, "kind": "b", "clip": False, "rate": 1e-3}
     assert [keys["size"].read(text) for text in ("64,96", "[64, 96]")] == [[64, 96]] * 2
+    assert keys["runs"].read("runs/train (2)") == ["runs/train (2)"]
 
 
 @given(st.text(), st.sampled_from([int, float, bool, str, int | None, Sequence[int], Literal["a", "b"]]))

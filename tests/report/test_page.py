@@ -20,6 +20,7 @@ from yolo_qc_plugin import QCConfig, add_qc_callbacks
 from yolo_qc_plugin.cli import main
 from yolo_qc_plugin.host import log
 from yolo_qc_plugin.report import console, page, sections
+from yolo_qc_plugin.report.card import METHOD, model_card
 from yolo_qc_plugin.report.command import train_command
 from yolo_qc_plugin.report.runs import Run
 from yolo_qc_plugin.run import drawing
@@ -153,6 +154,19 @@ def test_the_card_has_the_figures_of_the_report(folder, report):
         assert shown[console.STAGES[stage]] == [f"{value:.2f}" for value in expected]
     best = (folder.parent / "weights" / "best.pt").stat().st_size
     assert shown["`best.pt`"][0] == f"{best / 1e6:.2f}"
+
+
+def test_the_card_says_what_was_done(report):
+    """No average and no correction where there was none; whose labels, and of which photographs."""
+    plain = {**report, "metrics": {**report["metrics"], "qc": None}, "kept": "qat"}
+    plain["config"] = {**report["config"], "ema_decay": 0.0}
+    made = {**report["training"], "photographs": "/home/me/cows", "val_by_model": 3, "data": "/run/qc/data/data.yaml"}
+    text = model_card({**plain, "training": made}, {"best.pt": 10**6, "qat.pt": 10**6})
+    assert "averaged" not in text and "correction" not in text and "`qat.pt`" not in text and METHOD not in text
+    assert "- Data: cows, " in text and "labelled 3 of its photographs: agreement with it, not accuracy)." in text
+    whole = model_card(report, {"best.pt": 10**6, "qat.pt": 10**6})
+    assert "averaged weights and scales, and a correction at its end ([Gupta" in whole and "`qat.pt`" in whole
+    assert "validator; the better of QAT and QAT + QC there is kept." in whole
 
 
 def test_widths_in_short():

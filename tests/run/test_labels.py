@@ -183,6 +183,7 @@ def test_a_run_from_a_bare_folder(train, photos, tmp_path, predicted, caplog):
     assert Path(yolo.trainer.args.data) == data / "data.yaml" and yolo.trainer.epoch == 1
     report = json.loads((tmp_path / "run" / "qc" / "report.json").read_text())
     assert report["config"]["labels"] == "teacher" and report["metrics"]["float"]["map50_95"] > 0.8
+    assert report["training"]["photographs"] == str(photos) and report["training"]["val_by_model"] == 3
 
     shutil.rmtree(tmp_path / "run")
     shutil.move(tmp_path / "kept", tmp_path / "run")  # the same, with the command's options given once more

@@ -129,6 +129,7 @@ def test_a_file_that_cannot_be_written_is_a_row(run, digits, tmp_path, monkeypat
     (dict(float="yolov5n.yaml"), "float=yolov5n.yaml is of another task or other classes than model="),
     (dict(data="none.yaml"), "none.yaml"),
     (dict(out="closed"), "out=closed cannot be written to"),
+    (dict(repeats=0), "repeats=0 is not accepted"),
 ], ids=str)  # fmt: skip
 def test_refusals_take_one_line_and_no_export(run, digits, tmp_path, monkeypatch, capsys, change, message):
     monkeypatch.chdir(tmp_path)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from conftest import FLOAT
 from test_evaluate import perfect, random_case
+from ultralytics import YOLO
 
 from yolo_qc_plugin.cli import main
 from yolo_qc_plugin.coco.metrics import coco_metrics
 from yolo_qc_plugin.tools.evaluate import detect
-from yolo_qc_plugin.tools.intervals import bootstrap, image_weights, weighted_ap
+from yolo_qc_plugin.tools.intervals import bootstrap, compare, image_weights, weighted_ap
 
 CHECKPOINT = FLOAT.with_name("quantized.pt")
 EXACT = {"rel": 1e-12, "abs": 1e-12}  # other orders of sums alone
@@ -93,6 +94,15 @@ def test_an_interval_is_of_the_difference():
     assert bootstrap(truth, perfect(truth), detections, resamples=200, seed=1)["interval"] != [low, high]
     with pytest.raises(ValueError, match="resamples=0"):
         bootstrap(truth, detections, detections, resamples=0)
+
+
+def test_two_models_of_other_classes_are_refused(digits, tmp_path):
+    with pytest.raises(ValueError, match="have other classes: give two models of the same classes"):
+        other = YOLO("yolov5n.yaml")
+        other.save(tmp_path / "other.pt")
+        compare(FLOAT, tmp_path / "other.pt", digits)
+    with pytest.raises(ValueError, match="the ground truth has no images"):
+        bootstrap({"images": [], "annotations": [], "categories": []}, [], [])
 
 
 def test_compare_from_the_command_line(digits, tmp_path, capsys):

@@ -10,7 +10,8 @@ from conftest import CHECKPOINTS, FLOAT
 
 from yolo_qc_plugin.cli import main
 from yolo_qc_plugin.config import QCError
-from yolo_qc_plugin.tools.sensitivity import sensitivity
+from yolo_qc_plugin.data.digits import compose
+from yolo_qc_plugin.tools.sensitivity import format_sensitivity, sensitivity
 
 
 def test_the_command_writes_a_file_and_a_picture(digits, tmp_path, capsys):
@@ -25,6 +26,21 @@ def test_the_command_writes_a_file_and_a_picture(digits, tmp_path, capsys):
     worst = max(of_weights, key=lambda name: of_weights[name]["2"])
     assert text.partition("that cost most:\n")[2].startswith(f"  {worst} ") and "written to" in text
     assert (out / "sensitivity.png").stat().st_size > 10_000 and (out / "sensitivity.pdf").exists()
+
+
+def test_costs_of_other_images_and_of_other_widths_are_not_taken(digits, tmp_path):
+    """Images of another set have the same names; a measurement with other widths ended before its end."""
+    given = dict(model=FLOAT, images=2, imgsz=64, out=tmp_path / "out")
+    first = sensitivity(data=digits, bits=[2], **given)
+    other = compose(tmp_path / "other", 24, 1, 64, seed=5)
+    assert sensitivity(data=other, bits=[2], **given)["costs"] != first["costs"]
+    file = tmp_path / "out" / "sensitivity.json"
+    found = json.loads(file.read_text())
+    del found["costs"]["weights"]["model.1.conv"]
+    file.write_text(json.dumps(found))
+    later = sensitivity(data=other, bits=[4], **given)
+    assert {width for of in later["costs"].values() for costs in of.values() for width in costs} == {"4"}
+    assert "weights at 4 bits" in format_sensitivity(later) and "2 bits" not in format_sensitivity(later)
 
 
 @pytest.mark.parametrize("arguments,message", [
