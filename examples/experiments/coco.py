@@ -307,7 +307,8 @@ def budgets(name: str, content: dict) -> list[str]:
     lines = header("Widths by a budget", name, files)
     lines += [
         f"Float: {whole:.1f}. A budget is the file size of the uniform width of its name, or a share of it; -ops are "
-        "its operations on bits, which count activations. At 102% weights have two widths, as in files for a CPU. "
+        "its operations on bits, which count activations. At 102% weights have two widths, as in files for a CPU; "
+        "-tensorrt is what that target chooses and respects. "
         "BOPs, multiplications times the bits of weight and input, are in percent of 8 bits everywhere. "
         "Differences are to that uniform width, and won back is the part of its distance to float that the plan makes "
         "good. Predicted is the share of float that the run foretold.",
