@@ -111,7 +111,11 @@ def test_what_is_counted(probe):
 
 def test_measuring_goes_on_where_it_stopped(probe, tmp_path, monkeypatch):
     file = tmp_path / "sensitivity.json"
-    about = describe(probe, QCConfig(), [tmp_path / "a.jpg"], 64)
+    image = tmp_path / "a.jpg"
+    image.write_bytes(b"one")
+    about = describe(probe, QCConfig(), [image], 64)
+    image.write_bytes(b"another")
+    assert describe(probe, QCConfig(), [image], 64) != about
     wanted = {("weights", "model.0.conv"): (2, 4), ("activations", "model.1.conv"): (2,)}
     asked = []
     monkeypatch.setattr(probe, "cost", lambda *which: asked.append(which) or float(len(asked)))
