@@ -113,6 +113,9 @@ COMMANDS = {
     ),
 }
 
+# of which one line is shown; SyntaxError is what Ultralytics raises of a data YAML that lacks a key
+FAILURES = ValueError, OSError, ImportError, RuntimeError, SyntaxError
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 1 where it is refused, fails, or says that something has not passed."""
@@ -126,13 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(usage(name))
         else:
             return run(COMMANDS[name][1], pairs)
-    except (
-        ValueError,
-        OSError,
-        ImportError,
-        RuntimeError,
-        SyntaxError,
-    ) as e:  # the last is Ultralytics' of a data YAML
+    except FAILURES as e:
         print(f"{PROGRAM} {name}: {' '.join(str(e).split())}", file=sys.stderr)
         return 1
     return 0

@@ -47,7 +47,8 @@ def page(record: dict) -> str:
         "pycocotools, square images) in points: of the checkpoint as it was trained, fake-quantized; of its deployed "
         "form, which `yolo val` runs; of the ONNX file of its target, packed where none is named. In brackets the "
         f"share of codes that differ layer by layer, over {record['images']} images. A difference above 0.1 points is "
-        "chance where 0 lies in the middle 95% of 1,000 resamples of the images.",
+        "chance where 0 lies within the middle 95% of 1,000 resamples of the images, or, where codes have flipped, at "
+        "its end.",
         "",
         *table_head([*columns]),
     ]

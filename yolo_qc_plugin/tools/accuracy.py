@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 from ultralytics import YOLO
 
 from ..coco.metrics import coco_metrics
@@ -30,6 +32,11 @@ class Accuracy:
     figures: dict[str, float | None]
     truth: dict[str, Any] | None
     detections: list[dict[str, Any]]
+
+    @cached_property
+    def resampled(self) -> np.ndarray:
+        """Of detection, AP in points of each resample of the images, the same resamples for all models."""
+        return 100 * resampled_ap(self.truth or {}, self.detections)[1:]
 
 
 def measure(yolo: YOLO, settings: dict[str, Any]) -> Accuracy:
@@ -58,8 +65,7 @@ def held_against(expected: Accuracy, found: Accuracy, limit: float) -> dict[str,
     points = max(100 * abs((a[name] or 0.0) - (b[name] or 0.0)) for name in a if name in MAIN_FIGURES)
     if points <= limit or found.truth is None:
         return {**a, "points": points}
-    resampled = [100 * resampled_ap(found.truth, one.detections)[1:] for one in (found, expected)]
-    return {**a, "points": points, "interval": interval(resampled[0] - resampled[1])}
+    return {**a, "points": points, "interval": interval(found.resampled - expected.resampled)}
 
 
 def is_chance(entry: dict[str, Any]) -> bool:
