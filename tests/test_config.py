@@ -20,7 +20,10 @@ WEIGHT = ("at least 0", [-0.1, NAN, INF, -INF, True, "0.1", None])
 COUNT = ("at least 1", [0, -1, 1.0, 1.5, True, "1", None, INF])
 FLAG = ("True or False", [0, 1, None, "true", "yes", 1.0])
 REFUSED = {
-    "target": ("'cpu' or 'tensorrt' or 'litert' or 'fpga', or None", ["", "CPU", "gpu", True, 8, ["cpu"]]),
+    "target": (
+        "'cpu' or 'openvino' or 'tensorrt' or 'litert' or 'fpga', or None",
+        ["", "CPU", "gpu", True, 8, ["cpu"]],
+    ),
     "bits": (BITS[0], [*BITS[1], None]),
     "edge_bits": (BITS[0], [*BITS[1], None]),
     "weight_bits": BITS,
@@ -402,6 +405,11 @@ def test_widths_are_planned_where_nothing_else_says_them(more, cpu, other):
 def test_targets_of_cpus():
     config = QCConfig.from_options({"target": "cpu"})
     assert config.per_channel and config.output_bits == 8 and config.act_offset and config.body_bits == (4, 8)
+    openvino = QCConfig.from_options({"target": "openvino"})
+    assert openvino == replace(config, target="openvino") and openvino.chosen_budget == config.chosen_budget
+    assert openvino.edge_widths == (7, 8) and config.edge_widths == (8, 8)
+    narrow = QCConfig.from_options({"target": "openvino", "edge_bits": "6", "layer_bits": "model.0.conv:8"})
+    assert narrow.bits_of("model.1.conv", edge=True) == (6, 6) and narrow.bits_of("model.0.conv", edge=True) == (8, 8)
 
 
 def test_without_a_target_the_options_decide_alone():

@@ -32,6 +32,7 @@ _STORED = {
     "Tap": "quant.taps",
     "QuantActivation": "quant.activations",
     "QuantSiLU": "quant.activations",
+    "RoundedSiLU": "quant.activations",
     "WideBatchNorm2d": "quant.precision",
     "WideConv2d": "quant.precision",
     "WideConvTranspose2d": "quant.precision",

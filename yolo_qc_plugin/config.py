@@ -60,14 +60,14 @@ class QCConfig:
     `distill_features` have been set since, by trials on photographs of COCO that no page records yet.
 
     Args:
-        target: What the model is to run on: "cpu", "tensorrt", "litert" or "fpga". `from_options` fills the options
-            that are not given by what pays there, what cannot run there is refused, and exports write what runs there.
-            None: the options decide alone.
+        target: What the model is to run on: "cpu", "openvino", "tensorrt", "litert" or "fpga". `from_options` fills the
+            options that are not given by what pays there, what cannot run there is refused, and exports write what runs
+            there. None: the options decide alone.
         bits: Width of weights and activations, 2 to 8.
         weight_bits: Width of weights where it differs from `bits`, 2 to 8.
         act_bits: Width of activations where it differs from `bits`, 2 to 8.
         edge_bits: Width of the first convolution, of the head's bare output convolutions and of the last of mask
-            prototypes, 2 to 8.
+            prototypes, 2 to 8; for the target "openvino" their weights have 7 at most.
         output_bits: Width of the convolutions' outputs in the finished model, 2 to 8, or None to leave them in float.
             Integer kernels give 8-bit outputs; the grid is set after QAT, before the correction.
         per_channel: One weight scale per output channel instead of one per tensor.
@@ -179,9 +179,14 @@ class QCConfig:
         """(weight bits, activation bits) of a convolution that is neither an edge nor named in `layer_bits`."""
         return self.weight_bits or self.bits, self.act_bits or self.bits
 
+    @property
+    def edge_widths(self) -> tuple[int, int]:
+        """(weight bits, activation bits) of an edge that is not named in `layer_bits`."""
+        return min(self.edge_bits, self.runs_on.edge_weights), self.edge_bits
+
     def bits_of(self, name: str, edge: bool) -> tuple[int, int]:
         """(weight bits, activation bits) of a convolution by its name and whether it is an edge."""
-        weight_bits, act_bits = (self.edge_bits, self.edge_bits) if edge else self.body_bits
+        weight_bits, act_bits = self.edge_widths if edge else self.body_bits
         named_weight, named_act = self.named_bits(name)
         return named_weight or weight_bits, named_act or act_bits
 

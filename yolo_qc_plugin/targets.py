@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MIN_BITS, MAX_BITS = 2, 8
+
 
 @dataclass(frozen=True)
 class Target:
@@ -21,6 +23,8 @@ class Target:
         budget: What `budget="auto"` is there: some layers then have more bits than others, at little or no cost.
         symmetric: Whether activations are to be signed and symmetric, the inputs of residual sums quantized, and what
             is concatenated on one grid.
+        edge_weights: The widest weights of edges.
+        rounded_silu: Whether SiLU is rounded as a whole, not its sigmoid (see `quant.activations`).
     """
 
     fills: Mapping[str, Any]
@@ -30,9 +34,10 @@ class Target:
     budget: str = "102%size"  # docs/results/coco.md, "Widths by a budget"
     narrow: bool = False
     symmetric: bool = False
+    edge_weights: int = MAX_BITS
+    rounded_silu: bool = False
 
 
-MIN_BITS, MAX_BITS = 2, 8
 ALL = tuple(range(MIN_BITS, MAX_BITS + 1))
 SAME_WORK = "100%ops"
 ANYWHERE = Target({}, onnx="packed", widths=ALL, budget=SAME_WORK)  # where none is named
@@ -40,6 +45,11 @@ TARGETS: dict[str, Target] = {
     # No runtime there computes activations of fewer than 8 bits faster (docs/deployment.md has the sources). Weights of
     # 8 bits are UINT8 in a file, which OpenVINO computes in float (deploy/qdq.py), so wide layers have 7.
     "cpu": Target({"per_channel": True, "act_bits": 8}, onnx="packed", widths=(4, 7)),
+    # It computes a convolution, its output's grid, SiLU and the next grid in one node, of integers where weights have 7
+    # bits at most.
+    "openvino": Target(
+        {"per_channel": True, "act_bits": 8}, onnx="openvino", widths=(4, 7), edge_weights=7, rounded_silu=True
+    ),
     "tensorrt": Target(
         {"per_channel": True, "act_bits": 8, "act_offset": False, "output_bits": None},
         onnx="tensorrt",

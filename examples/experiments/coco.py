@@ -99,6 +99,7 @@ PLANS = {
     **{f"budget-{width}-90%": (width, {"budget": "90%size"}) for width in ("W4A8", "W4A4")},
     "budget-W4A8-102%": ("W4A8", {"budget": "102%size", "target": "cpu"}),
     "budget-W4A8-tensorrt": ("W4A8", {"budget": "102%size", "target": "tensorrt"}),
+    "budget-W4A8-openvino": ("W4A8", {"budget": "102%size", "target": "openvino"}),
 }
 
 NARROW = {"4": {"bits": 4}, "3": {"bits": 3}, "4*": {"bits": 4, "edge_bits": 4}}
@@ -308,7 +309,7 @@ def budgets(name: str, content: dict) -> list[str]:
     lines += [
         f"Float: {whole:.1f}. A budget is the file size of the uniform width of its name, or a share of it; -ops are "
         "its operations on bits, which count activations. At 102% weights have two widths, as in files for a CPU; "
-        "-tensorrt is what that target chooses and respects. "
+        "-tensorrt and -openvino are what those targets choose and respect. "
         "BOPs, multiplications times the bits of weight and input, are in percent of 8 bits everywhere. "
         "Differences are to that uniform width, and won back is the part of its distance to float that the plan makes "
         "good. Predicted is the share of float that the run foretold.",

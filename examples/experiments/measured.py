@@ -158,7 +158,7 @@ def calibrate(yolo, request: dict, file: Path) -> dict:
         write(deepcopy(student(trainer.ema.ema)))
         if config.output_bits is not None:  # of the checkpoint, as after training
             model, _ = load_checkpoint(file, device=trainer.device)
-            set_outputs(trainer, model, config.output_bits, config.calibration_batches)
+            set_outputs(trainer, model, config)
             write(model)
         raise Calibrated
 

@@ -77,7 +77,7 @@ def build(yaml, change=None, quantize=True, corrected=True, outputs=False, task=
         inject(model, config, architecture.edge_convs(model), architecture.fixed_convs(model))
         calibrate(model, [images(2)], model, config.scale_init)
         if outputs:
-            quantize_outputs(architecture.output_blocks(model), 8)
+            quantize_outputs(architecture.output_blocks(model), 8, config.runs_on.rounded_silu)
             calibrate_outputs(model, [images(2)], model)
         if corrected:
             correct(model)

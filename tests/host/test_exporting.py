@@ -39,6 +39,7 @@ def quantized(**options):
     ("onnx", None, None, "packed"), ("onnx", "cpu", None, "packed"), ("onnx", "litert", None, "packed"),
     ("onnx", "tensorrt", None, "tensorrt"), ("onnx", "fpga", None, "qonnx"), ("onnx", "fpga", "int8", "int8"),
     ("ONNX", "cpu", "int4", "int4"), ("openvino", "tensorrt", None, "packed"), ("openvino", "cpu", "int8", "int8"),
+    ("onnx", "openvino", None, "openvino"), ("openvino", "openvino", None, "openvino"),
     ("engine", "tensorrt", None, "tensorrt"), ("trt", None, None, "tensorrt"), ("torchscript", "cpu", None, None),
 ])  # fmt: skip
 def test_the_target_chooses_the_kind_and_the_user_another(format, target, asked, kind):
@@ -93,8 +94,12 @@ def test_an_older_onnx_runtime(kind, monkeypatch, caplog):
     pytest.importorskip("onnxruntime")
     assert runtime_obstacle(kind) is None
     monkeypatch.setattr(kinds.metadata, "version", lambda name: "1.22.0")
-    if kind != "packed":
+    if kind not in {"packed", "openvino"}:
         check_runtime(kind)
+        return
+    if kind == "openvino":
+        with pytest.raises(QCError, match=r"ONNX Runtime 1\.22\.0 is too old for the openvino kind; install .*>=1\.23"):
+            check_runtime(kind)
         return
     message = (
         "ONNX Runtime 1.22.0 is too old for the packed kind; install onnxruntime>=1.23; or export with callbacks=qc"

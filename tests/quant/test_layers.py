@@ -13,7 +13,7 @@ from ultralytics import YOLO
 
 from yolo_qc_plugin import QCConfig
 from yolo_qc_plugin.quant import functional, inject
-from yolo_qc_plugin.quant.activations import QuantActivation
+from yolo_qc_plugin.quant.activations import FLOATS, QuantActivation, unit_of
 from yolo_qc_plugin.quant.layers import ChannelAffine, QuantConv2d, is_quantized, quant_convs, scale_parameters
 from yolo_qc_plugin.quant.precision import keep_wide, undo_keep_wide
 from yolo_qc_plugin.quant.share import share_quantizers
@@ -399,4 +399,35 @@ def test_silu_on_a_grid():
     assert (x.grad - wanted).abs().max() < 0.03
     assert not list(act.function.parameters()) and torch.equal(act.half().function.quant.scale, torch.tensor([2.0**-8]))
     relu = nn.ReLU()
-    assert QuantActivation(relu, 8).function is relu
+    assert QuantActivation(relu, 8).function is QuantActivation(relu, 8, rounded_silu=True).function is relu
+
+
+def test_rounded_silu():
+    """Whole multiples of a unit next to SiLU's values; gradients are SiLU's, values are the same with them."""
+    act = QuantActivation(nn.SiLU(), 8, rounded_silu=True)
+    act.calibrate(torch.linspace(-6, 8, 1000), -6.0, 8.0)
+    step, unit = act.quant.scale.item(), act.function.unit
+    assert step / unit in {8, 16, 32, 64}
+    x = torch.linspace(-6, 8, 1001, requires_grad=True)
+    y = act.function(x)
+    exact = x.detach().double() * x.detach().double().sigmoid()
+    assert torch.equal((y / unit).round() * unit, y) and (y - exact).abs().max() <= unit / 2 * (1 + 1e-5)
+    assert torch.equal(act.function(x.detach()), y.detach())
+    y.sum().backward()
+    wanted = torch.autograd.functional.jvp(nn.functional.silu, x.detach(), torch.ones_like(x))[1]
+    assert torch.allclose(x.grad, wanted) and not list(act.function.parameters())
+
+
+@pytest.mark.parametrize("exponent", range(-2, 12))
+def test_no_value_of_silu_comes_near_a_threshold_of_its_unit(exponent):
+    """Of those that whole steps have, in exact arithmetic; with an eighth of a step some would come near."""
+    step = 2.0**-exponent
+    x = step * torch.arange(-255, 256, dtype=torch.float64)
+
+    def nearest(unit):
+        multiples = x * x.sigmoid() / unit
+        return ((multiples - multiples.floor() - 0.5).abs() / multiples.abs().clamp(min=0.25)).min()
+
+    unit = unit_of(step, 255)
+    assert unit <= step / 8 and nearest(unit) >= FLOATS
+    assert nearest(step / 8) < FLOATS or unit == step / 8

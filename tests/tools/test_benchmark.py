@@ -41,15 +41,15 @@ def run(digits, tmp_path_factory):
     return folder / "run", start
 
 
-# Ultralytics' own LiteRT takes a minute, and packages that a test environment need not have; files of less than 0.1 MB
-# it takes for broken ones.
+# Ultralytics' own LiteRT and its INT8 for OpenVINO take a minute, and packages that a test environment need not have;
+# files of less than 0.1 MB it takes for broken ones.
 PROGRAM = """
 import sys
 from ultralytics.engine import exporter
 from yolo_qc_plugin.cli import main
 from yolo_qc_plugin.tools import exports
 find = exports.find_spec
-exports.find_spec = lambda name: None if name == "litert_torch" else find(name)
+exports.find_spec = lambda name: None if name in {"litert_torch", "nncf"} else find(name)
 size = exporter.file_size
 exporter.file_size = lambda path: max(0.2, size(path))
 sys.exit(main(["benchmark", *sys.argv[1:]]))
@@ -88,6 +88,13 @@ def test_every_kind_is_in_the_table(run, digits):
     assert rows["ONNX Runtime", "ours packed"]["mb"] < rows["ONNX Runtime", "ours int8"]["mb"]
     assert rows["ONNX Runtime", "FP32"]["figure"] != expected
     assert "figure" in rows["ONNX Runtime", "Ultralytics INT8"]
+    if ("OpenVINO", "FP32") in rows:
+        assert rows["OpenVINO, f32", "FP32"]["figure"] == pytest.approx(
+            rows["ONNX Runtime", "FP32"]["figure"], abs=SAME
+        )
+        assert rows["OpenVINO, f32", "FP32"]["ratio"] == 1 and rows["OpenVINO", "FP32"]["mb"] > 0.1
+        assert rows["OpenVINO", "Ultralytics INT8"]["skipped"] == "needs nncf"  # which Ultralytics quantizes by
+    assert rows["ONNX Runtime", "ours openvino"]["skipped"].startswith("QC: onnx='openvino' is for a model whose SiLU")
 
 
 def test_litert_files_are_in_the_table(run, digits, tmp_path):

@@ -139,6 +139,7 @@ class ExportedONNX(Exported):
 
         self.values = {i.name: numpy_helper.to_array(i) for i in self.model.graph.initializer}
         self.codes, self.outputs, self.weights = {}, {}, {}
+        self.lowest: dict[str, str] = {}  # tensor of an output's codes as steps from 0, in floats -> that of the lowest
         self._read(*links(self.model.graph))
         if not self.codes:
             raise QCError(f"QC: file={path} has no quantized convolution; accepted: exports of a quantized checkpoint.")
@@ -157,6 +158,10 @@ class ExportedONNX(Exported):
                 if n.op_type == "QuantizeLinear":
                     scale, zero_point = (self.values[name] for name in n.input[1:3])
                     self.outputs[layer] = n.output[0], float(scale), int(zero_point)
+                elif grid := _grid_in_floats(n, readers):
+                    steps, lowest, step = grid
+                    self.lowest[steps] = lowest
+                    self.outputs[layer] = steps, float(self.values[step]), -int(self.values[lowest])
 
     @cached_property
     def kind(self) -> str:
@@ -167,7 +172,7 @@ class ExportedONNX(Exported):
         if "int8" in containers:
             return "tensorrt"
         if any(name.endswith(".weight_codes_packed") for name in self.weights.values()):
-            return "packed"
+            return "openvino" if self.lowest else "packed"
         return "int4" if "uint4" in containers or "int4" in {v.dtype.name for v in self.values.values()} else "int8"
 
     def obstacle(self, name: str) -> str | None:
@@ -196,8 +201,24 @@ class ExportedONNX(Exported):
             if self.kind == "int4":
                 shown = f"{name}_shown"
                 model.graph.node.append(onnx.helper.make_node("DequantizeLinear", [name, "one"], [shown]))
+            elif name in self.lowest:
+                shown = f"{name}_shown"
+                model.graph.node.append(onnx.helper.make_node("Sub", [name, self.lowest[name]], [shown]))
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(shown))
         return onnx.shape_inference.infer_shapes(model).SerializeToString(), names
+
+
+def _grid_in_floats(node, readers: dict) -> tuple | None:
+    """Where a product, Round, Clip and product begin at a node: tensor of whole steps, and names of lowest and step."""
+    chain = [node]
+    while len(chain) < 4:
+        following = readers.get(chain[-1].output[0], [])
+        if len(following) != 1:
+            return None
+        chain.append(following[0])
+    if [n.op_type for n in chain] != ["Mul", "Round", "Clip", "Mul"]:
+        return None
+    return chain[2].output[0], chain[2].input[1], chain[3].input[1]
 
 
 def session(model: bytes, name: str) -> Run:

@@ -53,7 +53,7 @@ def finish_graph(file: str | Path, kind: str) -> str:
     Returns:
         One line that says what was done, empty where there is nothing to do.
     """
-    if kind == "packed":
+    if kind in {"packed", "openvino"}:
         return pack_weights(file)
     if kind == "qonnx":
         write_shapes(file)

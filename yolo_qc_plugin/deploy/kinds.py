@@ -5,6 +5,7 @@ Kinds of graph, by their containers (deploy.qdq and deploy.qonnx write them):
 
     packed    INT4 weights of up to 4 bits, which a Cast makes INT8: as small as int4 and as fast as int8.
     int8      8-bit containers alone, for runtimes that do not fold such a Cast.
+    openvino  As packed, but grids of outputs are in floats, where OpenVINO computes them inside the convolution.
     int4      4-bit containers for weights and activations of up to 4 bits, for converters that look for them.
     tensorrt  INT8 alone, every zero point 0.
     qonnx     Quant nodes of the true widths, for FINN and hls4ml.
@@ -39,6 +40,7 @@ class Kind:
 ONNX_KINDS = {
     "packed": Kind(SAME_OPSET, runtime=(1, 23)),
     "int8": Kind(),
+    "openvino": Kind(SAME_OPSET, runtime=(1, 23)),
     "int4": Kind(SAME_OPSET),
     "tensorrt": Kind(),
     "qonnx": Kind(),
@@ -47,7 +49,7 @@ ONNX_KINDS = {
 # no ONNX graph is on the way
 FORMATS: dict[str, tuple[str, ...]] = {
     "onnx": tuple(ONNX_KINDS),
-    "openvino": ("packed", "int8"),
+    "openvino": ("packed", "int8", "openvino"),
     "torchscript": (),
     "litert": (),
     "engine": ("tensorrt",),

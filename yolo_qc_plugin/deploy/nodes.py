@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import Tensor, as_tensor
 
@@ -87,3 +89,10 @@ def pack4(codes: np.ndarray) -> np.ndarray:
     if nibbles.size % 2:
         nibbles = np.append(nibbles, 0)
     return (nibbles[::2] | nibbles[1::2] << 4).astype(np.uint8)
+
+
+def unpack4(packed: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """The signed codes that `pack4` packed, int8, of a shape."""
+    nibbles = np.stack([packed.reshape(-1) & 15, packed.reshape(-1) >> 4], axis=1).reshape(-1)
+    codes = ((nibbles ^ 8).astype(np.int16) - 8).astype(np.int8)
+    return codes[: np.prod(shape)].reshape(shape)

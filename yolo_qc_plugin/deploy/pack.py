@@ -1,8 +1,8 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Make a finished ONNX file of the int8 kind small: weights in 4 bits, short names, no constant twice.
+"""Make a finished file of the int8 kind small: weights in 4 bits, in ONNX short names and no constant twice too.
 
 Packed weights are INT4 constants, each with a Cast to INT8 behind it. Runtimes fold the Cast when they load the file,
-and compute what they computed before. It comes last, because what simplifies graphs at the export would fold it too.
+and compute what they computed before. It comes last, because what simplifies or converts graphs would fold it too.
 """
 
 from __future__ import annotations
@@ -49,6 +49,23 @@ def pack_weights(file: str | Path) -> str:
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, file)
     return f"{len(casts)} weights packed into 4 bits, {Path(file).stat().st_size / 1e6:.2f} MB"
+
+
+def pack_openvino(model) -> None:
+    """Pack, in place, the INT8 weights of an OpenVINO model whose codes fit into 4 bits."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Constant" or node.get_element_type() != ov.Type.i8 or len(node.shape) != 4:
+            continue
+        codes = node.data
+        if codes.min() >= -8 and codes.max() <= 7:
+            packed = ov.op.Constant(ov.Type.i4, ov.Shape(list(codes.shape)), codes.ravel().tolist())
+            packed.set_friendly_name(f"{node.get_friendly_name()}_packed")
+            unpacked = ops.convert(packed, "i8").output(0)
+            for reader in node.output(0).get_target_inputs():
+                reader.replace_source_output(unpacked)
 
 
 def shorten_names(graph) -> None:

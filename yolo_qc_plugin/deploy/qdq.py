@@ -2,8 +2,11 @@
 """The ONNX graph of a deployed model: integer weights, QuantizeLinear and DequantizeLinear.
 
 Every convolution reads Q -> DQ of its input and DQ of its integer weight, with one scale per output channel. `kinds`
-lists the kinds of such graphs; the packed one is written as int8 here, and `pack` comes later. Where a convolution's
+lists the kinds of such graphs; packed ones are written as int8 here, and `pack` comes later. Where a convolution's
 output is quantized too, runtimes fuse Q/DQ and convolution into one integer convolution; its bias is INT32 for that.
+
+OpenVINO fuses what is elementwise behind a convolution into it, but takes Q -> DQ there apart. In its kind the grid of
+an output is a product, a Round, a Clip and a product: the same values, as its step is a power of two.
 
 Activation codes of a grid narrower than its container are shifted to the container's top (4 bits in UINT8: 240 to 255),
 so that saturation cuts off values above the grid. A Max before Q cuts off those below. It is left out where the input
@@ -61,6 +64,8 @@ class QDQ(Rewriter):
         self.act_scale[name] = a["scale"]
         if self.kind == "tensorrt":
             return self._quantize_symmetric(name, node.input[0], a)
+        if self.kind == "openvino" and self._is_of_output(node):
+            return self._round(name, node.input[0], a)
         return self._quantize_at_the_top(name, node.input[0], a, self._is_narrow(node, a))
 
     def _quantize_at_the_top(self, name: str, x: str, a: dict, narrow: bool) -> str:
@@ -76,6 +81,23 @@ class QDQ(Rewriter):
             x, self.clips = f"{name}_clipped", self.clips + 1
         container = TensorProto.UINT4 if narrow else TensorProto.UINT8
         return self._write_pair(name, x, a["scale"], a["zero_point"] + shift, container)
+
+    def _is_of_output(self, node) -> bool:
+        """Whether the grid is a convolution's output's, and no convolution's input too."""
+        source = self.sources.get(node.input[0])
+        readers = self.readers.get(node.output[0], [])
+        return source is not None and source.op_type == CONVOLVE and all(n.op_type != CONVOLVE for n in readers)
+
+    def _round(self, name: str, x: str, a: dict) -> str:
+        """Whole steps from 0 in floats, within the grid's bounds."""
+        numbers = {"per_step": 1 / a["scale"], "step": a["scale"]}
+        numbers |= {"low": a["quant_min"] - a["zero_point"], "high": a["quant_max"] - a["zero_point"]}
+        per_step, step, *bounds = (self.writer.constant(f"{name}_{key}", value) for key, value in numbers.items())
+        self.writer.add("Mul", [x, per_step], f"{name}_position")
+        self.writer.add("Round", [f"{name}_position"], f"{name}_rounded")
+        self.writer.add("Clip", [f"{name}_rounded", *bounds], f"{name}_codes")
+        self.writer.add("Mul", [f"{name}_codes", step], name)
+        return name
 
     def _quantize_symmetric(self, name: str, x: str, a: dict) -> str:
         """Codes around 0 in INT8, behind a Clip to the grid where that is narrower."""

@@ -19,6 +19,7 @@ from ..config import QCError
 from ..deploy.kinds import canonical, check_kind, choose_kind, runtime_obstacle
 from ..deploy.litert.graph import LITERT_KINDS
 from ..deploy.symmetric import check_symmetric
+from ..quant.activations import silu_is_rounded
 from . import log
 from .record import record_of
 
@@ -64,6 +65,16 @@ def prepare_export(exporter: Any, model: nn.Module) -> str | None:
         check_kind(kind, args.opset)
     if kind == "tensorrt":
         check_symmetric(model)
+    if kind == "openvino" and silu_is_rounded(model) is not True:
+        raise QCError(
+            "QC: onnx='openvino' is for a model whose SiLU OpenVINO computes in floats; train with callbacks=qc "
+            "qc_target=openvino, or leave it out."
+        )
+    if format == "litert" and silu_is_rounded(model):
+        raise QCError(
+            "QC: format='litert' computes SiLU in integers, and this model was trained for floats; train with "
+            "callbacks=qc qc_target=litert or qc_target=cpu."
+        )
     if kind == "qonnx" and args.dynamic:
         raise QCError(
             "QC: dynamic=True is not accepted for the qonnx kind, whose tools want fixed shapes; leave it out."

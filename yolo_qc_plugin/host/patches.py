@@ -31,6 +31,7 @@ from ..deploy.graph import finish_graph, write_graph
 from ..deploy.kinds import check_kind
 from ..deploy.litert.graph import write_litert
 from ..deploy.litert.translation import OPSET as LITERT_OPSET
+from ..deploy.pack import pack_openvino
 from ..files import AtomicPath
 from ..qat.scale_steps import separate_scales
 from ..quant.inject import remove
@@ -227,8 +228,10 @@ def _convert_integers(original: Callable) -> Callable:
             file = engine.torch2onnx(
                 model, im, f"{folder}/model.onnx", OPENVINO_OPSET, dynamic=axes if dynamic else None
             )
-            finish_graph(file, kind_of(model))
-            return ov.convert_model(file)
+            converted = ov.convert_model(file)
+            if kind_of(model) != "int8":
+                pack_openvino(converted)
+            return converted
 
     return torch2openvino
 

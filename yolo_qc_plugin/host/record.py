@@ -25,7 +25,7 @@ from ultralytics.utils.torch_utils import strip_optimizer
 from .. import __version__
 from ..config import QCConfig, QCError
 from ..files import AtomicPath, replacing
-from ..quant.activations import QuantActivation, QuantSiLU
+from ..quant.activations import QuantActivation, QuantSiLU, RoundedSiLU
 from ..quant.layers import ChannelAffine, QuantConv2d
 from ..quant.precision import WIDE
 from ..quant.quantizer import ActQuantizer, WeightQuantizer
@@ -81,6 +81,7 @@ torch.serialization.add_safe_globals(
         QuantConv2d,
         QuantActivation,
         QuantSiLU,
+        RoundedSiLU,
         ChannelAffine,
         WeightQuantizer,
         ActQuantizer,

@@ -15,6 +15,8 @@ from .observers import binary_range
 from .precision import KeepWide
 from .quantizer import ActQuantizer
 
+FLOATS = 5e-7  # of a value, twice what PyTorch's and OpenVINO's floats are off at most
+
 
 class QuantSiLU(nn.Module):
     """SiLU with its sigmoid rounded to whole 256ths: x * round(256 * sigmoid(x)) / 256.
@@ -40,6 +42,26 @@ class QuantSiLU(nn.Module):
         return x * self.quant(x.sigmoid())
 
 
+class RoundedSiLU(nn.Module):
+    """SiLU rounded to whole multiples of a unit, for runtimes that compute it in floats behind their convolution.
+
+    Attributes:
+        unit: A power of two, so that sums of the results are exact (see `unit_of`).
+    """
+
+    __module__ = "yolo_qc_plugin"  # by which checkpoints name it
+
+    def __init__(self):
+        super().__init__()
+        self.unit = 2.0**-8
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Activate x of any shape; gradients are SiLU's."""
+        exact = nn.functional.silu(x)
+        rounded = (exact * (1 / self.unit)).round() * self.unit
+        return exact + (rounded - exact).detach() if exact.requires_grad else rounded
+
+
 class QuantActivation(KeepWide, nn.Module):
     """An activation function whose input, a convolution's output after batch norm, is quantized.
 
@@ -50,16 +72,21 @@ class QuantActivation(KeepWide, nn.Module):
     Attributes:
         quant: ActQuantizer with offset.
         act: The activation function itself.
-        function: What is computed: `in_256ths(act)`.
+        function: What is computed: `in_256ths(act)`, or RoundedSiLU.
+
+    Args:
+        act: The activation function.
+        bits: Width of the grid.
+        rounded_silu: Whether SiLU is rounded as a whole, not its sigmoid.
     """
 
     __module__ = "yolo_qc_plugin"  # by which checkpoints name it
 
-    def __init__(self, act: nn.Module, bits: int):
+    def __init__(self, act: nn.Module, bits: int, rounded_silu: bool = False):
         super().__init__()
         self.quant = ActQuantizer(bits, offset=True)
         self.act = act
-        self.function = in_256ths(act)
+        self.function = RoundedSiLU() if rounded_silu and isinstance(act, nn.SiLU) else in_256ths(act)
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize and activate x of any shape."""
@@ -76,9 +103,35 @@ class QuantActivation(KeepWide, nn.Module):
     @torch.no_grad()
     def calibrate(self, values: Tensor, low: float, high: float) -> None:
         """Set the grid from a sample of the input, shape (n,), and its extremes."""
-        scale, offset = binary_range(values, low, high, self.quant.quant_max, self.function)
+        function = self.act if isinstance(self.function, RoundedSiLU) else self.function  # its unit is not known yet
+        scale, offset = binary_range(values, low, high, self.quant.quant_max, function)
         self.quant.scale.fill_(scale)
         cast(Tensor, self.quant.offset).fill_(offset)
+        if isinstance(self.function, RoundedSiLU):
+            self.function.unit = unit_of(scale, self.quant.quant_max)
+
+
+def unit_of(step: float, most: int) -> float:
+    """An eighth of a step or less, in whose multiples floats round SiLU of whole steps as exact numbers would.
+
+    A few values lie near a threshold between two multiples, others for each unit. Runtimes compute SiLU to 3e-7 of its
+    value; of the units down to a 64th, the first of which no value is within FLOATS of a threshold is taken, or the
+    best.
+
+    Args:
+        step: Of the grid of SiLU's input, a power of two.
+        most: The largest number of steps from 0.
+    """
+    x = step * torch.arange(-most, most + 1, dtype=torch.float64)
+    values = x * x.sigmoid()
+
+    def distance(unit: float) -> float:
+        multiples = values / unit
+        from_threshold = (multiples - multiples.floor() - 0.5).abs()
+        return float((from_threshold / multiples.abs().clamp(min=0.25)).min())
+
+    units = [step / 2**n for n in range(3, 7)]
+    return next((unit for unit in units if distance(unit) >= FLOATS), max(units, key=distance))
 
 
 def in_256ths(act: nn.Module) -> nn.Module:
@@ -91,6 +144,12 @@ def in_256ths(act: nn.Module) -> nn.Module:
     if isinstance(act, nn.LeakyReLU):
         return nn.LeakyReLU(round(256 * act.negative_slope) / 256)
     return act
+
+
+def silu_is_rounded(model: nn.Module) -> bool | None:
+    """Whether SiLU is rounded as a whole in a model, trained or deployed; None where it has no SiLU behind a grid."""
+    kinds = {type(m) for m in model.modules()}
+    return True if RoundedSiLU in kinds else False if QuantSiLU in kinds else None
 
 
 def quant_activations(model: nn.Module) -> Iterator[tuple[str, QuantActivation]]:

@@ -102,12 +102,13 @@ def remove(model: nn.Module) -> int:
     return len(twins)
 
 
-def quantize_outputs(blocks: Iterable[Any], bits: int) -> list[QuantActivation]:
+def quantize_outputs(blocks: Iterable[Any], bits: int, rounded_silu: bool = False) -> list[QuantActivation]:
     """Quantize what blocks give to their activation function, in place; to be calibrated.
 
     Args:
         blocks: Modules with an attribute `act`.
         bits: Width.
+        rounded_silu: Whether SiLU is rounded as a whole, not its sigmoid.
 
     Returns:
         The new activations, one for each block.
@@ -115,6 +116,8 @@ def quantize_outputs(blocks: Iterable[Any], bits: int) -> list[QuantActivation]:
     acts = []
     for block in blocks:
         device = next(block.parameters()).device
-        block.act = QuantActivation(block.act, bits).to(device).train(block.training).requires_grad_(False)
+        block.act = (
+            QuantActivation(block.act, bits, rounded_silu).to(device).train(block.training).requires_grad_(False)
+        )
         acts.append(block.act)
     return acts

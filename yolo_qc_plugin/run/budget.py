@@ -96,9 +96,9 @@ def layers_of(probe: Probe, config: QCConfig, unit: str) -> dict[str, Layer]:
     layers = {}
     for name, conv in probe.convs.items():
         w, a = config.named_bits(name)
-        edge = config.edge_bits if name in edges else None
+        edge_w, edge_a = config.edge_widths if name in edges else (None, None)
         body = None if unit in BITS_OF_INPUTS else config.body_bits[1]
-        fixed_w, fixed_a = w or edge, a or edge or body
+        fixed_w, fixed_a = w or edge_w, a or edge_a or body
         reads = next((t for t, readers in probe.readers.items() if name in readers), "")
         weight_bits, act_bits = (free if fixed is None else (fixed,) for fixed in (fixed_w, fixed_a))
         layers[name] = Layer(conv.weight.numel(), probe.macs[name], reads, weight_bits, act_bits)

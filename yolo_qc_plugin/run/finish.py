@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import cast
 from zipfile import is_zipfile
 
 from torch import nn
@@ -67,7 +68,7 @@ def finish(trainer: BaseTrainer, config: QCConfig, teacher: Teacher | None) -> d
             log.info("measuring the model with batch norm statistics measured again")
             metrics["bn_reestimated"] = metrics["qat"] = validate(trainer, deepcopy(model), config.coco_eval)
         if config.output_bits is not None:
-            set_outputs(trainer, model, config.output_bits, config.calibration_batches)
+            set_outputs(trainer, model, config)
             log.info(f"measuring the model with {config.output_bits}-bit outputs")
             metrics["qat"] = validate(trainer, deepcopy(model), config.coco_eval)
         write_like(best, model, trainer.validator.metrics.results_dict, qat)
@@ -199,8 +200,9 @@ def reestimate_norms(trainer: BaseTrainer, model: nn.Module) -> None:
     reestimate(model, training_images(trainer, BATCHES), model, trainer.freeze_layer_names)
 
 
-def set_outputs(trainer: BaseTrainer, model: nn.Module, bits: int, batches: int) -> None:
+def set_outputs(trainer: BaseTrainer, model: nn.Module, config: QCConfig) -> None:
     """Quantize the convolutions' outputs of a finished model, in place, with grids from training batches."""
-    quantize_outputs(architecture.output_blocks(model), bits)
-    calibrate_outputs(model, training_images(trainer, batches), model)
+    bits = cast(int, config.output_bits)
+    quantize_outputs(architecture.output_blocks(model), bits, config.runs_on.rounded_silu)
+    calibrate_outputs(model, training_images(trainer, config.calibration_batches), model)
     snap(model)

@@ -148,9 +148,9 @@ class _Rows:
 
     def all(self) -> list[dict[str, Any]]:
         """The checkpoint's row, and those of each runtime."""
-        sides, formats = self.settings["imgsz"], [r.format for r in self.runtimes.values()]
-        self.files = [f for f in self.files if f.format in formats]
-        total = 1 + len(self.files) + sum(1 + sum(f.format == of for f in self.files) for of in formats)
+        sides, per_runtime = self.settings["imgsz"], {name: self._files_of(r) for name, r in self.runtimes.items()}
+        self.files = [f for f in self.files if any(f in files for files in per_runtime.values())]
+        total = 1 + len(self.files) + sum(1 + len(files) for files in per_runtime.values())
         with TQDM(total=total) as bar, log.quiet():  # which Ultralytics' own bars obey
 
             def step(what: str) -> None:
@@ -167,10 +167,14 @@ class _Rows:
                 rows += self._of(name, runtime, step)
         return rows
 
+    def _files_of(self, runtime: Runtime) -> list[File]:
+        """What a runtime is to run."""
+        return [f for f in self.files if f.format == (runtime.format if f.kind else runtime.stock)]
+
     def _of(self, name: str, runtime: Runtime, step) -> list[dict[str, Any]]:
         """The rows of a runtime."""
         rows, runs = [], {}
-        for file in (f for f in self.files if f.format == runtime.format):
+        for file in self._files_of(runtime):
             step(f"{file.name}, {name}: accuracy")
             row: dict[str, Any] = {"runtime": name, "file": file.name}
             rows.append(row)
@@ -179,7 +183,7 @@ class _Rows:
                 row["skipped"] = reason
                 continue
             run = runs[file.name] = runtime.open(file.path, self.settings["threads"])
-            row["mb"] = file.path.stat().st_size / 1e6
+            row["mb"] = file.mb
             if self.settings["float"] or file.kind:
                 with computed_by(self.yolo.model, on_runtime(batched(run, 1))):
                     row["figure"] = self._figure()

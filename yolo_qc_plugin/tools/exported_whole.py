@@ -15,6 +15,7 @@ from ultralytics.utils import YAML
 
 from ..config import QCError
 from ..deploy.exported import Exported, Run
+from ..deploy.nodes import unpack4
 
 MARK = ".weight_codes"  # in the name of what holds a layer's integer weights
 
@@ -71,10 +72,13 @@ class ExportedOpenVINO(ExportedWhole):
         import openvino
 
         self.model = openvino.Core().read_model(next(self.path.glob("*.xml")))
-        integers = openvino.Type.i8, openvino.Type.u8
         for node in self.model.get_ops():
             name = node.get_friendly_name()
-            if node.get_type_name() == "Constant" and MARK in name and node.get_element_type() in integers:
+            if node.get_type_name() != "Constant" or MARK not in name:
+                continue
+            if node.get_element_type() == openvino.Type.i4:
+                self._keep(name, unpack4(node.data.view(np.uint8), list(node.shape)))
+            elif node.get_element_type() in {openvino.Type.i8, openvino.Type.u8}:
                 self._keep(name, node.data)
         return YAML.load(self.path / "metadata.yaml")
 

@@ -21,7 +21,11 @@ from ..run.export import choose_kinds
 FP32 = "FP32"
 RUN_HERE = [kind for kind in ONNX_KINDS if kind != "qonnx"]  # whose nodes no runtime that is timed here knows
 # format -> packages that Ultralytics' exporter needs, and further ones for its INT8; and those that ours needs
-STOCK = {"onnx": (("onnx", "onnxruntime"), ()), "litert": (("litert_torch", "ai_edge_litert"), ("ai_edge_quantizer",))}
+STOCK = {
+    "onnx": (("onnx", "onnxruntime"), ()),
+    "openvino": (("openvino",), ("nncf",)),
+    "litert": (("litert_torch", "ai_edge_litert"), ("ai_edge_quantizer",)),
+}
 OURS = {"onnx": (RUN_HERE, ("onnx", "onnxruntime")), "litert": (LITERT_KINDS, ("onnx", "ai_edge_litert"))}
 
 
@@ -36,7 +40,7 @@ class File:
         needs: Packages without which it is not.
         kind: Arguments of `choose_kinds`; empty for a float model.
         arguments: Of `yolo export`.
-        path: Once it is written.
+        path: Once it is written: a file, or OpenVINO's folder.
         obstacle: Why it was not, in one line.
     """
 
@@ -48,6 +52,12 @@ class File:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
     obstacle: str = ""
+
+    @property
+    def mb(self) -> float:
+        """Its size in 1e6 bytes, once it is written."""
+        parts = [self.path, *self.path.rglob("*")] if self.path else []
+        return sum(part.stat().st_size for part in parts if part.is_file()) / 1e6
 
     def write(self, folder: Path, imgsz: int | list[int]) -> None:
         """Export it into a folder of its own, or find out why not.

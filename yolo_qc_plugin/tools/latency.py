@@ -30,11 +30,13 @@ class Runtime:
     """Something that runs files here.
 
     Attributes:
-        format: Of `yolo export`, of the files that it runs.
+        stock: Format of `yolo export`, of those of Ultralytics' own files that it runs.
+        format: That of ours.
         package: Without which it is not here.
         open: File and number of threads -> images to outputs.
     """
 
+    stock: str
     format: str
     package: str
     open: Callable[[Path, int], Run]
@@ -55,6 +57,7 @@ def _openvino(file: Path, threads: int, precision: str = "") -> Run:
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
     if precision:
         settings["INFERENCE_PRECISION_HINT"] = precision
+    file = next(file.glob("*.xml")) if file.is_dir() else file
     request = openvino.compile_model(str(file), "CPU", settings).create_infer_request()
     return lambda images: [np.array(v) for v in request.infer([images]).to_tuple()]
 
@@ -67,10 +70,10 @@ def _litert(file: Path, threads: int) -> Run:
 
 # OpenVINO computes float layers in BF16 where the processor can, unless told otherwise
 RUNTIMES = {
-    "ONNX Runtime": Runtime("onnx", "onnxruntime", _onnxruntime),
-    "OpenVINO": Runtime("onnx", "openvino", _openvino),
-    "OpenVINO, f32": Runtime("onnx", "openvino", partial(_openvino, precision="f32")),
-    "LiteRT": Runtime("litert", "ai_edge_litert", _litert),
+    "ONNX Runtime": Runtime("onnx", "onnx", "onnxruntime", _onnxruntime),
+    "OpenVINO": Runtime("openvino", "onnx", "openvino", _openvino),
+    "OpenVINO, f32": Runtime("openvino", "onnx", "openvino", partial(_openvino, precision="f32")),
+    "LiteRT": Runtime("litert", "litert", "ai_edge_litert", _litert),
 }
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ...config import QCError
 from ..exported import Exported, Run
+from ..nodes import unpack4
 from .flatbuffer import pack
 
 LITERT_RUNTIMES = ("LiteRT", "LiteRT, built-in kernels")  # with XNNPACK, and without
@@ -99,7 +100,7 @@ class ExportedLiteRT(Exported):
         data = np.asarray(self.model.buffers[tensor.buffer].data, np.uint8)
         codes = data.view(np.int8)
         if kinds[tensor.type] == "INT4":
-            codes = np.stack([data << 4, data & 0xF0], -1).reshape(-1).view(np.int8)[: np.prod(tensor.shape)] >> 4
+            codes = unpack4(data, tensor.shape)
         codes = codes.reshape(tensor.shape)
         return codes.transpose((3, 0, 1, 2) if depthwise else (0, 3, 1, 2))
 

@@ -1,0 +1,144 @@
+# yolo_qc_plugin, AGPL-3.0
+"""What is trained for OpenVINO: the same codes in every runtime, and nothing between two convolutions in OpenVINO."""
+
+import shutil
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_fold import build, write_trained
+from ultralytics import YOLO
+from ultralytics.nn.tasks import load_checkpoint
+
+from yolo_qc_plugin.config import QCConfig, QCError
+from yolo_qc_plugin.deploy.codes import compare_codes
+from yolo_qc_plugin.deploy.exported import RUNTIMES, ExportedONNX
+from yolo_qc_plugin.quant.activations import RoundedSiLU
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+ov = pytest.importorskip("openvino")
+
+FAMILIES = ("yolov5n.yaml", "yolov8n.yaml", "yolo11n.yaml")
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Export a family: exported(yaml, target, format) -> (checkpoint, file)."""
+
+    @cache
+    def write(yaml, target="openvino", format="onnx"):
+        config = QCConfig.from_options({"target": target, "scale_init": "lsq"})
+        model = build(yaml, outputs=True, **{name: getattr(config, name) for name in ("target", "per_channel")})
+        path = write_trained(model, tmp_path_factory.mktemp("openvino") / "model.pt", config)
+        return path, Path(YOLO(path).export(format=format, imgsz=64, device="cpu"))
+
+    return write
+
+
+def images(count=2):
+    return torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("yaml", FAMILIES[:2])
+def test_all_codes_agree_end_to_end(exported, yaml, runtime):
+    path, file = exported(yaml)
+    graph = ExportedONNX(file)
+    model, _ = load_checkpoint(path)
+    model.float().fuse(verbose=False)
+    assert graph.kind == "openvino" and len(graph.outputs) > 50
+    assert sum(isinstance(m, RoundedSiLU) for m in model.modules()) == len(graph.outputs)
+    found = compare_codes(model, graph, runtime, images())
+    assert found["changed_end_to_end"] == found["changed"] == found["steps"] == 0, found
+
+
+@pytest.mark.parametrize("name", ["per_step", "step", "low", "high"])
+def test_the_comparison_sees_a_changed_grid(exported, tmp_path, name):
+    """Of one layer's output."""
+    import onnx
+
+    path, file = exported("yolov5n.yaml")
+    model = onnx.load(file)
+    chain = [next(n for n in model.graph.node if n.op_type == "Clip")]
+    for node in model.graph.node:
+        chain += [node] if node.input[0] == chain[0].output[0] else []
+    before = {out: n for n in model.graph.node for out in n.output}
+    per_step = before[before[chain[0].input[0]].input[0]]
+    read = {"per_step": (per_step, 1), "low": (chain[0], 1), "high": (chain[0], 2), "step": (chain[1], 1)}
+    node, i = read[name]
+    values = {c.name: onnx.numpy_helper.to_array(c) for c in model.graph.initializer}
+    changed = values[node.input[i]] + 100 if name == "low" else values[node.input[i]] / 2
+    model.graph.initializer.append(onnx.numpy_helper.from_array(changed.astype(np.float32), "changed"))
+    node.input[i] = "changed"
+    onnx.save(model, tmp_path / "changed.onnx")
+    model, _ = load_checkpoint(path)
+    model.float().fuse(verbose=False)
+    assert compare_codes(model, ExportedONNX(tmp_path / "changed.onnx"), "onnxruntime", images())["changed"] > 0
+
+
+@pytest.mark.parametrize("yaml", FAMILIES)
+def test_openvino_computes_grids_and_silu_in_the_convolution(exported, yaml):
+    """No Round is in a node of its own, and all quantized convolutions are of integers."""
+    _, file = exported(yaml)
+    apart, kinds = [], []
+    for node in ov.compile_model(str(file), "CPU", F32).get_runtime_model().get_ordered_ops():
+        about = {key: node.rt_info[key].astype(str) for key in ("layerType", "originalLayersNames", "primitiveType")}
+        if about["layerType"] == "Convolution":
+            kinds.append(about["primitiveType"])
+        elif about["layerType"] in {"Subgraph", "Eltwise"} and "Round" in about["originalLayersNames"]:
+            apart.append(about["originalLayersNames"])
+    quantized = len(ExportedONNX(file).codes)
+    assert not apart and sum(kind.upper().endswith("I8") for kind in kinds) == quantized > 60
+
+
+def test_the_folder_packs_weights_and_computes_the_same(exported):
+    path, file = exported("yolov5n.yaml")
+    _, folder = exported("yolov5n.yaml", format="openvino")
+    (xml,) = folder.glob("*.xml")
+    model = ov.Core().read_model(xml)
+    constants = [n for n in model.get_ordered_ops() if n.get_type_name() == "Constant"]
+    counts = {kind: sum(int(np.prod(c.shape)) for c in constants if c.get_element_type() == kind) for kind in INTEGERS}
+    weights = sum(m.numel() for m in load_checkpoint(path)[0].float().state_dict().values() if m.dim() == 4)
+    assert counts[ov.Type.i4] > 0.9 * weights and counts[ov.Type.i8] < 0.1 * weights
+    image = images(1).numpy()
+    found = [ov.compile_model(str(f), "CPU", F32)([image])[0] for f in (file, xml)]
+    assert np.array_equal(*found)
+    assert len(YOLO(folder).predict(np.zeros((64, 64, 3), np.uint8), imgsz=64, verbose=False)) == 1
+
+
+INTEGERS = (ov.Type.i4, ov.Type.i8)
+
+
+@pytest.mark.parametrize("target,arguments,message", [
+    ("cpu", dict(format="onnx", kind="openvino"), "onnx='openvino' is for a model .* qc_target=openvino"),
+    ("openvino", dict(format="litert"), "format='litert' computes SiLU in integers, .* qc_target=litert"),
+    ("openvino", dict(format="onnx", kind="tensorrt"), "TensorRT takes INT8 codes .* with callbacks=qc qc_target"),
+])  # fmt: skip
+def test_what_another_target_was_trained_for_is_refused(exported, tmp_path, target, arguments, message):
+    from yolo_qc_plugin.run.export import choose_kinds
+
+    checkpoint = shutil.copy(exported("yolov5n.yaml", target)[0], tmp_path / "model.pt")
+    yolo, kind = YOLO(checkpoint), arguments.pop("kind", None)
+    if kind:
+        choose_kinds(yolo, onnx=kind)
+    with pytest.raises(QCError, match=message):
+        yolo.export(imgsz=64, device="cpu", **arguments)
+    assert [f.name for f in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_other_kinds_are_right_though_slow(exported):
+    """The packed kind of the same model has the same codes."""
+    from yolo_qc_plugin import choose_onnx_kind
+
+    path, _ = exported("yolov5n.yaml")
+    yolo = YOLO(shutil.copy(path, path.with_name("packed.pt")))
+    choose_onnx_kind(yolo, "packed")
+    graph = ExportedONNX(Path(yolo.export(format="onnx", imgsz=64, device="cpu")))
+    model, _ = load_checkpoint(path)
+    model.float().fuse(verbose=False)
+    found = compare_codes(model, graph, "onnxruntime", images())
+    assert graph.kind == "packed" and found["changed_end_to_end"] == 0
