@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Test files side by side: the tests of one share what they have trained.
 WORKERS ?= 2
-PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 SOURCES := $(shell find yolo_qc_plugin -type f -not -path '*/__pycache__/*')
 
 # What touches the host and torch most, for the matrix.

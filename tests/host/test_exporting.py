@@ -74,6 +74,12 @@ def test_the_line_of_an_export_names_kind_and_target(caplog):
     assert "onnx, packed kind, of a model trained for no target in particular" in caplog.text
 
 
+def test_a_model_for_openvino_with_outputs_in_floats(caplog):
+    """It has no SiLU on a grid, and no obstacle."""
+    prepare_export(exporter("openvino"), quantized(target="openvino", output_bits="none"))
+    assert "openvino, openvino kind, of a model trained for openvino" in caplog.text
+
+
 def test_an_onnx_runtime_of_another_name(monkeypatch):
     """As onnxruntime-gpu, of which the package onnxruntime comes too."""
     runtime = pytest.importorskip("onnxruntime")

@@ -65,7 +65,7 @@ def prepare_export(exporter: Any, model: nn.Module) -> str | None:
         check_kind(kind, args.opset)
     if kind == "tensorrt":
         check_symmetric(model)
-    if kind == "openvino" and silu_is_rounded(model) is not True:
+    if kind == "openvino" and silu_is_rounded(model) is False:
         raise QCError(
             "QC: onnx='openvino' is for a model whose SiLU OpenVINO computes in floats; train with callbacks=qc "
             "qc_target=openvino, or leave it out."
