@@ -82,7 +82,7 @@ def _values(x, grad, scale, offset, bounds, device, compiled, silu) -> list[Tens
     return [t.detach().cpu() for t in (y, x.grad, scale.grad, None if offset is None else offset.grad) if t is not None]
 
 
-def deployed(yaml: str, imgsz: int) -> nn.Module:
+def deployed(yaml: str, imgsz: int, target: str | None = None) -> nn.Module:
     """A model of 4 bits with 8-bit outputs in its deployed form, with the numbers of a trained one by their look."""
     torch.manual_seed(0)
     model = architecture.MODELS["detect"](yaml, nc=10, verbose=False)
@@ -93,11 +93,11 @@ def deployed(yaml: str, imgsz: int) -> nn.Module:
             nn.init.normal_(m.running_mean, 0.0, 0.2)
             nn.init.uniform_(m.running_var, 0.1, 1.0)
     model.eval().requires_grad_(False)
-    config = QCConfig(bits=4, scale_init="lsq")
+    config = QCConfig(target=target, bits=4, scale_init="lsq")
     images = [torch.rand(2, 3, imgsz, imgsz)]
     inject(model, config, architecture.edge_convs(model), architecture.fixed_convs(model))
     calibrate(model, images, model, config.scale_init)
-    quantize_outputs(architecture.output_blocks(model), 8)
+    quantize_outputs(architecture.output_blocks(model), 8, config.runs_on.rounded_silu)
     calibrate_outputs(model, images, model)
     snap(model)
     architecture.deploy_model(model)

@@ -61,8 +61,12 @@ def codes(gpu: bool, quick: bool, folder: Path) -> dict:
     """Part `codes`; of YOLOv5, as values of attention can lie anywhere."""
     size = 640 if gpu else 64
     images = torch.rand(2 if gpu else 1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    model = exactness.deployed(MODELS[0], size)
-    return {"faults": exactness.code_faults(model, images, "cuda" if gpu else "cpu")}
+    faults = []
+    for target in ("cpu", "openvino"):  # SiLU with a rounded sigmoid, and rounded as a whole
+        model = exactness.deployed(MODELS[0], size, target)
+        found = exactness.code_faults(model, images, "cuda" if gpu else "cpu")
+        faults += [f"{target}: {fault}" for fault in found]
+    return {"faults": faults}
 
 
 def runs(gpu: bool, quick: bool, folder: Path) -> dict:
