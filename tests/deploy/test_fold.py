@@ -66,7 +66,7 @@ def correct(model, per_channel=True):
 
 
 def build(yaml, change=None, quantize=True, corrected=True, outputs=False, task="detect", **options):
-    """A model in eval mode that has been trained, by the look of its numbers; outputs: with 8-bit ones."""
+    """A model in eval mode that has been trained, by the look of its numbers; outputs: quantized, to 8 bits if True."""
     torch.manual_seed(0)
     model = architecture.MODELS[task](yaml, nc=3, verbose=False)
     if change:
@@ -77,7 +77,8 @@ def build(yaml, change=None, quantize=True, corrected=True, outputs=False, task=
         inject(model, config, architecture.edge_convs(model), architecture.fixed_convs(model))
         calibrate(model, [images(2)], model, config.scale_init)
         if outputs:
-            quantize_outputs(architecture.output_blocks(model), 8, config.runs_on.rounded_silu)
+            width = 8 if outputs is True else outputs
+            quantize_outputs(architecture.output_blocks(model), width, config.runs_on.rounded_silu)
             calibrate_outputs(model, [images(2)], model)
         if corrected:
             correct(model)

@@ -13,7 +13,7 @@ from ultralytics import YOLO
 
 from yolo_qc_plugin import QCConfig
 from yolo_qc_plugin.quant import functional, inject
-from yolo_qc_plugin.quant.activations import FLOATS, QuantActivation, unit_of
+from yolo_qc_plugin.quant.activations import FLOATS, QuantActivation, from_thresholds, unit_of
 from yolo_qc_plugin.quant.layers import ChannelAffine, QuantConv2d, is_quantized, quant_convs, scale_parameters
 from yolo_qc_plugin.quant.precision import keep_wide, undo_keep_wide
 from yolo_qc_plugin.quant.share import share_quantizers
@@ -418,16 +418,19 @@ def test_rounded_silu():
     assert torch.allclose(x.grad, wanted) and not list(act.function.parameters())
 
 
-@pytest.mark.parametrize("exponent", range(-2, 12))
+@pytest.mark.parametrize("exponent", range(-2, 13))
 def test_no_value_of_silu_comes_near_a_threshold_of_its_unit(exponent):
-    """Of those that whole steps have, in exact arithmetic; with an eighth of a step some would come near."""
+    """Of those that whole steps have, in exact arithmetic, nor by a sigmoid that is off by 6e-8, as ONNX Runtime's."""
     step = 2.0**-exponent
-    x = step * torch.arange(-255, 256, dtype=torch.float64)
-
-    def nearest(unit):
-        multiples = x * x.sigmoid() / unit
-        return ((multiples - multiples.floor() - 0.5).abs() / multiples.abs().clamp(min=0.25)).min()
-
     unit = unit_of(step, 255)
-    assert unit <= step / 8 and nearest(unit) >= FLOATS
-    assert nearest(step / 8) < FLOATS or unit == step / 8
+    assert step / 64 <= unit <= step / 8 and from_thresholds(step, 255, unit) >= FLOATS
+    x = step * torch.arange(-255, 256, dtype=torch.float64)
+    exact = (x * x.sigmoid() / unit).round()
+    for off in (-6e-8, 6e-8):
+        assert torch.equal((x * (x.sigmoid() + off) / unit).round(), exact)
+
+
+def test_a_value_on_a_threshold_is_seen():
+    """For a unit of twice the value of one step, that value lies half a unit off."""
+    value = float(torch.tensor(1.0, dtype=torch.float64).sigmoid())
+    assert from_thresholds(1.0, 1, 2 * value) < 1e-12 < from_thresholds(1.0, 1, value)

@@ -247,6 +247,8 @@ def test_a_model_for_openvino_passes_with_the_same_codes(digits, tmp_path, small
     checkpoint = tmp_path / "run" / "weights" / "best.pt"
     result = check(checkpoint, YOLO(checkpoint).export(format="onnx", imgsz=64, device="cpu"), digits, images=2)
     assert result["weights"] == [] and result["passed"]
+    widths = {m.weight_quant.bits for _, m in quant_convs(YOLO(checkpoint).model)}
+    assert max(widths) == 7 and 4 in widths
     assert result["checkpoint"]["AP"] == result["pytorch"]["AP"] > FINDS
     tried = [r for r in result["runtimes"] if "skipped" not in r]
     assert len(tried) >= 2 and all(r["changed_end_to_end"] == 0 and r["points"] == 0 for r in tried)

@@ -41,6 +41,10 @@ class LowerBounds:
             return a["alpha"] * min(self.of(inputs[0]), 0.0)
         if op == "Mul" and any(s in self.sources and self._is_sigmoid_of(s, inputs) for s in inputs):
             return SILU_MIN
+        if op == "Round":
+            return self.of(inputs[0]) - 0.5
+        if op == "Mul" and self._factor(inputs[1]) > 0:
+            return self._factor(inputs[1]) * self.of(inputs[0])
         if op in {"Sigmoid", "Relu", "Softmax"}:
             return 0.0
         if op in {"MaxPool", "Split", "Slice", "Reshape", "Transpose", "Identity"}:
@@ -52,6 +56,14 @@ class LowerBounds:
         if op == "Add":
             return sum(map(self.of, inputs))
         return -math.inf
+
+    def _factor(self, name: str) -> float:
+        """The number that tracing wrote as a constant, 0 where a tensor is none."""
+        from onnx.numpy_helper import to_array
+
+        node = self.sources.get(name)
+        value = to_array(attributes(node)["value"]) if node is not None and node.op_type == "Constant" else None
+        return float(value) if value is not None and value.size == 1 else 0.0
 
     def _is_sigmoid_of(self, name: str, operands: list[str]) -> bool:
         node = self.sources[name]

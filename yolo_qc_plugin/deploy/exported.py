@@ -159,9 +159,12 @@ class ExportedONNX(Exported):
                     scale, zero_point = (self.values[name] for name in n.input[1:3])
                     self.outputs[layer] = n.output[0], float(scale), int(zero_point)
                 elif grid := _grid_in_floats(n, readers):
-                    steps, lowest, step = grid
+                    clip, product = grid
+                    steps, (_, lowest, highest) = clip.output[0], clip.input
                     self.lowest[steps] = lowest
-                    self.outputs[layer] = steps, float(self.values[step]), -int(self.values[lowest])
+                    if self.values[highest] - self.values[lowest] == 255:  # else it shows in the inputs behind it
+                        step = self.values[product.input[1]] if product else 1.0
+                        self.outputs[layer] = steps, float(step), -int(self.values[lowest])
 
     @cached_property
     def kind(self) -> str:
@@ -171,8 +174,10 @@ class ExportedONNX(Exported):
         }
         if "int8" in containers:
             return "tensorrt"
+        if self.lowest:
+            return "openvino"
         if any(name.endswith(".weight_codes_packed") for name in self.weights.values()):
-            return "openvino" if self.lowest else "packed"
+            return "packed"
         return "int4" if "uint4" in containers or "int4" in {v.dtype.name for v in self.values.values()} else "int8"
 
     def obstacle(self, name: str) -> str | None:
@@ -209,16 +214,23 @@ class ExportedONNX(Exported):
 
 
 def _grid_in_floats(node, readers: dict) -> tuple | None:
-    """Where a product, Round, Clip and product begin at a node: tensor of whole steps, and names of lowest and step."""
-    chain = [node]
-    while len(chain) < 4:
-        following = readers.get(chain[-1].output[0], [])
-        if len(following) != 1:
-            return None
-        chain.append(following[0])
-    if [n.op_type for n in chain] != ["Mul", "Round", "Clip", "Mul"]:
+    """The grid that begins at a node, as `qdq` writes it: its Clip, and the product behind it; or None.
+
+    A product by 1, of a step of 1, may have been taken out when the graph was simplified; its place is None then.
+    """
+
+    def following(node):
+        found = readers.get(node.output[0], [])
+        return found[0] if len(found) == 1 else None
+
+    rounded = following(node) if node.op_type == "Mul" else node
+    if rounded is None or rounded.op_type != "Round":
         return None
-    return chain[2].output[0], chain[2].input[1], chain[3].input[1]
+    clip = following(rounded)
+    if clip is None or clip.op_type != "Clip":
+        return None
+    product = following(clip)
+    return clip, product if product is not None and product.op_type == "Mul" else None
 
 
 def session(model: bytes, name: str) -> Run:

@@ -8,8 +8,9 @@ behind it may differ then. So no value may come that near:
 1. A convolution's output is m * (sum + b) steps of its 8-bit grid, where sum is one of integer products. b becomes
    whole, and m a power of two over an odd number q. Then the output is at least 1 / 2q of a step off every threshold
    n + 1/2.
-2. That grid's step is a power of two (`QuantActivation`). SiLU's sigmoid and LeakyReLU's slope are whole 256ths. So
-   their products, concatenations and residual sums are multiples of a power of two, which FP32 holds exactly.
+2. That grid's step is a power of two (`QuantActivation`). SiLU's sigmoid and LeakyReLU's slope are whole 256ths, or
+   SiLU is rounded as a whole (`RoundedSiLU`). So their products, concatenations and residual sums are multiples of a
+   power of two, which FP32 holds exactly.
 3. An input's scale becomes an odd multiple of a yet smaller power of two, so that thresholds (n + 1/2) * scale lie half
    a multiple off all those values.
 

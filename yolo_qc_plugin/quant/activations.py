@@ -15,7 +15,7 @@ from .observers import binary_range
 from .precision import KeepWide
 from .quantizer import ActQuantizer
 
-FLOATS = 5e-7  # of a value, twice what PyTorch's and OpenVINO's floats are off at most
+FLOATS = 5e-7  # of SiLU's value: twice what PyTorch's and OpenVINO's is off at most
 
 
 class QuantSiLU(nn.Module):
@@ -53,7 +53,7 @@ class RoundedSiLU(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.unit = 2.0**-8
+        self.unit = 2.0**-24  # no rounding to speak of, until the grid is known
 
     def forward(self, x: Tensor) -> Tensor:
         """Activate x of any shape; gradients are SiLU's."""
@@ -112,26 +112,31 @@ class QuantActivation(KeepWide, nn.Module):
 
 
 def unit_of(step: float, most: int) -> float:
-    """An eighth of a step or less, in whose multiples floats round SiLU of whole steps as exact numbers would.
+    """A small power of two, in whose multiples floats round SiLU of whole steps as exact numbers would.
 
-    A few values lie near a threshold between two multiples, others for each unit. Runtimes compute SiLU to 3e-7 of its
-    value; of the units down to a 64th, the first of which no value is within FLOATS of a threshold is taken, or the
-    best.
+    For each unit other values lie near a threshold between two multiples. Of an eighth of a step to a 64th, this is the
+    unit to whose thresholds they come least near: for steps of 2^-12 to 4 not within FLOATS. ONNX Runtime's sigmoid is
+    off by 6e-8, whatever its size; that moves no value over a threshold either.
 
     Args:
         step: Of the grid of SiLU's input, a power of two.
         most: The largest number of steps from 0.
     """
+    return max((step / 2**n for n in range(3, 7)), key=lambda unit: from_thresholds(step, most, unit))
+
+
+def from_thresholds(step: float, most: int, unit: float) -> float:
+    """How near to a threshold between two multiples of a unit SiLU of whole steps comes, as a share of its values.
+
+    Args:
+        step: As for `unit_of`.
+        most: As for `unit_of`.
+        unit: A power of two.
+    """
     x = step * torch.arange(-most, most + 1, dtype=torch.float64)
-    values = x * x.sigmoid()
-
-    def distance(unit: float) -> float:
-        multiples = values / unit
-        from_threshold = (multiples - multiples.floor() - 0.5).abs()
-        return float((from_threshold / multiples.abs().clamp(min=0.25)).min())
-
-    units = [step / 2**n for n in range(3, 7)]
-    return next((unit for unit in units if distance(unit) >= FLOATS), max(units, key=distance))
+    multiples = x * x.sigmoid() / unit
+    distance = (multiples - multiples.floor() - 0.5).abs()
+    return float((distance / multiples.abs().clamp(min=0.25)).min())
 
 
 def in_256ths(act: nn.Module) -> nn.Module:

@@ -30,7 +30,7 @@ from .exports import FP32, File, files_of
 from .latency import RUNTIMES, TURN, Runtime, cpu_name, integer_convolutions, measure
 from .running import computed_by, on_runtime
 
-PACKAGES = ("yolo-qc-plugin", "ultralytics", "torch", "onnxruntime", "openvino", "ai-edge-litert")
+PACKAGES = ("yolo-qc-plugin", "ultralytics", "torch", "onnxruntime", "openvino", "nncf", "ai-edge-litert")
 HEAD = ("runtime", "file", "MB", "mAP50-95", "ms", "ratio", "integer convolutions")
 
 
