@@ -23,7 +23,7 @@ from yolo_qc_plugin.cli import main
 from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.run import labelled
 from yolo_qc_plugin.run.callbacks import QCCallbacks
-from yolo_qc_plugin.run.labels import label, refuse_without_labels
+from yolo_qc_plugin.run.labels import format_labels, label, refuse_without_labels
 
 ALL = 32
 QUICK = {"labels": "teacher", "correction": "off", "output_bits": None, "telemetry": False, "calibration_batches": 1}
@@ -129,6 +129,36 @@ def test_photographs_that_come_and_go(photos, tmp_path, predicted):
     predicted.clear()  # others of the same names
     label(FLOAT, photos / "val", tmp_path / "out", device="cpu")
     assert len(predicted) == len(list((tmp_path / "out" / "labels").rglob("*.txt"))) == 8
+
+
+def test_labels_that_were_changed_by_hand_are_kept(photos, tmp_path, predicted):
+    """The model's and copies of the user's, called again and with another confidence; all others follow the call."""
+    given = photos / "train" / "00000.txt"
+    given.write_text("3 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "photos.yaml").write_text("train: photos/train\nval: photos/val\n")
+
+    def again(confidence=0.25):
+        predicted.clear()
+        return label(FLOAT, tmp_path / "photos.yaml", tmp_path / "out", confidence, device="cpu")
+
+    assert again()["by_hand"] == 0
+    labels = tmp_path / "out" / "labels"
+    changed = {
+        labels / "train" / "00000.txt": "3 0.5 0.5 0.3 0.3\n",
+        labels / "val" / "00001.txt": "0 0.1 0.1 0.1 0.1\n",
+    }
+    for file, text in changed.items():
+        file.write_text(text)
+    for confidence, expected in ((0.25, 0), (0.9, ALL - 2), (0.9, 0)):
+        summary = again(confidence)
+        assert (summary["by_data"], summary["by_hand"], summary["by_model"]) == (0, 2, 30) and len(
+            predicted
+        ) == expected
+        assert {file: file.read_text() for file in changed} == changed
+    assert "0 labelled by the data set, 30 by float.pt" in format_labels(summary)
+    assert "2 changed by hand and kept" in format_labels(summary)
+    (photos / "val" / "00001.jpg").unlink()  # and its labels go with it
+    assert again(0.9)["by_hand"] == 1 and not (labels / "val" / "00001.txt").exists()
 
 
 def test_another_folder_is_not_touched(photos, tmp_path):

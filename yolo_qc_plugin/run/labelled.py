@@ -6,7 +6,8 @@ It is an ordinary data set, which can be looked at, corrected and trained on aga
     data.yaml             for Ultralytics
     images/train, val     links to the photographs
     labels/train, val     copies of the user's label files, and the model's for the others
-    labels.json           what the model's files depend on; as long as that holds, none is predicted again
+    labels.json           what the model's files depend on; as long as that holds, none is predicted again. Also a hash of
+                          each label file as it was written: one that was changed since is kept
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def write_labelled(photographs: Photographs, labeller: Labeller, folder: Path) -
 
     Returns:
         The YAML's path as `data`; numbers of photographs `train`, `val`, `by_data`, `by_model`, `val_by_model`,
-        `without_find` and `unreadable`; `boxes`, class name -> objects that the model found; its `settings`; and
-        `photographs`, the data that they are from.
+        `by_hand` (whose labels were changed here), `without_find` and `unreadable`; `boxes`, class name -> objects that
+        the model found; its `settings`; and `photographs`, the data that they are from.
 
     Raises:
         QCError: If the folder holds something else, the classes are not the model's, or it finds nothing at all.
@@ -62,21 +63,23 @@ def write_labelled(photographs: Photographs, labeller: Labeller, folder: Path) -
     description = labeller.description(photographs)
     folder = folder.resolve()
     entries = _entries(photographs, folder)
-    _make_room(entries, labeller.settings, folder)
-    _write_json(folder / RECORD, {"settings": labeller.settings})
+    corrected = _make_room(entries, labeller.settings, folder)
+    _write_json(folder / RECORD, {"settings": labeller.settings, "written": corrected})
     for entry in entries:
-        _place(entry)
+        _place(entry, keep_label=_key(entry) in corrected)
     labeller.write({entry.image: entry.text for entry in entries if not entry.text.exists()})
     readable = [entry for entry in entries if entry.text.exists()]
     for image in {entry.image for entry in entries} - {entry.image for entry in readable}:
         image.unlink()
-    summary = _count(readable, labeller)
+    by_hand = {entry for entry in readable if _key(entry) in corrected}
+    summary = _count(readable, by_hand, labeller)
     summary |= {"data": str(folder / YAML_FILE), "unreadable": len(entries) - len(readable)}
     summary["photographs"] = str(photographs.data)
     if not summary["boxes"]:
         _say_nothing_was_found(photographs, labeller, summary)
     YAML.save(folder / YAML_FILE, {"train": "images/train", "val": "images/val", **description})
-    _write_json(folder / RECORD, summary)
+    written = {_key(entry): _hash(entry.text) for entry in readable} | corrected
+    _write_json(folder / RECORD, {**summary, "written": written})
     return summary
 
 
@@ -93,13 +96,22 @@ def _entries(photographs: Photographs, folder: Path) -> list[Entry]:
     return entries
 
 
-def _make_room(entries: list[Entry], settings: dict, folder: Path) -> None:
-    """Make the folders, and delete there what belongs to other photographs or to another model."""
+def _make_room(entries: list[Entry], settings: dict, folder: Path) -> dict[str, str]:
+    """Make the folders, and delete there what belongs to other photographs or to another model.
+
+    Returns:
+        Of the label files that were changed by hand: their names, and their hashes as they had been written.
+    """
     record = folder / RECORD
     if folder.exists() and any(folder.iterdir()) and not record.exists():
         raise QCError(f"QC: {folder} holds other files than a labelled data set; give a new folder.")
-    same = record.exists() and json.loads(record.read_text(encoding="utf-8"))["settings"] == settings
-    kept = {entry.image for entry in entries} | {entry.text for entry in entries if same}
+    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    written = before.get("written", {})
+    there = {_key(entry): entry for entry in entries if _key(entry) in written and entry.text.exists()}
+    corrected = {name: written[name] for name, entry in there.items() if _hash(entry.text) != written[name]}
+    same = before.get("settings") == settings
+    kept = {entry.image for entry in entries}
+    kept |= {entry.text for entry in entries if same or _key(entry) in corrected}
     for kind in ("images", "labels"):
         for split in ("train", "val"):
             (folder / kind / split).mkdir(parents=True, exist_ok=True)
@@ -107,10 +119,20 @@ def _make_room(entries: list[Entry], settings: dict, folder: Path) -> None:
                 file.unlink()
     for cache in (folder / "labels").glob("*.cache"):  # Ultralytics' summary of label files
         cache.unlink()
+    return corrected
 
 
-def _place(entry: Entry) -> None:
-    """Link the photograph, or copy it where links are not to be had, and copy its label file."""
+def _key(entry: Entry) -> str:
+    """A label file's name in the record."""
+    return f"{entry.split}/{entry.text.name}"
+
+
+def _hash(file: Path) -> str:
+    return sha256(file.read_bytes()).hexdigest()
+
+
+def _place(entry: Entry, keep_label: bool) -> None:
+    """Link the photograph, or copy it where links are not to be had, and copy its label file where none is to be kept."""
     if not _is_placed(entry):
         for file in (entry.image, entry.text):
             file.unlink(missing_ok=True)
@@ -120,7 +142,7 @@ def _place(entry: Entry) -> None:
                 break
         else:
             raise QCError(f"QC: {entry.photo} can neither be linked nor copied to {entry.image.parent}.")
-    if entry.label:
+    if entry.label and not (keep_label and entry.text.exists()):
         with replacing(entry.text) as temporary:
             shutil.copyfile(entry.label, temporary)
 
@@ -135,14 +157,16 @@ def _is_placed(entry: Entry) -> bool:
     return (there.st_size, there.st_mtime_ns) == (here.st_size, here.st_mtime_ns)
 
 
-def _count(entries: list[Entry], labeller: Labeller) -> dict[str, Any]:
+def _count(entries: list[Entry], by_hand: set[Entry], labeller: Labeller) -> dict[str, Any]:
     """Numbers for the summary, from the files: the same whether or not the work was interrupted."""
-    rows = {entry: entry.text.read_text(encoding="utf-8").splitlines() for entry in entries if not entry.label}
+    by_model = [entry for entry in entries if not entry.label and entry not in by_hand]
+    rows = {entry: entry.text.read_text(encoding="utf-8").splitlines() for entry in by_model}
     boxes = Counter(labeller.names[int(row.split()[0])] for found in rows.values() for row in found if row)
     return {
         "train": sum(entry.split == "train" for entry in entries),
         "val": sum(entry.split == "val" for entry in entries),
-        "by_data": len(entries) - len(rows),
+        "by_data": len(entries) - len(rows) - len(by_hand),
+        "by_hand": len(by_hand),
         "by_model": len(rows),
         "val_by_model": sum(entry.split == "val" for entry in rows),
         "without_find": sum(not found for found in rows.values()),
@@ -156,7 +180,7 @@ def _say_nothing_was_found(photographs: Photographs, labeller: Labeller, summary
     settings = labeller.settings
     what = f"{settings['model']} finds nothing in {summary['by_model']} photographs of data={photographs.data} that "
     what += f"have no label file, with a confidence of at least {settings['confidence']} at {settings['imgsz']} px"
-    if not summary["by_data"]:
+    if not summary["by_data"] + summary["by_hand"]:
         raise QCError(f"QC: {what}; give a lower confidence, or a model trained for such photographs.")
     if summary["by_model"]:
         log.warning(what)

@@ -29,7 +29,8 @@ def label(
 ) -> dict[str, Any]:
     """Label photographs by a trained model, and write a data set to train on.
 
-    Label files that the data set has are kept. Labelling that was interrupted goes on in the same folder.
+    Label files that the data set has are kept, and so are those in `out` that were changed by hand. Labelling that was
+    interrupted goes on in the same folder.
 
     Args:
         model: A trained float checkpoint.
@@ -56,12 +57,13 @@ def format_labels(summary: dict[str, Any]) -> str:
     settings, boxes = summary["settings"], list(summary["boxes"].items())
     how = f"confidence at least {settings['confidence']}, {settings['imgsz']} px"
     unreadable = f", {summary['unreadable']} left out that cannot be read" if summary["unreadable"] else ""
+    by_hand = f", {summary['by_hand']} changed by hand and kept" if summary["by_hand"] else ""
     more = f", and {len(boxes) - SHOWN} classes more" if len(boxes) > SHOWN else ""
     return "\n".join(
         [
             f"{summary['data']}: {summary['train']} photographs to train, {summary['val']} to validate{unreadable}",
             f"{summary['by_data']} labelled by the data set, {summary['by_model']} by {settings['model']} ({how}), "
-            f"{summary['without_find']} of these without a find",
+            f"{summary['without_find']} of these without a find{by_hand}",
             f"found: {', '.join(f'{name} {number}' for name, number in boxes[:SHOWN]) or 'nothing'}{more}",
         ]
     )
