@@ -6,8 +6,8 @@ It is an ordinary data set, which can be looked at, corrected and trained on aga
     data.yaml             for Ultralytics
     images/train, val     links to the photographs
     labels/train, val     copies of the user's label files, and the model's for the others
-    labels.json           what the model's files depend on; as long as that holds, none is predicted again. Also a hash of
-                          each label file as it was written: one that was changed since is kept
+    labels.json           what the model's files depend on; as long as that holds, none is predicted again. And a hash
+                          of each label file as it was written: one that was changed since is kept
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _hash(file: Path) -> str:
 
 
 def _place(entry: Entry, keep_label: bool) -> None:
-    """Link the photograph, or copy it where links are not to be had, and copy its label file where none is to be kept."""
+    """Link the photograph, or copy it where links are not to be had; copy its label file, unless the one here is kept."""
     if not _is_placed(entry):
         for file in (entry.image, entry.text):
             file.unlink(missing_ok=True)
