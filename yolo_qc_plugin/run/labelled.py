@@ -132,7 +132,7 @@ def _hash(file: Path) -> str:
 
 
 def _place(entry: Entry, keep_label: bool) -> None:
-    """Link the photograph, or copy it where links are not to be had; copy its label file, unless the one here is kept."""
+    """Link the photograph, or copy it where links are not to be had; copy its label file, unless that here is kept."""
     if not _is_placed(entry):
         for file in (entry.image, entry.text):
             file.unlink(missing_ok=True)
