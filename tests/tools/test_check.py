@@ -54,6 +54,7 @@ def test_a_file_of_ours_passes(trained, digits, tmp_path, capsys):
     result = json.loads(target.read_text())
     assert result["weights"] == [] and result["images"] == 4 and result["imgsz"] == 64
     assert result["checkpoint"]["AP"] == pytest.approx(result["pytorch"]["AP"], abs=1e-4)
+    assert result["checkpoint"]["steps"] == result["checkpoint"]["changed_end_to_end"] == 0
     assert result["pytorch"]["AP"] > FINDS
     for runtime in result["runtimes"]:
         if "skipped" not in runtime:
@@ -79,6 +80,7 @@ def test_a_checkpoint_that_computes_something_else_fails(trained, digits, monkey
         not result["passed"] and not result["weights"] and result["checkpoint"]["AP"] < result["pytorch"]["AP"] - 0.01
     )
     assert all(r.get("steps", 0) == 0 for r in result["runtimes"])
+    assert result["checkpoint"]["steps"] > 1 and result["checkpoint"]["changed_end_to_end"] > 0.01
     assert result["checkpoint"]["interval"][1] < 0 and "points are more than chance" in format_check(result)
     assert len(devices) > 2 and set(devices) == {"cpu"}
 
@@ -236,6 +238,7 @@ def test_a_model_for_tensorrt_passes(digits, tmp_path, small_files):
     result = check(checkpoint, YOLO(checkpoint).export(format="onnx", imgsz=64, device="cpu"), digits, images=2)
     assert result["weights"] == [] and result["pytorch"]["AP"] > FINDS
     assert result["checkpoint"]["AP"] == pytest.approx(result["pytorch"]["AP"], abs=1e-2)  # flips change AP a little
+    assert result["checkpoint"]["steps"] <= 1 and result["checkpoint"]["changed"] < 1e-3
     assert all(r["steps"] <= 1 and r["changed"] < 1e-3 for r in result["runtimes"] if "skipped" not in r)
 
 
@@ -266,7 +269,7 @@ def test_a_file_that_shows_no_codes_passes(whole, digits, capsys):
     """Weights, outputs and figures are compared all the same."""
     checkpoint, file = whole
     assert main(["check", f"model={checkpoint}", f"file={file}", f"data={digits}", "images=2"]) == 0
-    assert "passed (accepted: 0.1 points" in capsys.readouterr().out
+    assert "passed (accepted: 1 step layer by layer over 2 images, 0.1 points" in capsys.readouterr().out
     result = check(checkpoint, file, digits, images=2)
     (runtime,) = result["runtimes"]
     assert "steps" not in runtime and runtime["output"] < 1e-3 and runtime["points"] < 0.01

@@ -1,8 +1,9 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Codes of a deployed model in PyTorch beside those of a runtime."""
+"""Codes of a deployed model in PyTorch beside those of a runtime, and of the model as it was trained."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from ..config import QCError
 from ..quant.functional import to_codes
+from ..quant.layers import QuantConv2d, quant_convs
+from ..quant.modules import hooked
 from .exported import Exported, batched
-from .fold import DeployedConv2d, deployed_convs
+from .fold import DeployedConv2d, FixedQuantizer, deployed_convs
 
 
 @torch.no_grad()
@@ -58,6 +61,49 @@ def compare_codes(model: nn.Module, graph: Exported, name: str, images: Tensor) 
         "changed_end_to_end": changed_end_to_end / total,
         "output": output,
     }
+
+
+@torch.no_grad()
+def compare_trained(trained: nn.Module, deployed: nn.Module, images: Tensor) -> dict[str, Any]:
+    """Input codes of a model as it was trained and deployed: layer by layer on those of the latter, and end to end.
+
+    Args:
+        trained: Fake-quantized.
+        deployed: In the deployed form.
+        images: Shape (n, 3, h, w), in 0..1.
+
+    Returns:
+        "steps", "changed" and "changed_end_to_end", as of `compare_codes`.
+    """
+    total = changed = changed_end_to_end = steps = 0
+    for image in images.split(1):
+        codes: dict[str, list[Tensor]] = {}
+        layers = deployed_convs(deployed)
+        with hooked(m.register_forward_pre_hook(partial(_note, codes)) for m in layers.values()):
+            deployed(image)
+        convs = [(name, conv) for name, conv in quant_convs(trained) if name in codes]  # training alone uses others
+        for force in (False, True):
+            left = {name: list(given) for name, given in codes.items()}
+            differences: list[Tensor] = []
+
+            def compare(name: str, conv: QuantConv2d, args: tuple, left=left, differences=differences, force=force):
+                quant, theirs = FixedQuantizer(conv.act_quant), left[name].pop(0)
+                differences.append((quant.steps(args[0]) - theirs).abs().flatten())
+                return (theirs * quant.scale,) if force else None
+
+            with hooked(conv.register_forward_pre_hook(partial(compare, name)) for name, conv in convs):
+                trained(image)
+            found = torch.cat(differences)
+            if force:
+                total, changed = total + found.numel(), changed + int((found > 0).sum())
+                steps = max(steps, int(found.max()))
+            else:
+                changed_end_to_end += int((found > 0).sum())
+    return {"steps": steps, "changed": changed / total, "changed_end_to_end": changed_end_to_end / total}
+
+
+def _note(codes: dict[str, list[Tensor]], layer: DeployedConv2d, args: tuple) -> None:
+    codes.setdefault(layer.name, []).append(layer.act_quant.steps(args[0]))
 
 
 def _largest_difference(graph: Exported, mine: Any, theirs: list[np.ndarray]) -> float:

@@ -1,7 +1,7 @@
 # yolo_qc_plugin, AGPL-3.0
 """Parity of a checkpoint and its exported file, on real images.
 
-Three comparisons for each runtime:
+Three comparisons for each runtime, the last two also of the checkpoint as it was trained with its deployed form:
 
 1. The integer weights: equal or not.
 2. The codes of each layer, where PyTorch's layers are given the codes that the runtime computed before them: the share
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ultralytics import YOLO
 
 from ..config import QCError
-from ..deploy.codes import compare_codes
+from ..deploy.codes import compare_codes, compare_trained
 from ..deploy.exported import Exported, batched
 from ..deploy.exported_qonnx import open_onnx
 from ..deploy.fold import deployed_convs
@@ -70,7 +70,8 @@ def check(
 
     Returns:
         "model", "file", "data", "imgsz", "images"; "weights", the names of layers whose integer weights differ;
-        "pytorch" (deployed) with figures (see `Accuracy`) and "checkpoint" with what `held_against` gives; "runtimes",
+        "pytorch" (deployed) with figures (see `Accuracy`), and "checkpoint" (as trained) with what `held_against` gives
+        and what follows of codes; "runtimes",
         a list of dicts: name, what `held_against` gives, steps (largest, layer by layer), changed (share, layer by
         layer), changed_end_to_end (share), output (largest difference end to end, in the outputs' own units); of a
         format that shows no codes without the three before, of a runtime that is too slow for a data set without
@@ -94,6 +95,7 @@ def check(
     with computed_by(yolo.model, lambda _: fake_quantized):
         trained = held_against(expected, measure(yolo, settings), MAX_POINTS)
     sample = torch.cat(stash.batches)[:images]
+    trained |= compare_trained(fake_quantized, yolo.model, sample)
     weights = graph.differing_weights(deployed_convs(yolo.model))
     runtimes = [_compare(name, graph, yolo, sample, settings, expected) for name in graph.runtimes]
     judged = [r for r in runtimes if "skipped" not in r]
@@ -110,7 +112,8 @@ def check(
         "cost": graph.cost(),
         "passed": not weights
         and is_as_accurate(trained, MAX_POINTS)
-        and all(r.get("steps", 0) <= MAX_STEPS and is_as_accurate(r, _limit(r["name"])) for r in judged),
+        and all(is_as_accurate(r, _limit(r["name"])) for r in judged)
+        and all(r.get("steps", 0) <= MAX_STEPS for r in [trained, *judged]),
     }
 
 
@@ -149,15 +152,14 @@ def format_check(result: dict[str, Any]) -> str:
     figures = lambda found: ["-" if found[name] is None else f"{100 * found[name]:.2f}" for name in names]  # noqa: E731
     rows = [("", *names, "difference", "steps", "codes changed", "end to end")]
     trained = result["checkpoint"]
-    rows.append(("checkpoint", *figures(trained), f"{trained['points']:.2f}"))
+    rows.append(("checkpoint", *figures(trained), f"{trained['points']:.2f}", *_codes(trained)))
     rows.append(("deployed, PyTorch", *figures(result["pytorch"])))
     for r in result["runtimes"]:
         if "skipped" in r:
             rows.append((r["name"], r["skipped"]))
             continue
-        codes = [str(r["steps"]), *(f"{r[k]:.2e}" for k in ("changed", "changed_end_to_end"))] if "steps" in r else []
         compared = [*figures(r), f"{r['points']:.2f}"] if "points" in r else ["" for _ in (*names, "difference")]
-        rows.append((r["name"], *compared, *codes))
+        rows.append((r["name"], *compared, *_codes(r)))
     lines = [f"{result['model']} and {result['file']} on {result['data']}, imgsz {result['imgsz']}"]
     lines += ["".join([f"{head:<28}", *(f"{cell:>14}" for cell in cells)]).rstrip() for head, *cells in rows]
     lines.append(f"integer weights: {'differ in ' + ', '.join(result['weights']) if result['weights'] else 'equal'}")
@@ -177,15 +179,20 @@ def format_check(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _codes(entry: dict[str, Any]) -> list[str]:
+    """Cells of an entry's codes, none where there are none."""
+    if "steps" not in entry:
+        return []
+    return [str(entry["steps"]), *(f"{entry[key]:.2e}" for key in ("changed", "changed_end_to_end"))]
+
+
 def _accepted(result: dict[str, Any]) -> str:
     """What passes, in words."""
     runtimes = result["runtimes"]
     steps = f"{MAX_STEPS} step layer by layer over {result['images']} images, "
     litert = f" ({MAX_POINTS_LITERT} in LiteRT)" if any(r["name"] in LITERT_RUNTIMES for r in runtimes) else ""
     chance = ", or chance" if "AP" in result["pytorch"] else ""
-    return (
-        f"{steps if any('steps' in r for r in runtimes) else ''}{MAX_POINTS} points{litert} of the main figures{chance}"
-    )
+    return f"{steps}{MAX_POINTS} points{litert} of the main figures{chance}"
 
 
 def _load_quantized(model: str | Path, graph: Exported) -> tuple[YOLO, nn.Module]:
