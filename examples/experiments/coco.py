@@ -319,11 +319,13 @@ def budgets(name: str, content: dict) -> list[str]:
     for (cell, state), (uniform, _) in [(((u, s), (u, s))) for u in UNIFORM for s in ("qat", "qc")] + searched():
         runs, base = cells_of[cell], points(cells_of[uniform], state, "ap")
         found = points(runs, state, "ap")
-        if found and base:
-            ap, lost = statistics.mean(found.values()), whole - statistics.mean(base.values())
+        if found:
+            ap, back, by = statistics.mean(found.values()), "", []
             size, operations = taken(content, cell, runs)
-            back = "" if cell == uniform else f"{(lost - whole + ap) / lost:.0%}" if lost > 0 else "none lost"
-            by = difference(content, (cell, state), (uniform, state), "ap") if cell != uniform else []
+            if base and cell != uniform:
+                lost = whole - statistics.mean(base.values())
+                back = f"{(lost - whole + ap) / lost:.0%}" if lost > 0 else "none lost"
+                by = difference(content, (cell, state), (uniform, state), "ap")
             told = [100 - run["budget"]["takes"]["%drop"] for run in runs.values() if run.get("budget")]
             shown = [
                 cell, "✓" if state == "qc" else "✗", str(len(found)), size, operations, mean_and_spread(found.values()),
