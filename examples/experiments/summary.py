@@ -7,6 +7,7 @@ python examples/experiments/summary.py
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -170,11 +171,13 @@ def table_everywhere(benchmarks: list[dict]) -> list[str]:
                 ratio = f"{row['ratio']:.2f}" if row.get("ratio") else ""
                 columns = f"{row['mb']:.2f} | {100 * row['figure']:.2f} | {ratio}"
                 shown.setdefault((row["runtime"], row["file"]), {})[found["model"]] = columns
-    models = [found["model"].partition(" ")[0] for found in benchmarks]
+    runtimes = [runtime for runtime, _ in shown]
+    # the widths are in the title
+    models = [re.sub(r" [^,]*(, target=\w+)?$", r"\1", found["model"]) for found in benchmarks]
     head = ["runtime", "file", *(f"{model}: {name}" for model in models for name in ("MB", "mAP50-95", "time"))]
     rows = [
         f"| {runtime} | {file} | {' | '.join(of.get(found['model'], ' | | ') for found in benchmarks)} |"
-        for (runtime, file), of in shown.items()
+        for (runtime, file), of in sorted(shown.items(), key=lambda item: runtimes.index(item[0][0]))
     ]
     return [*table_head(head), *rows]
 
@@ -185,7 +188,7 @@ def summary(folder: Path) -> str:
     benchmarks = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/benchmark.json"))]
     benchmarks.sort(key=lambda found: found["model"].replace("yolov", "yolo0"))  # by generation
     where = "; ".join(dict.fromkeys(f"{b['data']} at {b['imgsz'][0]} px, {b['cpu']}" for b in benchmarks))
-    where = f"{' and '.join(b['model'] for b in benchmarks)} on {where}"
+    where = f"{'; '.join(b['model'] for b in benchmarks)}; on {where}"
     parts = [
         [HEAD], table_kept(records), [CLAIMS], table_of_claims(records),
         [EVERYWHERE.format(where=where)], table_everywhere(benchmarks),

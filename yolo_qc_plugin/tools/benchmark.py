@@ -20,6 +20,7 @@ from ..config import QCError
 from ..deploy.exported import ExportedONNX, batched
 from ..host import log
 from ..host.checkpoints import load_checkpoint
+from ..host.record import own_record
 from ..quant.inject import remove
 from ..quant.layers import quant_convs
 from ..report.console import in_short
@@ -112,9 +113,11 @@ def _folder(model: Path, out: str | None) -> Path:
 
 
 def _described(yolo: YOLO) -> str:
-    """A model's architecture and widths."""
+    """A model's architecture, widths and target."""
     widths = in_short(f"W{m.weight_quant.bits}A{m.act_quant.bits}" for _, m in quant_convs(yolo.model))
-    return f"{Path(yolo.model.yaml.get('yaml_file', yolo.task)).stem} {widths}"
+    target = own_record(yolo.model).config.get("target")
+    named = f", target={target}" if target else ""
+    return f"{Path(yolo.model.yaml.get('yaml_file', yolo.task)).stem} {widths}{named}"
 
 
 def _version(package: str) -> str:
