@@ -13,7 +13,7 @@ from ultralytics import YOLO
 
 from yolo_qc_plugin import QCConfig
 from yolo_qc_plugin.quant import functional, inject
-from yolo_qc_plugin.quant.activations import FLOATS, QuantActivation, from_thresholds, unit_of
+from yolo_qc_plugin.quant.activations import QuantActivation, from_thresholds, unit_of
 from yolo_qc_plugin.quant.layers import ChannelAffine, QuantConv2d, is_quantized, quant_convs, scale_parameters
 from yolo_qc_plugin.quant.precision import keep_wide, undo_keep_wide
 from yolo_qc_plugin.quant.share import share_quantizers
@@ -416,6 +416,9 @@ def test_rounded_silu():
     y.sum().backward()
     wanted = torch.autograd.functional.jvp(nn.functional.silu, x.detach(), torch.ones_like(x))[1]
     assert torch.allclose(x.grad, wanted) and not list(act.function.parameters())
+
+
+FLOATS = 5e-7  # of SiLU's value: twice what PyTorch's and OpenVINO's is off at most
 
 
 @pytest.mark.parametrize("exponent", range(-2, 13))

@@ -15,8 +15,6 @@ from .observers import binary_range
 from .precision import KeepWide
 from .quantizer import ActQuantizer
 
-FLOATS = 5e-7  # of SiLU's value: twice what PyTorch's and OpenVINO's is off at most
-
 
 class QuantSiLU(nn.Module):
     """SiLU with its sigmoid rounded to whole 256ths: x * round(256 * sigmoid(x)) / 256.
@@ -115,8 +113,9 @@ def unit_of(step: float, most: int) -> float:
     """A small power of two, in whose multiples floats round SiLU of whole steps as exact numbers would.
 
     For each unit other values lie near a threshold between two multiples. Of an eighth of a step to a 64th, this is the
-    unit to whose thresholds they come least near: for steps of 2^-12 to 4 not within FLOATS. ONNX Runtime's sigmoid is
-    off by 6e-8, whatever its size; that moves no value over a threshold either.
+    unit to whose thresholds they come least near: for steps of 2^-12 to 4 not within 5e-7 of themselves, which is twice
+    what PyTorch and OpenVINO are off by at most. ONNX Runtime's sigmoid is off by 6e-8, whatever its size, which moves
+    no value over a threshold either.
 
     Args:
         step: Of the grid of SiLU's input, a power of two.

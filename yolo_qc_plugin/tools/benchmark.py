@@ -151,9 +151,9 @@ class _Rows:
 
     def all(self) -> list[dict[str, Any]]:
         """The checkpoint's row, and those of each runtime."""
-        sides, per_runtime = self.settings["imgsz"], {name: self._files_of(r) for name, r in self.runtimes.items()}
-        self.files = [f for f in self.files if any(f in files for files in per_runtime.values())]
-        total = 1 + len(self.files) + sum(1 + len(files) for files in per_runtime.values())
+        sides, run = self.settings["imgsz"], [self._files_of(runtime) for runtime in self.runtimes.values()]
+        self.files = [f for f in self.files if any(f in files for files in run)]
+        total = 1 + len(self.files) + sum(1 + len(files) for files in run)
         with TQDM(total=total) as bar, log.quiet():  # which Ultralytics' own bars obey
 
             def step(what: str) -> None:

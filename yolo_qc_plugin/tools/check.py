@@ -70,13 +70,12 @@ def check(
 
     Returns:
         "model", "file", "data", "imgsz", "images"; "weights", the names of layers whose integer weights differ;
-        "pytorch" (deployed) with figures (see `Accuracy`), and "checkpoint" (as trained) with what `held_against` gives
-        and what follows of codes; "runtimes",
-        a list of dicts: name, what `held_against` gives, steps (largest, layer by layer), changed (share, layer by
-        layer), changed_end_to_end (share), output (largest difference end to end, in the outputs' own units); of a
-        format that shows no codes without the three before, of a runtime that is too slow for a data set without
-        accuracy, of one that is not tried name and skipped (a reason); "cost", what the qonnx package counts in a file
-        of that kind (see `deploy.exported_qonnx`), else empty; "passed".
+        "pytorch" (deployed) with figures (see `Accuracy`); "checkpoint" (as trained) with what `held_against` and
+        `compare_trained` give; "runtimes", a list of dicts: name, what `held_against` gives, steps (largest, layer by
+        layer), changed (share, layer by layer), changed_end_to_end (share), output (largest difference end to end, in
+        the outputs' own units); of a format that shows no codes without the three before, of a runtime that is too
+        slow for a data set without accuracy, of one that is not tried name and skipped (a reason); "cost", what the
+        qonnx package counts in a file of that kind (see `deploy.exported_qonnx`), else empty; "passed".
 
     Raises:
         QCError: If a file is missing or cannot be read, or the file was not exported from a model like this one.
