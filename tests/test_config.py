@@ -408,6 +408,9 @@ def test_targets_of_cpus():
     openvino = QCConfig.from_options({"target": "openvino"})
     assert openvino == replace(config, target="openvino") and openvino.chosen_budget == config.chosen_budget
     assert openvino.edge_widths == (7, 8) and config.edge_widths == (8, 8)
+    for target in "cpu", "openvino":  # of 8 bits OpenVINO computes in float
+        assert QCConfig.from_options({"target": target, "bits": "8"}).body_bits == (7, 8)
+    assert QCConfig.from_options({"target": "cpu", "weight_bits": "8"}).body_bits == (8, 8)
     narrow = QCConfig.from_options({"target": "openvino", "edge_bits": "6", "layer_bits": "model.0.conv:8"})
     assert narrow.bits_of("model.1.conv", edge=True) == (6, 6) and narrow.bits_of("model.0.conv", edge=True) == (8, 8)
 
@@ -422,6 +425,7 @@ def test_without_a_target_the_options_decide_alone():
 @pytest.mark.parametrize("target,option,value,accepted", [
     ("tensorrt", "act_offset", "true", "False"), ("tensorrt", "output_bits", "8", "None"),
     ("fpga", "act_offset", "true", "False"), ("fpga", "output_bits", "8", "None"),
+    ("openvino", "weight_bits", "8", "None or 2 or 3 or 4 or 5 or 6 or 7"),
 ])  # fmt: skip
 def test_what_a_target_cannot_bear_is_refused_by_name(target, option, value, accepted):
     with pytest.raises(QCError, match=rf"{option}=.* is not accepted; give {accepted} with target='{target}'"):

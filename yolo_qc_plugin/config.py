@@ -63,7 +63,7 @@ class QCConfig:
         target: What the model is to run on: "cpu", "openvino", "tensorrt", "litert" or "fpga". `from_options` fills the
             options that are not given by what pays there, what cannot run there is refused, and exports write what runs
             there. None: the options decide alone.
-        bits: Width of weights and activations, 2 to 8.
+        bits: Width of weights and activations, 2 to 8; for the targets "cpu" and "openvino" weights have 7 at most.
         weight_bits: Width of weights where it differs from `bits`, 2 to 8.
         act_bits: Width of activations where it differs from `bits`, 2 to 8.
         edge_bits: Width of the first convolution, of the head's bare output convolutions and of the last of mask
@@ -177,7 +177,7 @@ class QCConfig:
     @property
     def body_bits(self) -> tuple[int, int]:
         """(weight bits, activation bits) of a convolution that is neither an edge nor named in `layer_bits`."""
-        return self.weight_bits or self.bits, self.act_bits or self.bits
+        return self.weight_bits or min(self.bits, self.runs_on.body_weights), self.act_bits or self.bits
 
     @property
     def edge_widths(self) -> tuple[int, int]:

@@ -23,6 +23,7 @@ class Target:
         budget: What `budget="auto"` is there: some layers then have more bits than others, at little or no cost.
         symmetric: Whether activations are to be signed and symmetric, the inputs of residual sums quantized, and what
             is concatenated on one grid.
+        body_weights: The widest weights that `bits` gives to layers other than edges.
         edge_weights: The widest weights of edges.
         rounded_silu: Whether SiLU is rounded as a whole, not its sigmoid (see `quant.activations`).
     """
@@ -34,6 +35,7 @@ class Target:
     budget: str = "102%size"  # docs/results/coco.md, "Widths by a budget"
     narrow: bool = False
     symmetric: bool = False
+    body_weights: int = MAX_BITS
     edge_weights: int = MAX_BITS
     rounded_silu: bool = False
 
@@ -44,11 +46,17 @@ ANYWHERE = Target({}, onnx="packed", widths=ALL, budget=SAME_WORK)  # where none
 TARGETS: dict[str, Target] = {
     # No runtime there computes activations of fewer than 8 bits faster (docs/deployment.md has the sources). Weights of
     # 8 bits are UINT8 in a file, which OpenVINO computes in float (deploy/qdq.py), so wide layers have 7.
-    "cpu": Target({"per_channel": True, "act_bits": 8}, onnx="packed", widths=(4, 7)),
+    "cpu": Target({"per_channel": True, "act_bits": 8}, onnx="packed", widths=(4, 7), body_weights=7),
     # It computes a convolution, its output's grid, SiLU and the next grid in one node, of integers where weights have 7
     # bits at most.
     "openvino": Target(
-        {"per_channel": True, "act_bits": 8}, onnx="openvino", widths=(4, 7), edge_weights=7, rounded_silu=True
+        {"per_channel": True, "act_bits": 8},
+        onnx="openvino",
+        bears={"weight_bits": (None, *range(MIN_BITS, 8))},
+        widths=(4, 7),
+        body_weights=7,
+        edge_weights=7,
+        rounded_silu=True,
     ),
     "tensorrt": Target(
         {"per_channel": True, "act_bits": 8, "act_offset": False, "output_bits": None},

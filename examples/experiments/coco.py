@@ -91,7 +91,11 @@ LABELS = {  # of photographs that have none, at W4A4
     **{f"labels-{c}": {"labels": "teacher", "label_confidence": c} for c in (0.1, 0.25, 0.5, 0.7)},
 }
 
-UNIFORM = {**{width: RECIPE[width] for width in TRAINED}, "W3A8": {"weight_bits": 3, "act_bits": 8}}
+UNIFORM = {
+    **{width: RECIPE[width] for width in TRAINED},
+    "W3A8": {"weight_bits": 3, "act_bits": 8},
+    "W7A8": {"weight_bits": 7, "act_bits": 8},  # what bits=8 means on a CPU
+}
 # cell -> the uniform width, options beside its own; the target has two widths to choose from
 PLANS = {
     **{f"budget-{width}": (width, {"budget": "100%size"}) for width in UNIFORM},
@@ -100,6 +104,7 @@ PLANS = {
     "budget-W4A8-102%": ("W4A8", {"budget": "102%size", "target": "cpu"}),
     "budget-W4A8-tensorrt": ("W4A8", {"budget": "102%size", "target": "tensorrt"}),
     "budget-W4A8-openvino": ("W4A8", {"budget": "102%size", "target": "openvino"}),
+    "budget-W7A8-openvino": ("W7A8", {"target": "openvino"}),
 }
 
 NARROW = {"4": {"bits": 4}, "3": {"bits": 3}, "4*": {"bits": 4, "edge_bits": 4}}

@@ -48,6 +48,7 @@ not fall: there the average and QC repair what a falling rate does not leave beh
 
 # width of all layers -> budgets of as much, the default first
 PLANS = {
+    "W7A8": ("budget-W7A8-openvino",),
     "W4A8": ("budget-W4A8-102%", "budget-W4A8", "budget-W4A8-90%"),
     "W4A4": ("budget-W4A4-ops", "budget-W4A4"),
     "W3A8": ("budget-W3A8",),
@@ -103,7 +104,7 @@ def row(content: dict, width: str, plans: Sequence[str] = (), figure: str = "ap"
         "W{}A{}".format(*(config[f"{of}_bits"] or config["bits"] for of in ("weight", "act"))),
         mean_and_spread(floats.values()) + " trained on" * longer,
         share(one, whole, figure),
-        share(each, whole, figure) + f" {coco.PLANS[plan][1]['budget']}" if plan else "",
+        f"{share(each, whole, figure)} {chosen_by(plan)}" if plan else "",
         f"{gain[1]} ({seeds_named(gain[3])})".replace(" (-)", "") if gain else "",
     ]
 
@@ -111,6 +112,12 @@ def row(content: dict, width: str, plans: Sequence[str] = (), figure: str = "ap"
 def seeds_named(interval: str) -> str:
     """An interval, with the seeds in words where it is not of all."""
     return interval.replace(" (", "; seeds ").rstrip(")")
+
+
+def chosen_by(plan: str) -> str:
+    """What a plan's widths are chosen by: its budget, or its target alone."""
+    options = coco.PLANS[plan][1]
+    return options.get("budget", f"target={options.get('target')}")
 
 
 def table_kept(records: dict[str, dict]) -> list[str]:
@@ -148,8 +155,7 @@ def table_of_claims(records: dict[str, dict]) -> list[str]:
     both = [(claim, pair, f"{first - second:+.1f}") for claim, (pair, (first, second)) in claims().items()]
     ours = {width: width for width in coco.UNIFORM}
     for plan, (width, options) in coco.PLANS.items():
-        target = f", target={options['target']}" if "target" in options else ""
-        ours[plan] = f"{width}, {options['budget']}{target}"
+        ours[plan] = ", ".join([width, *(f"target={v}" if k == "target" else v for k, v in options.items())])
     both += [(f"QC gains in the plugin's recipe, {bits}", ((c, "qc"), (c, "qat")), "") for c, bits in ours.items()]
     rows = []
     for claim, pair, theirs in both:
