@@ -5,6 +5,7 @@
     python examples/experiments/coco.py ablation ...
     python examples/experiments/coco.py labels ...
     python examples/experiments/coco.py budget ...
+    python examples/experiments/coco.py length ...
     python examples/experiments/coco.py table1 ... --qc preset=paper
     python examples/experiments/coco.py table2 ... --qc preset=paper
     python examples/experiments/coco.py table3 ... --qc preset=paper
@@ -12,7 +13,7 @@
 
 `recipe` is what a model keeps with the plugin's defaults and the same widths in all layers; `ablation` changes one
 default at a time; `labels` has the float model label photographs that have no labels, from several confidences on;
-`budget` is the same widths against widths by a budget of as much; table1 to table3 are the paper's, made by the same
+`budget` is the same widths against widths by a budget of as much; `length` trains for a CPU for fewer epochs; table1 to table3 are the paper's, made by the same
 functions as paper.py's; `granularity` is a scale per tensor against one per channel, narrow edges ("4-bit*") and soft
 rounding. Runs are shared between the kinds, and what is done or begun is not repeated
 (see cells.py); give the last four the same options. OUT/coco.json holds all cells and their paired differences,
@@ -107,6 +108,9 @@ PLANS = {
     "budget-W7A8-openvino": ("W7A8", {"target": "openvino"}),
 }
 
+LENGTHS = 1, 3, 10, 20  # epochs, beside those of this cell of `budget`
+LONGEST = "budget-W4A8-102%"
+
 NARROW = {"4": {"bits": 4}, "3": {"bits": 3}, "4*": {"bits": 4, "edge_bits": 4}}
 # mAP on COCO in the paper's main text: per tensor, per channel, per tensor with QC; all with EMA
 PAPER = {
@@ -148,6 +152,8 @@ def cells(kind: str) -> list[Cell]:
         return [START, *labelled()]
     if kind == "budget":
         return [START, *budgeted()]
+    if kind == "length":
+        return [START, *shortened()]
     if kind == "granularity":
         made = [averaged(bits, per_channel) for bits in NARROW for per_channel in (False, True)]
         return [START, *made, *(method("LSQ", bits) for bits in paper.WIDTHS), *map(rounded, paper.WIDTHS)]
@@ -212,6 +218,13 @@ def budgeted() -> list[Cell]:
     """Uniform widths, and widths by a budget of about the same file size."""
     uniform = [Cell(width, options) for width, options in UNIFORM.items()]
     return [*uniform, *(Cell(name, {**UNIFORM[width], **more}) for name, (width, more) in PLANS.items())]
+
+
+def shortened() -> list[Cell]:
+    """What is trained for a CPU, for each number of epochs; then that of `budget`, for as many as it is given."""
+    uniform, more = PLANS[LONGEST]
+    options = {**UNIFORM[uniform], **more}
+    return [*(Cell(f"length-{n}", options, recipe={"epochs": n}) for n in LENGTHS), Cell(LONGEST, options)]
 
 
 def searched() -> list[tuple[State, State]]:
@@ -341,6 +354,35 @@ def budgets(name: str, content: dict) -> list[str]:
     return lines
 
 
+def lengths(name: str, content: dict) -> list[str]:
+    """What fewer steps keep."""
+    floats = points(results(content["cells"], START.name), "trained", "ap")
+    runs = {cell.name: results(content["cells"], cell.name) for cell in shortened()}
+    files = [run for cell, found in runs.items() if cell != LONGEST for run in found.values()]
+    if not (files and floats):
+        return []
+    whole = statistics.mean(floats.values())
+    lines = header("Steps", name, [*files, *runs[LONGEST].values()])
+    lines += [
+        f"Float: {whole:.1f}. The model for a CPU ({LONGEST} above) after fewer epochs, each with the whole schedule of "
+        "its rate and rounding. Minutes are of a run on two cores with another beside it, where costs were measured "
+        "before.",
+        "",
+        *table_head(["epochs", "steps", "seeds", "without QC", "with QC", "best.pt", "of float", "minutes"]),
+    ]
+    for found in runs.values():
+        if found:
+            run = next(iter(found.values()))
+            kept = [100 * r["metrics"][r["kept"]]["ap"] for r in found.values()]
+            states = [mean_and_spread(points(found, state, "ap").values()) for state in ("qat", "qc")]
+            shown = [
+                str(run["recipe"]["epochs"]), str(run["steps"]), str(len(found)), *states, mean_and_spread(kept),
+                f"{statistics.mean(kept) / whole:.1%}", f"{statistics.mean(r['seconds'] for r in found.values()) / 60:.0f}",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(shown)} |")
+    return lines
+
+
 def taken(content: dict, cell: str, runs: dict) -> tuple[str, str]:
     """Columns of what the widths of a cell take: MB, and BOPs in percent; empty where no run tells.
 
@@ -408,12 +450,25 @@ def soft_rounding(name: str, content: dict) -> list[str]:
     return lines
 
 
-TABLES = recipe, ablation, labels, budgets, paper.table1, paper.table2, paper.table3, granularity, soft_rounding
+TABLES = (
+    recipe,
+    ablation,
+    labels,
+    budgets,
+    lengths,
+    paper.table1,
+    paper.table2,
+    paper.table3,
+    granularity,
+    soft_rounding,
+)
 
 
 def main() -> None:
     """Parse the command line and run."""
-    p = parser(__doc__, ("recipe", "ablation", "labels", "budget", "table1", "table2", "table3", "granularity"))
+    p = parser(
+        __doc__, ("recipe", "ablation", "labels", "budget", "length", "table1", "table2", "table3", "granularity")
+    )
     p.set_defaults(runs=Path("runs/coco"), coco=True)
     args = p.parse_args()
     file = args.out / "coco.json"
