@@ -13,11 +13,11 @@
 
 `recipe` is what a model keeps with the plugin's defaults and the same widths in all layers; `ablation` changes one
 default at a time; `labels` has the float model label photographs that have no labels, from several confidences on;
-`budget` is the same widths against widths by a budget of as much; `length` trains for a CPU for fewer epochs; table1 to table3 are the paper's, made by the same
-functions as paper.py's; `granularity` is a scale per tensor against one per channel, narrow edges ("4-bit*") and soft
-rounding. Runs are shared between the kinds, and what is done or begun is not repeated
-(see cells.py); give the last four the same options. OUT/coco.json holds all cells and their paired differences,
-OUT/coco.npz the resamples that these come from; OUT/coco.md is made from the first alone:
+`budget` is the same widths against widths by a budget of as much; `length` trains for a CPU for fewer epochs; table1 to
+table3 are the paper's, made by the same functions as paper.py's; `granularity` is a scale per tensor against one per
+channel, narrow edges ("4-bit*") and soft rounding. Runs are shared between the kinds, and what is done or begun is not
+repeated (see cells.py); give the last four the same options. OUT/coco.json holds all cells and their paired
+differences, OUT/coco.npz the resamples that these come from; OUT/coco.md is made from the first alone:
 
     python examples/experiments/coco.py recipe --assemble
 """
@@ -364,9 +364,8 @@ def lengths(name: str, content: dict) -> list[str]:
     whole = statistics.mean(floats.values())
     lines = header("Steps", name, [*files, *runs[LONGEST].values()])
     lines += [
-        f"Float: {whole:.1f}. The model for a CPU ({LONGEST} above) after fewer epochs, each with the whole schedule of "
-        "its rate and rounding. Minutes are of a run on two cores with another beside it, where costs were measured "
-        "before.",
+        f"Float: {whole:.1f}. The model for a CPU ({LONGEST} above) after fewer epochs, each with the whole schedule "
+        "of rate and rounding. Minutes are of a run beside another on two cores, its costs measured before.",
         "",
         *table_head(["epochs", "steps", "seeds", "without QC", "with QC", "best.pt", "of float", "minutes"]),
     ]
@@ -374,10 +373,11 @@ def lengths(name: str, content: dict) -> list[str]:
         if found:
             run = next(iter(found.values()))
             kept = [100 * r["metrics"][r["kept"]]["ap"] for r in found.values()]
+            minutes = statistics.mean(r["seconds"] for r in found.values()) / 60
             states = [mean_and_spread(points(found, state, "ap").values()) for state in ("qat", "qc")]
             shown = [
                 str(run["recipe"]["epochs"]), str(run["steps"]), str(len(found)), *states, mean_and_spread(kept),
-                f"{statistics.mean(kept) / whole:.1%}", f"{statistics.mean(r['seconds'] for r in found.values()) / 60:.0f}",
+                f"{statistics.mean(kept) / whole:.1%}", f"{minutes:.0f}",
             ]  # fmt: skip
             lines.append(f"| {' | '.join(shown)} |")
     return lines
@@ -451,24 +451,15 @@ def soft_rounding(name: str, content: dict) -> list[str]:
 
 
 TABLES = (
-    recipe,
-    ablation,
-    labels,
-    budgets,
-    lengths,
-    paper.table1,
-    paper.table2,
-    paper.table3,
-    granularity,
-    soft_rounding,
+    *(recipe, ablation, labels, budgets, lengths),
+    *(paper.table1, paper.table2, paper.table3, granularity, soft_rounding),
 )
+KINDS = "recipe", "ablation", "labels", "budget", "length", "table1", "table2", "table3", "granularity"
 
 
 def main() -> None:
     """Parse the command line and run."""
-    p = parser(
-        __doc__, ("recipe", "ablation", "labels", "budget", "length", "table1", "table2", "table3", "granularity")
-    )
+    p = parser(__doc__, KINDS)
     p.set_defaults(runs=Path("runs/coco"), coco=True)
     args = p.parse_args()
     file = args.out / "coco.json"
