@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..config import QCError
 from ..quant.functional import to_codes
-from ..quant.layers import QuantConv2d, quant_convs
+from ..quant.layers import quant_convs
 from ..quant.modules import hooked
 from .exported import Exported, batched
 from .fold import DeployedConv2d, FixedQuantizer, deployed_convs
@@ -37,30 +39,16 @@ def compare_codes(model: nn.Module, graph: Exported, name: str, images: Tensor) 
     """
     content, names = graph.with_codes() if graph.codes else (None, [])
     run = batched(graph.open(name, content), graph.fixed_batch)
-    total = changed = changed_end_to_end = steps = 0
-    output = 0.0
+    layers, comparison, output = deployed_convs(model), _Comparison(), 0.0
     for image in images.split(graph.fixed_batch or 1):
         values = run(image.numpy())
         count = len(values) - len(names)
-        theirs = dict(zip(names, values[count:]))
-        free = _Codes(model, graph, theirs, force=False)
-        with free:
-            mine = model(image)
+        tensors = dict(zip(names, values[count:]))
+        points = [_input_of(graph, layer, tensors) for name, layer in layers.items() if name in graph.codes]
+        points += [_output_of(graph, layer, tensors) for name, layer in layers.items() if name in graph.outputs]
+        mine = comparison.run(model, image, points)
         output = max(output, _largest_difference(graph, mine, values[:count]))
-        if graph.codes:
-            forced = _Codes(model, graph, theirs, force=True)
-            with forced:
-                model(image)
-            total, changed = total + forced.total, changed + forced.changed
-            changed_end_to_end, steps = changed_end_to_end + free.changed, max(steps, forced.steps)
-    if not graph.codes:
-        return {"output": output}
-    return {
-        "steps": steps,
-        "changed": changed / total,
-        "changed_end_to_end": changed_end_to_end / total,
-        "output": output,
-    }
+    return {**(comparison.summary() if graph.codes else {}), "output": output}
 
 
 @torch.no_grad()
@@ -75,31 +63,14 @@ def compare_trained(trained: nn.Module, deployed: nn.Module, images: Tensor) -> 
     Returns:
         "steps", "changed" and "changed_end_to_end", as of `compare_codes`.
     """
-    total = changed = changed_end_to_end = steps = 0
+    comparison = _Comparison()
     for image in images.split(1):
         codes: dict[str, list[Tensor]] = {}
-        layers = deployed_convs(deployed)
-        with hooked(m.register_forward_pre_hook(partial(_note, codes)) for m in layers.values()):
+        with hooked(m.register_forward_pre_hook(partial(_note, codes)) for m in deployed_convs(deployed).values()):
             deployed(image)
-        convs = [(name, conv) for name, conv in quant_convs(trained) if name in codes]  # training alone uses others
-        for force in (False, True):
-            left = {name: list(given) for name, given in codes.items()}
-            differences: list[Tensor] = []
-
-            def compare(name: str, conv: QuantConv2d, args: tuple, left=left, differences=differences, force=force):
-                quant, theirs = FixedQuantizer(conv.act_quant), left[name].pop(0)
-                differences.append((quant.steps(args[0]) - theirs).abs().flatten())
-                return (theirs * quant.scale,) if force else None
-
-            with hooked(conv.register_forward_pre_hook(partial(compare, name)) for name, conv in convs):
-                trained(image)
-            found = torch.cat(differences)
-            if force:
-                total, changed = total + found.numel(), changed + int((found > 0).sum())
-                steps = max(steps, int(found.max()))
-            else:
-                changed_end_to_end += int((found > 0).sum())
-    return {"steps": steps, "changed": changed / total, "changed_end_to_end": changed_end_to_end / total}
+        quantized = [(name, conv) for name, conv in quant_convs(trained) if name in codes]  # training alone uses others
+        comparison.run(trained, image, [_Point(m, FixedQuantizer(m.act_quant), codes[name]) for name, m in quantized])
+    return comparison.summary()
 
 
 def _note(codes: dict[str, list[Tensor]], layer: DeployedConv2d, args: tuple) -> None:
@@ -119,48 +90,103 @@ def _largest_difference(graph: Exported, mine: Any, theirs: list[np.ndarray]) ->
     return max(float((a - torch.from_numpy(b)).abs().max()) for a, b in zip(mine, theirs))
 
 
-class _Codes:
-    """Hooks that compare a model's codes with those of a runtime; with `force` the model computes with the runtime's.
+@dataclass
+class _Point:
+    """Where codes are compared: a layer's input or output.
+
+    Attributes:
+        layer: The module.
+        grid: Gives whole steps of what the layer reads or gives.
+        theirs: The other's steps, call by call.
+        is_output: Which of the two.
+    """
+
+    layer: nn.Module
+    grid: Any
+    theirs: list[Tensor]
+    is_output: bool = False
+
+
+@dataclass
+class _Grid:
+    """A grid of 8 bits that a file has: its scale, and its smallest whole step."""
+
+    scale: float
+    low: int
+
+    def steps(self, x: Tensor) -> Tensor:
+        """Whole steps from 0."""
+        return to_codes(x, self.scale, None, self.low, self.low + 255)
+
+
+def _input_of(graph: Exported, layer: DeployedConv2d, tensors: dict[str, np.ndarray]) -> _Point:
+    tensor, zero_point = graph.codes[layer.name]
+    return _Point(layer, layer.act_quant, [_steps(tensors[tensor], zero_point)])
+
+
+def _output_of(graph: Exported, layer: DeployedConv2d, tensors: dict[str, np.ndarray]) -> _Point:
+    tensor, scale, zero_point = graph.outputs[layer.name]
+    low = -128 if tensors[tensor].dtype == np.int8 else 0
+    return _Point(layer, _Grid(scale, low - zero_point), [_steps(tensors[tensor], zero_point)], is_output=True)
+
+
+def _steps(codes: np.ndarray, zero_point: int) -> Tensor:
+    return torch.from_numpy(codes.astype(np.int16)) - zero_point
+
+
+class _Count:
+    """Codes that differ.
 
     Attributes:
         total: Codes compared.
-        changed: Codes that differ.
+        changed: Those that differ.
         steps: Largest difference.
     """
 
-    def __init__(self, model: nn.Module, graph: Exported, theirs: dict[str, np.ndarray], force: bool):
-        self.layers, self.graph, self.theirs, self.force = deployed_convs(model), graph, theirs, force
+    def __init__(self):
         self.total = self.changed = self.steps = 0
 
-    def __enter__(self):
-        self.hooks = []
-        for name, layer in self.layers.items():
-            if name in self.graph.codes:
-                self.hooks.append(layer.register_forward_pre_hook(self._input))
-            if name in self.graph.outputs:
-                self.hooks.append(layer.register_forward_hook(self._output))
-        return self
-
-    def __exit__(self, *_):
-        for hook in self.hooks:
-            hook.remove()
-
-    def _input(self, layer: DeployedConv2d, args):
-        tensor, zero_point = self.graph.codes[layer.name]
-        theirs = torch.from_numpy(self.theirs[tensor].astype(np.int16)) - zero_point
-        self._count(layer.act_quant.steps(args[0]), theirs)
-        return (theirs * layer.act_quant.scale,) if self.force else None
-
-    def _output(self, layer: DeployedConv2d, args, y):
-        tensor, scale, zero_point = self.graph.outputs[layer.name]
-        found = self.theirs[tensor]
-        theirs = torch.from_numpy(found.astype(np.int16)) - zero_point
-        low = -128 if found.dtype == np.int8 else 0
-        self._count(to_codes(y, scale, None, low - zero_point, low + 255 - zero_point), theirs)
-        return theirs * scale if self.force else None
-
-    def _count(self, mine: Tensor, theirs: Tensor) -> None:
+    def add(self, mine: Tensor, theirs: Tensor) -> None:
+        """Count some."""
         difference = (mine - theirs).abs()
         self.total += difference.numel()
         self.changed += int((difference > 0).sum())
         self.steps = max(self.steps, int(difference.max()))
+
+
+class _Comparison:
+    """Codes of a model beside those of another, on as many images as are run."""
+
+    def __init__(self):
+        self._end_to_end, self._by_layer = _Count(), _Count()
+
+    def run(self, model: nn.Module, image: Tensor, points: list[_Point]) -> Any:
+        """Run the model as it is, which gives what is returned, and with the other's codes in each layer."""
+        with hooked(self._hook(point, self._end_to_end, force=False) for point in points):
+            outputs = model(image)
+        if points:
+            with hooked(self._hook(point, self._by_layer, force=True) for point in points):
+                model(image)
+        return outputs
+
+    def summary(self) -> dict[str, Any]:
+        """What `compare_codes` gives of codes."""
+        by_layer = self._by_layer
+        return {
+            "steps": by_layer.steps,
+            "changed": by_layer.changed / by_layer.total,
+            "changed_end_to_end": self._end_to_end.changed / self._end_to_end.total,
+        }
+
+    @staticmethod
+    def _hook(point: _Point, count: _Count, force: bool) -> RemovableHandle:
+        left = iter(point.theirs)
+
+        def compare(value: Tensor) -> Tensor | None:
+            theirs = next(left)
+            count.add(point.grid.steps(value), theirs)
+            return theirs * point.grid.scale if force else None
+
+        if point.is_output:
+            return point.layer.register_forward_hook(lambda _, args, y: compare(y))
+        return point.layer.register_forward_pre_hook(lambda _, args: compare(args[0]))
