@@ -7,7 +7,6 @@ python examples/experiments/summary.py
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,8 +56,9 @@ PLANS = {
 
 EVERYWHERE = """## One model, one number
 
-The same checkpoint in PyTorch and as a file in each runtime: {where}. MB of the file, mAP50-95 by Ultralytics, and
-time on one thread as a share of FP32's in the same runtime. What each file is for: [deployment.md](deployment.md)."""
+The same checkpoint in PyTorch and as a file in each runtime, on {where}:
+MB of the file, mAP50-95 by Ultralytics, and time on one thread as a share of FP32's in the same runtime. What each file
+is for: [deployment.md](deployment.md)."""
 
 
 def labels(run: dict) -> str:
@@ -169,20 +169,18 @@ def table_of_claims(records: dict[str, dict]) -> list[str]:
 
 
 def table_everywhere(benchmarks: list[dict]) -> list[str]:
-    """The third table: a row for each file in each runtime, and for each model its columns."""
+    """The third table: a row for each file in each runtime, and a column for each model."""
     shown: dict[tuple[str, str], dict[str, str]] = {}
     for found in benchmarks:
         for row in found["rows"]:
             if "figure" in row:
-                ratio = f"{row['ratio']:.2f}" if row.get("ratio") else ""
-                columns = f"{row['mb']:.2f} | {100 * row['figure']:.2f} | {ratio}"
-                shown.setdefault((row["runtime"], row["file"]), {})[found["model"]] = columns
+                ratio = [f"{row['ratio']:.2f}x"] if row.get("ratio") else []
+                cell = ", ".join([f"{row['mb']:.2f} MB", f"{100 * row['figure']:.2f}", *ratio])
+                shown.setdefault((row["runtime"], row["file"]), {})[found["model"]] = cell
     runtimes = [runtime for runtime, _ in shown]
-    # the widths are in the title
-    models = [re.sub(r" [^,]*(, target=\w+)?$", r"\1", found["model"]) for found in benchmarks]
-    head = ["runtime", "file", *(f"{model}: {name}" for model in models for name in ("MB", "mAP50-95", "time"))]
+    head = ["runtime", "file", *(found["model"] for found in benchmarks)]
     rows = [
-        f"| {runtime} | {file} | {' | '.join(of.get(found['model'], ' | | ') for found in benchmarks)} |"
+        f"| {runtime} | {file} | {' | '.join(of.get(found['model'], '') for found in benchmarks)} |"
         for (runtime, file), of in sorted(shown.items(), key=lambda item: runtimes.index(item[0][0]))
     ]
     return [*table_head(head), *rows]
@@ -194,7 +192,6 @@ def summary(folder: Path) -> str:
     benchmarks = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/benchmark.json"))]
     benchmarks.sort(key=lambda found: found["model"].replace("yolov", "yolo0"))  # by generation
     where = "; ".join(dict.fromkeys(f"{b['data']} at {b['imgsz'][0]} px, {b['cpu']}" for b in benchmarks))
-    where = f"{'; '.join(b['model'] for b in benchmarks)}; on {where}"
     parts = [
         [HEAD], table_kept(records), [CLAIMS], table_of_claims(records),
         [EVERYWHERE.format(where=where)], table_everywhere(benchmarks),
