@@ -21,6 +21,7 @@ from yolo_qc_plugin.quant.inject import inject
 from yolo_qc_plugin.quant.layers import is_quantized
 from yolo_qc_plugin.run.callbacks import QCCallbacks
 
+DETECTORS = "yolov5n", "yolo26n", "yolo11n-seg", "yolo11n-pose", "yolo11n-obb"
 OPTIONS = {"correction": "off", "output_bits": None}
 
 
@@ -80,7 +81,7 @@ def batch(images: int = 2) -> dict:
     return {"img": torch.rand(images, 3, 64, 64), **where}
 
 
-@pytest.mark.parametrize("name", ["yolov5n", "yolo26n", "yolo11n-seg", "yolo11n-pose", "yolo11n-obb"])
+@pytest.mark.parametrize("name", DETECTORS)
 def test_the_loss_is_added_for_one_pass(name):
     """To what the host's model returns, once per image, for every head; copies and later passes are without it."""
     torch.manual_seed(0)
@@ -129,6 +130,11 @@ def test_other_outputs_are_compared_in_units_of_their_spread():
     )
     expected = (kpts.mean(1) * confidence).sum() / confidence.sum() + proto.mean()
     assert others_loss(student, teacher).item() == pytest.approx(expected.item(), rel=1e-4)
+    student["kpts_sigma"], student["proto"] = (
+        student["kpts"],
+        (student["proto"], student["boxes"]),
+    )  # YOLO26's, training
+    assert others_loss(student, teacher).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_features_are_compared_in_units_of_their_spread():
@@ -155,7 +161,7 @@ def start(name: str) -> DetectionModel:
     return model
 
 
-@pytest.mark.parametrize("name", ["yolov5n", "yolo26n", "yolo11n-seg", "yolo11n-pose", "yolo11n-obb", "yolo11n-cls"])
+@pytest.mark.parametrize("name", [*DETECTORS, "yolo26n-seg", "yolo26n-pose", "yolo11n-cls"])
 def test_the_start_teaches(name):
     """Of a copy that has moved the loss is what it says, beside the labels' own times its weight; none of one that
     has not."""
@@ -166,7 +172,7 @@ def test_the_start_teaches(name):
     if name.endswith("-cls"):
         data["cls"] = torch.zeros(2, dtype=torch.long)
     elif name.endswith("-seg"):
-        data["masks"] = torch.zeros(2, 16, 16)
+        data["masks"], data["sem_masks"] = torch.zeros(2, 16, 16), torch.zeros(2, 8, 8)
     elif name.endswith("-pose"):
         data["keypoints"] = torch.rand(2, 17, 3)
     elif name.endswith("-obb"):

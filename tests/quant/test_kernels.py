@@ -103,6 +103,17 @@ def test_where_compiling_is_refused(monkeypatch, caplog):
     assert "not on this Python" in caplog.text and torch.equal(values, act(u))
 
 
+def test_a_lack_of_memory_is_not_taken_for_a_lack_of_a_compiler():
+    """Triton tells it as a RuntimeError; Ultralytics then takes a smaller batch, whose kernels are compiled."""
+
+    def run_out(*_):
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        kernels._unless_given_up(run_out)
+    assert kernels.enabled
+
+
 def test_quantized_silu_where_compiling_fails(monkeypatch):
     """A compiler that gives up between forward and backward changes nothing but the speed."""
     act = QuantActivation(nn.SiLU(), 8).requires_grad_(False)
@@ -167,13 +178,19 @@ def test_of_silu_of_what_is_not_finite(value):
     assert x.grad[0::4].eq(x.grad[0]).all() and x.grad[0] > 0.5
 
 
-@pytest.mark.parametrize("change", ["slice", "transposed", "expanded gradient", "strided gradient"])
+@pytest.mark.parametrize(
+    "change", ["slice", "slice of channels last", "transposed", "expanded gradient", "strided gradient"]
+)
 def test_any_memory_layout(change):
     torch.manual_seed(0)
     x, grad = torch.randn(4, 32, 24, 24), torch.randn(4, 32, 24, 24)
     if change == "slice":
         x = x[:, 8:24]
         grad = grad[:, :16].contiguous()
+    elif change == "slice of channels last":
+        x = x.contiguous(memory_format=torch.channels_last)[:, 8:24]
+        grad = grad[:, :16].contiguous()
+        assert kernels._dense(x).is_contiguous(memory_format=torch.channels_last)  # what follows stays in that order
     elif change == "transposed":
         x = x.transpose(2, 3)
     elif change == "expanded gradient":

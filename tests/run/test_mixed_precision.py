@@ -12,7 +12,9 @@ from ultralytics import YOLO
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_qc_plugin import add_qc_callbacks
+from yolo_qc_plugin.qat.correction import train_correction
 from yolo_qc_plugin.quant.layers import quant_convs
+from yolo_qc_plugin.run import qc
 
 # three batches of four images, a step each
 ARGUMENTS = {**TINY, "batch": 4, "nbs": 4, "fraction": 0.5, "optimizer": "AdamW", "lr0": 1e-3}
@@ -28,6 +30,7 @@ class Run:
     def __init__(self, dtype: torch.dtype | None, overflow: int | None):
         self.dtype, self.overflow = dtype, overflow
         self.called, self.losses, self.kept, self.dtypes = 0, [], [], set()
+        self.scales: tuple = ()  # of the scaler: at the end of training, and at the beginning of QC
 
     def on_pretrain_routine_end(self, trainer) -> None:
         trainer.amp = True if self.dtype == torch.bfloat16 else self.dtype or False  # True: BF16 on a CPU
@@ -70,6 +73,13 @@ def runs(digits, tmp_path_factory):
             add_qc_callbacks(yolo, **options, correction=correction, output_bits=None)
             for event in (e for e in dir(run) if e.startswith("on_")):
                 yolo.add_callback(event, getattr(run, event))
+
+            def keep_scales(*given, run=run, yolo=yolo):
+                scaler = next(g for g in given if isinstance(g, torch.amp.GradScaler))
+                run.scales = yolo.trainer.scaler.get_scale(), scaler.get_scale()
+                train_correction(*given)
+
+            patch.setattr(qc, "train_correction", keep_scales)
             yolo.train(**ARGUMENTS, data=str(digits), project=str(tmp_path_factory.mktemp("run")))
     return found
 
@@ -86,6 +96,7 @@ def test_a_step_that_overflows_changes_nothing(runs):
         assert not same(run.kept[step][1], run.kept[step - 1][1])
         assert not same(run.kept[step][3], run.kept[step - 1][3])  # codes, their changes and frozen weights
     assert same(run.kept[3][3], run.kept[2][3])
+    assert run.scales == (512, 512)  # QC goes on from what training has found, and loses no step to finding it
     assert same(run.kept[3][0], run.kept[2][0]) and same(run.kept[3][1], run.kept[2][1]) and run.kept[3][2] == 2
 
 

@@ -204,6 +204,24 @@ def test_state_of_steps_starts_anew_with_an_epoch(train):
     assert seen[0] > 1 and set(seen[1::2]) == {0}
 
 
+def test_averages_of_an_optimizer_take_the_memory_format_of_the_model():
+    """As fused steps want, whatever the device was that the file is from."""
+    convs = [torch.nn.Conv2d(4, 8, 3) for _ in range(2)]
+    convs[1].load_state_dict(convs[0].state_dict())
+    convs[1].to(memory_format=torch.channels_last)
+    optimizers = [torch.optim.AdamW(conv.parameters(), fused=True) for conv in convs]
+    for _ in range(2):
+        convs[0].zero_grad()
+        convs[0](torch.ones(1, 4, 6, 6)).square().sum().backward()
+        optimizers[0].step()
+    optimizers[1].load_state_dict(deepcopy(optimizers[0].state_dict()))
+    state.lay_out(optimizers[1])
+    for theirs, conv, was in zip(convs[0].parameters(), [convs[1].weight, convs[1].bias], [True, False]):
+        found, before = optimizers[1].state[conv], optimizers[0].state[theirs]
+        assert found["exp_avg"].stride() == conv.stride() and torch.equal(found["exp_avg"], before["exp_avg"])
+        assert (before["exp_avg"].stride() != conv.stride()) is was and found["step"] == 2
+
+
 @pytest.mark.parametrize(
     "hours,elapsed,expected", [(None, 99, 0.375), (1.0, 900, 0.375), (1.0, 1800, 0.5), (0.1, 999, 1.0)]
 )

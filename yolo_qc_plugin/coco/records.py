@@ -73,7 +73,7 @@ def recording(validator: BaseValidator, whole_masks: bool = False) -> Iterator[l
         elif process not in (None, ops.process_mask_native):
 
             def process_twice(protos, coefficients, boxes, shape):
-                large.append(ops.process_mask_native(protos, coefficients, boxes, shape))
+                large.append(ops.process_mask_native(protos, coefficients, boxes, shape).cpu())  # 0.1 GB an image
                 return process(protos, coefficients, boxes, shape)
 
             validator.process = process_twice
@@ -82,7 +82,8 @@ def recording(validator: BaseValidator, whole_masks: bool = False) -> Iterator[l
     def update(preds, batch):
         update_metrics(preds, batch)
         for i, pred in enumerate(preds):
-            records.append(_record(validator, {**pred, "masks": large[i]} if large else pred, batch, i))
+            whole = {"masks": large[i].to(pred["conf"].device)} if large else {}
+            records.append(_record(validator, {**pred, **whole}, batch, i))
         large.clear()
 
     validator.init_metrics, validator.update_metrics = init, update

@@ -13,7 +13,8 @@ The integer codes stay as they are. Batch norm folded into the weight, as for a 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import cast
 
@@ -32,6 +33,19 @@ WITHOUT_FP64 = {"mps"}  # kinds of devices
 EXACT = 2**24  # FP32 holds every integer of up to this magnitude
 OFF = 2**30  # a channel is off where its shift is this many units of its integer sums
 STEPS = 2**20  # of such a channel's shift: with few, its scale over the output's would be more than runtimes take
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Convolutions that sum integers as they are: cuDNN's may be Winograd's, or Fourier's.
+
+    (torch.backends.cudnn.flags would do, but fails where the user has set FP32's precision by torch's newer names.)
+    """
+    before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 class FixedQuantizer(nn.Module):
@@ -117,8 +131,10 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
             return traced_convolve(self.act_quant(x), self)
         steps = self.act_quant.steps(x)
         steps = steps.double() if self.wide_sums and x.device.type not in WITHOUT_FP64 else steps
-        plain = torch.backends.cudnn.flags(enabled=False) if steps.is_cuda else nullcontext()
-        with plain, torch.autocast(steps.device.type, enabled=False):
+        kind = steps.device.type
+        plain = without_cudnn() if steps.is_cuda else nullcontext()
+        single = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+        with plain, single:
             sums = self.convolve(steps, self.weight_codes.to(steps.dtype))
         scale = (self.act_quant.scale * self.scale).to(steps.dtype)
         return torch.addcmul(along_channels(self.shift).to(steps.dtype), sums, along_channels(scale)).to(x.dtype)

@@ -109,7 +109,9 @@ def others_loss(student: dict, teacher: dict) -> Tensor:
         student: Raw outputs of Ultralytics' head.
         teacher: The same, of the same places.
     """
-    others = [k for k in student.keys() - {"boxes", "scores", "feats"} if isinstance(student[k], Tensor)]
+    # in training alone YOLO26 has spreads of keypoints, and a semantic mask beside the prototypes
+    student = {k: v[0] if isinstance(v, tuple) else v for k, v in student.items() if k in teacher}
+    others = sorted(student.keys() - {"boxes", "scores", "feats"})
     total = student["scores"].new_zeros((), dtype=torch.float32)
     if not others:
         return total

@@ -163,6 +163,8 @@ def _unless_given_up(f: Callable, *arguments: Any) -> Any:
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as e:  # whatever a missing or broken compiler makes of it
+        if "out of memory" in str(e).lower():  # as Triton says it; Ultralytics takes a smaller batch
+            raise
         enabled = False
         reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
         _warn(reason[:120])
@@ -177,6 +179,8 @@ def _dense(x: Tensor) -> Tensor:
     """x itself where its memory can be walked in one line, slice by slice of its first axis, else a copy."""
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return x
+    if x.dim() == 4 and x.stride(1) == 1:  # some of the channels of such a tensor
+        return x.contiguous(memory_format=torch.channels_last)
     return x.contiguous()
 
 

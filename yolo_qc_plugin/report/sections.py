@@ -156,8 +156,9 @@ def plan(run: Run) -> str:
     takes = ", ".join(f"{amount:.2f} {unit}" for unit, amount in found["takes"].items() if unit != "%drop")
     verdict = {True: " The promise was kept.", False: " The promise was not kept.", None: ""}[found["kept"]]
     return (
-        f"<p>Budget {escape(found['budget'])}: the plan takes {escape(takes)}. Its predicted drop of {found['figure']} "
-        f"was {found['takes']['%drop']:.1f}%, the measured one is {found['measured_drop']:.1f}%.{verdict}</p>"
+        f"<p>Budget {escape(found['budget'])}: the plan takes {escape(takes)}. Its drop of {found['figure']}, "
+        f"predicted for hundreds of steps, was {found['takes']['%drop']:.1f}%, that after {found['steps']} steps is "
+        f"{found['measured_drop']:.1f}%.{verdict}</p>"
     )
 
 

@@ -175,17 +175,18 @@ def planned_widths(folder: Path) -> dict[str, str]:
     return json.loads(file.read_text(encoding="utf-8"))["layer_bits"] if file.exists() else {}
 
 
-def outcome(folder: Path, metrics: dict[str, Any], kept: str) -> dict[str, Any] | None:
+def outcome(folder: Path, metrics: dict[str, Any], kept: str, steps: int) -> dict[str, Any] | None:
     """What became of the plan of a run, for the report; None where the folder has none.
 
     Args:
         folder: The run's qc/.
         metrics: "float" and what was kept -> figures of `report.record.figures_of`.
         kept: "qat" or "qc".
+        steps: Of the optimizer; the prediction is for hundreds.
 
     Returns:
         The plan without its widths, which the report has layer by layer; "figure"; "measured_drop", in percent of the
-        float model's figure; and "kept", whether a budget of a drop is, None for other budgets.
+        float model's figure; "steps"; and "kept", whether a budget of a drop is, None for other budgets.
     """
     file = folder / PLAN
     if not file.exists() or not metrics["float"]:
@@ -197,7 +198,7 @@ def outcome(folder: Path, metrics: dict[str, Any], kept: str) -> dict[str, Any] 
     kept_promise = drop <= limit if unit == "%drop" else None
     return {
         "budget": summary["budget"], "takes": summary["takes"],
-        "figure": figure, "measured_drop": drop, "kept": kept_promise,
+        "figure": figure, "measured_drop": drop, "steps": steps, "kept": kept_promise,
     }  # fmt: skip
 
 
@@ -205,6 +206,6 @@ def format_outcome(found: dict[str, Any]) -> str:
     """The outcome in a line."""
     verdict = {True: ": kept", False: ": NOT kept", None: ""}[found["kept"]]
     return (
-        f"budget {found['budget']}: predicted drop of {found['figure']} {found['takes']['%drop']:.1f}%, measured "
-        f"{found['measured_drop']:.1f}%{verdict}"
+        f"budget {found['budget']}: drop of {found['figure']} predicted for hundreds of steps "
+        f"{found['takes']['%drop']:.1f}%, measured after {found['steps']} {found['measured_drop']:.1f}%{verdict}"
     )

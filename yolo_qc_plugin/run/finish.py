@@ -140,7 +140,7 @@ def correct_and_choose(
         report["training"] = origin(trainer, model, command)
         report["rounding"] = rounding
         if config.budget:
-            report["budget"] = outcome(folder, report["metrics"], kept)
+            report["budget"] = outcome(folder, report["metrics"], kept, trainer.ema.updates)
         path = write_report(report, folder)
         add_row(trainer)
     LOGGER.info(f"\n{summary(report, worst=trainer.args.verbose)}")

@@ -69,7 +69,8 @@ def train_qc(trainer: BaseTrainer, config: QCConfig, source: Path, teacher: Teac
         model.criterion.update()
 
     dtype = torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp
-    scaler = torch.amp.GradScaler(trainer.device.type, enabled=trainer.amp and trainer.args.amp != "bf16")
+    begun = trainer.scaler.get_scale() if trainer.scaler.is_enabled() else 2.0**16  # what training has come to
+    scaler = torch.amp.GradScaler(trainer.device.type, begun, enabled=trainer.amp and trainer.args.amp != "bf16")
     shown: dict = {}
     taught = distillation(trainer, config, model, teacher) if teacher else None
 

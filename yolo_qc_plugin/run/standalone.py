@@ -22,6 +22,7 @@ from ..host.teacher import teacher_of
 from ..quant.layers import quant_convs
 from .drawing import draw_run
 from .finish import correct_and_choose, write_like
+from .start import check_device
 from .validation import validate
 
 OPTIONS = tuple(f.name for f in fields(QCConfig) if f.name.startswith("correction"))
@@ -67,6 +68,7 @@ def correct(model: str | Path, data: str | Path | None = None, **arguments) -> d
     if trainer.ddp:
         raise QCError(f"QC: device={trainer.args.device!r} is more than one; QC alone runs on one device.")
     compat.check_trainer(trainer, compat.AT_START)
+    check_device(trainer)
     try:
         return _correct(trainer, config, Path(model), options)
     finally:  # what Ultralytics does when a training ends

@@ -49,11 +49,7 @@ def check_arguments(trainer: BaseTrainer, config: QCConfig) -> None:
             f"QC: coco_eval=True does not work with task={args.task!r}, of which pycocotools has no metrics; "
             f"accepted: {', '.join(COMPARED)}."
         )
-    if trainer.device.type not in DEVICES:
-        raise QCError(
-            f"QC: device={args.device!r} is not accepted: it lacks operations that quantizers take; give 'cpu' or the "
-            "number of a CUDA device."
-        )
+    check_device(trainer)
     if args.quantize is not None:
         raise QCError(
             f"QC: quantize={args.quantize!r} is Ultralytics' own quantization and cannot be combined with "
@@ -68,6 +64,19 @@ def check_arguments(trainer: BaseTrainer, config: QCConfig) -> None:
         raise QCError(
             f"QC: model={args.model} is already quantized. Start callbacks=qc from a float checkpoint, or train "
             "it without callbacks=qc."
+        )
+
+
+def check_device(trainer: BaseTrainer) -> None:
+    """Refuse a device that cannot train quantizers.
+
+    Raises:
+        QCError: Naming it and what is accepted.
+    """
+    if trainer.device.type not in DEVICES:
+        raise QCError(
+            f"QC: device={trainer.args.device!r} is not accepted: it lacks operations that quantizers take; give 'cpu' "
+            "or the number of a CUDA device."
         )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import RANK
@@ -120,6 +121,7 @@ class RunState:
         if state is None:
             if self.steps.telemetry:
                 self.steps.telemetry.reread(trainer.ema.updates)
+            lay_out(trainer.optimizer)  # which Ultralytics has loaded
             return
         model = unwrap_model(trainer.model)
         model.load_state_dict({**model.state_dict(), **state["weights"]})
@@ -128,6 +130,7 @@ class RunState:
         for saved, group in zip(state["optimizer"]["param_groups"], trainer.optimizer.param_groups):
             saved["fused"] = group.get("fused")  # as Ultralytics has it: the device chooses the kernel
         trainer.optimizer.load_state_dict(state["optimizer"])
+        lay_out(trainer.optimizer)
         if state["scaler"]:  # empty where it was disabled
             trainer.scaler.load_state_dict(state["scaler"])
         trainer.best_fitness = state["best_fitness"]
@@ -223,7 +226,7 @@ class RunState:
             return
         parameters = dict(unwrap_model(trainer.model).named_parameters())
         for name, gradient in state["gradients"].items():
-            parameters[name].grad = gradient.to(parameters[name].device)
+            parameters[name].grad = torch.empty_like(parameters[name]).copy_(gradient)
         if trainer.accumulate > 1:
             self.steps.accumulation.take_over(trainer)
         trainer.accumulate = state["accumulate"]
@@ -240,6 +243,18 @@ class RunState:
         if self._transforms is None or self._transforms[0] is not dataset:  # a loader is made anew with a smaller batch
             self._transforms = dataset, transforms
         return self._transforms[1] is not transforms
+
+
+def lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer's averages the memory format of their parameters, which fused steps want.
+
+    Loading keeps that of the file, which may have been written on another device, where the model had another format.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            alike = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if alike and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _arguments(trainer: BaseTrainer) -> dict:
