@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from yolo_qc_plugin import __version__
 from yolo_qc_plugin.cli import COMMANDS, main
 from yolo_qc_plugin.keys import Key, documented, keys_of
 
@@ -93,6 +94,7 @@ def test_digits_and_hook(tmp_path, capsys):
     assert (tmp_path / "d" / "digits.yaml").exists()
     assert main(["hook", "action=status"]) == 0
     assert "hook" in capsys.readouterr().out
+    assert main(["--version"]) == 0 and __version__ in capsys.readouterr().out
 
 
 def example(

@@ -215,7 +215,8 @@ def test_a_file_that_is_no_plan_is_refused(content, tmp_path):
     plan = tmp_path / "plan.json"
     if content is not None:
         plan.write_text(content, encoding="latin1")
-    with pytest.raises(QCError, match=r"layer_bits.*not accepted; give "):
+    reason = r"layer_bits.*(not accepted|does not exist|has no widths); give "
+    with pytest.raises(QCError, match=reason):
         QCConfig.from_options({"layer_bits": str(plan)})
 
 

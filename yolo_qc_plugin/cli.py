@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,6 +21,7 @@ from .keys import Key, documented, keys_of
 
 PROGRAM = "yolo-qc"
 HELP = {"--help", "-h"}
+VERSION = {"--version", "version"}
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if name in HELP:
             print(overview())
+        elif name in VERSION:
+            print(f"{PROGRAM} {version('yolo-qc-plugin')}")
         elif name not in COMMANDS:
             raise ValueError(f"there is no such command.{_nearest(name, COMMANDS)}")
         elif HELP & set(pairs):

@@ -34,6 +34,8 @@ class Kind:
         """The value that text stands for; text that is no such value comes back, and `check` refuses it."""
         try:
             return self.read(text)
+        except QCError:  # which says more than that
+            raise
         except ValueError:
             return text
 
@@ -133,11 +135,14 @@ def widths(width: Kind) -> Kind:
 
 
 def _in_file(name: str) -> dict[str, int | str]:
-    """The "layer_bits" of a JSON file; a ValueError where it has none."""
+    """The "layer_bits" of a JSON file; a QCError where it has none."""
     try:
         return json.loads(Path(name).read_text(encoding="utf-8"))["layer_bits"]
-    except (OSError, KeyError, TypeError) as e:
-        raise ValueError(name) from e
+    except FileNotFoundError:
+        reason = "does not exist"
+    except (OSError, ValueError, KeyError, TypeError):
+        reason = "has no widths"
+    raise QCError(f"QC: layer_bits={name} {reason}; give the plan.json of a run with a budget.")
 
 
 def _number_or_text(text: str) -> int | str:

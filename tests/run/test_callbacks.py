@@ -20,6 +20,7 @@ from yolo_qc_plugin import QCConfig, add_qc_callbacks
 from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.run import callbacks as module
 from yolo_qc_plugin.run.callbacks import QCCallbacks
+from yolo_qc_plugin.run.start import check_file, warn_of_options
 
 QUICK = {"correction": "off", "output_bits": None, "telemetry": False}
 
@@ -108,6 +109,35 @@ def test_callbacks_added_to_a_trainer_are_refused_as_early(train, digits, tmp_pa
         trainer.device, trainer.args.device = torch.device(device), device
     with pytest.raises(QCError, match=message):
         add_qc_callbacks(trainer, **QUICK)
+
+
+@pytest.mark.parametrize("model, arguments, message", [
+    ("yolov5n.yaml", {}, "model='yolov5n.yaml' is not accepted; give an ultralytics.YOLO object"),
+    (None, {"config": {"bits": 4}}, "config={'bits': 4} is not accepted; give a QCConfig, or options by name"),
+])  # fmt: skip
+def test_what_callbacks_cannot_be_added_to_is_refused(model, arguments, message):
+    with pytest.raises(QCError, match=message):
+        add_qc_callbacks(model or YOLO("yolov5n.yaml"), **arguments)
+
+
+def test_a_start_that_cannot_be_read_is_refused_by_name(tmp_path):
+    torn = tmp_path / "torn.pt"
+    torn.write_bytes(FLOAT.read_bytes()[:20_000])
+    with pytest.raises(QCError, match=r"model=.*torn\.pt cannot be read as a checkpoint"):
+        check_file(str(torn))
+    for other in (str(FLOAT), "yolo11n.pt", "yolov5n.yaml", ""):  # or Ultralytics' own to find
+        check_file(other)
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"target": "cpu"}, []), ({"target": "cpu", "act_bits": 4}, ["fewer than 8"]), ({"act_bits": 4}, []),
+    ({"target": "cpu", "budget": "90%ops"}, ["fewer than 8"]), ({"target": "cpu", "budget": "90%size"}, []),
+    ({"target": "fpga", "act_bits": 4}, []), ({"target": "litert", "output_bits": None}, ["output_bits=None"]),
+    ({"target": "cpu", "preset": "paper"}, ["output_bits=None"]), ({"target": "tensorrt"}, []),
+])  # fmt: skip
+def test_options_that_a_target_gains_nothing_by_are_named(options, said, caplog):
+    warn_of_options(QCConfig.from_options(options))
+    assert len(caplog.messages) == len(said) and all(map(str.__contains__, caplog.messages, said))
 
 
 def test_callbacks_added_to_a_trainer_train(digits, tmp_path):

@@ -12,6 +12,7 @@ from conftest import FLOAT, last_epoch, steps_of
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
+from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.quant.layers import is_quantized
 
 OPTIONS = {"output_bits": None, "correction": "off", "telemetry": False}
@@ -53,6 +54,17 @@ def test_labels_can_be_left_out(train, digits, tmp_path):
         found[name] = weights(tmp_path / name)
     assert all(torch.equal(v, found["b"][k]) for k, v in found["a"].items())
     assert not all(torch.equal(v, found["c"][k]) for k, v in found["a"].items())
+
+
+@pytest.mark.parametrize("options,model,message", [
+    ({"teacher": "off"}, FLOAT, r"label_weight=0\.0 leaves nothing to learn from with teacher='off'"),
+    ({"distill_outputs": 0, "distill_features": 0}, FLOAT, r"label_weight=0\.0 leaves nothing to learn from"),
+    ({}, "yolov5n.yaml", r"label_weight=0\.0 needs a teacher, and model=yolov5n\.yaml has a fitness of 0\.0"),
+])  # fmt: skip
+def test_without_labels_and_a_teacher_nothing_is_trained(train, tmp_path, options, model, message):
+    with pytest.raises(QCError, match=message):
+        train({**OPTIONS, **options, "label_weight": 0.0}, model=model)
+    assert not (tmp_path / "run" / "results.csv").exists()
 
 
 @pytest.mark.parametrize("case", ["untrained", "off"])

@@ -53,6 +53,7 @@ def test_every_option_has_its_argument():
         (["train", "callbacks=qc", "qc_per_channel"], "needs a value"),
         (["train", "qc_bits=4"], "needs callbacks=qc"),
         (["val", "callbacks=qc"], "yolo train"),
+        (["train", "callbacks=qc", "bits=4", "imgsz=64"], "bits is no argument of `yolo`; give qc_bits"),
     ],
 )
 def test_refusals_name_the_argument_and_what_is_accepted(arguments, message):

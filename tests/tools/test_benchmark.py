@@ -137,6 +137,8 @@ def test_a_file_that_cannot_be_written_is_a_row(run, digits, tmp_path, monkeypat
     (dict(data="none.yaml"), "none.yaml"),
     (dict(out="closed"), "out=closed cannot be written to"),
     (dict(repeats=0), "repeats=0 is not accepted"),
+    (dict(threads=0), "threads=0 is not accepted"),
+    (dict(data="."), "data=. is a folder; give a data YAML"),
 ], ids=str)  # fmt: skip
 def test_refusals_take_one_line_and_no_export(run, digits, tmp_path, monkeypatch, capsys, change, message):
     monkeypatch.chdir(tmp_path)

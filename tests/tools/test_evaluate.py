@@ -21,6 +21,7 @@ from ultralytics import YOLO
 
 from yolo_qc_plugin.coco.metrics import coco_metrics
 from yolo_qc_plugin.coco.truth import coco_ground_truth
+from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.data.digits import compose
 from yolo_qc_plugin.tools.evaluate import evaluate, format_table
 
@@ -236,6 +237,9 @@ def test_malformed_input_is_refused(tmp_path: Path):
         coco_metrics({**truth, "annotations": [{**truth["annotations"][0], "id": 0}]}, [])
     with pytest.raises(FileNotFoundError, match=r"absent\.json"):
         coco_metrics(tmp_path / "absent.json", [])
+    (tmp_path / "no.json").write_text("#!")
+    with pytest.raises(ValueError, match=r"no\.json' is no JSON file"):
+        coco_metrics(tmp_path / "no.json", [])
 
 
 def check_result(result: dict) -> None:
@@ -274,8 +278,11 @@ def test_a_model_keeps_its_callbacks(digits):
 
 
 def test_a_missing_or_unfit_model_is_refused(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
+    with pytest.raises(QCError, match=r"absent\.pt' does not exist"):
         evaluate(tmp_path / "absent.pt", tmp_path / "absent.yaml")
+    (tmp_path / "torn.pt").write_bytes(FLOAT.read_bytes()[:20_000])
+    with pytest.raises(QCError, match=r"torn\.pt cannot be read as a checkpoint"):
+        evaluate(tmp_path / "torn.pt", tmp_path / "absent.yaml")
     with pytest.raises(ValueError, match="task 'classify'"):
         evaluate("yolov8n-cls.yaml", tmp_path / "absent.yaml")
 

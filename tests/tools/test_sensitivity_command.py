@@ -47,6 +47,7 @@ def test_costs_of_other_images_and_of_other_widths_are_not_taken(digits, tmp_pat
     ({"bits": [1, 4]}, r"bits=\[1, 4\] is not accepted; give whole numbers from 2 to 8"),
     ({"bits": []}, r"bits=\[\] is not accepted"),
     ({"model": "missing.pt"}, r"model 'missing.pt' does not exist"),
+    ({"imgsz": 0}, r"imgsz=0 is not accepted; give a whole number of at least 32"),
     ({"images": 0}, r"images=0 is not accepted; give a whole number of at least 1"),
     ({"model": CHECKPOINTS / "quantized.pt"}, r"quantized.pt is quantized; give the float checkpoint"),
 ])  # fmt: skip

@@ -113,7 +113,10 @@ def read_json(source: Any) -> Any:
         return source
     if not Path(source).is_file():
         raise FileNotFoundError(f"'{source}' does not exist: pass a JSON file in COCO form")
-    return json.loads(Path(source).read_text(encoding="utf-8"))
+    try:
+        return json.loads(Path(source).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"'{source}' is no JSON file: {e}") from None
 
 
 def _index(dataset: dict[str, Any]) -> COCO:

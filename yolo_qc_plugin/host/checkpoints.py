@@ -61,7 +61,7 @@ def load_checkpoint(option: str, file: str | Path, quantized: bool) -> YOLO:
     """
     yolo = open_checkpoint(option, file)
     if not isinstance(yolo.model, nn.Module):
-        raise QCError(f"QC: {option}={file} is an exported file; accepted: checkpoints.")
+        raise QCError(f"QC: {option}={file} is a folder or an exported file; accepted: checkpoints.")
     if quantized and not is_quantized(yolo.model):
         raise QCError(f"QC: {option}={file} is not quantized; accepted: checkpoints trained with callbacks=qc.")
     if not quantized and is_quantized(yolo.model):

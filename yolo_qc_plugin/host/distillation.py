@@ -27,11 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from ultralytics.nn.modules import Classify, Detect
-from ultralytics.nn.tasks import BaseModel, load_checkpoint
+from ultralytics.nn.tasks import BaseModel
 
 from ..config import QCError
 from ..quant.layers import is_quantized
 from . import architecture
+from .checkpoints import open_checkpoint
 from .teacher import Teacher, feature_layers
 
 HEAD = -1  # its place among the layers that are watched
@@ -280,7 +281,7 @@ def check_teacher(file: str, student: nn.Module, outputs: bool) -> None:
     Raises:
         QCError: Naming what is wrong and what is accepted.
     """
-    teacher, _ = load_checkpoint(file)
+    teacher = open_checkpoint("distill_model", file).model
     if is_quantized(teacher):
         raise QCError(f"QC: distill_model={file} is quantized; give a float checkpoint.")
     if not outputs:

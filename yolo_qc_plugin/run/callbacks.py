@@ -117,6 +117,7 @@ class QCCallbacks:
         if not trainer.resume:  # a checkpoint has its plan
             self.state.config = with_plan(trainer, model, self.state.config)
         config = self.state.config
+        start.warn_of_options(config)
         injection = inject(model, config, architecture.edge_convs(model), architecture.fixed_convs(model))
         image = architecture.blank_image(model)
         if config.symmetric:
@@ -248,6 +249,10 @@ def add_qc_callbacks(model, config: QCConfig | None = None, **options) -> QCConf
     """
     if config is not None and options:
         raise QCError(f"QC: give config or options, not both (got config and {', '.join(options)}).")
+    if config is not None and not isinstance(config, QCConfig):
+        raise QCError(f"QC: config={config!r} is not accepted; give a QCConfig, or options by name, as bits=4.")
+    if not hasattr(model, "callbacks"):
+        raise QCError(f"QC: model={model!r} is not accepted; give an ultralytics.YOLO object, as YOLO('yolo11n.pt').")
     config = config or QCConfig.from_options(options)
     attach()
     if isinstance(model, BaseTrainer):  # its data set is read, and its on_pretrain_routine_start is over

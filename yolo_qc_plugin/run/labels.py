@@ -48,6 +48,8 @@ def label(
     """
     QCConfig.kinds()["label_confidence"].check("confidence", confidence)
     folder = Path(out or f"{Path(data).resolve().stem}-labelled")
+    if folder.resolve() == Path(data).resolve():
+        raise QCError(f"QC: out={out} is data=; give another folder, to be written to.")
     photographs = read_photographs(data, folder)
     return write_labelled(photographs, Labeller(model, confidence, imgsz, device), folder)
 

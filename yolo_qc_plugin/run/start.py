@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 
 from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
@@ -12,9 +13,10 @@ from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from ..coco.records import COMPARED
-from ..config import QCConfig, QCError
+from ..config import MAX_BITS, QCConfig, QCError
 from ..files import AtomicPath
 from ..host import architecture, compat, log
+from ..host.checkpoints import open_checkpoint
 from ..host.distributed import broadcast_model, from_rank_0
 from ..host.record import own_record
 from ..host.teacher import FILE as TEACHER
@@ -29,6 +31,7 @@ from ..report.page import PAGE
 from ..report.predictions import FILE as PREDICTIONS
 from ..report.runs import RECORD
 from ..report.traces import FILE as TELEMETRY
+from .allocation import BITS_OF_INPUTS
 from .validation import training_images, validate
 
 DEVICES = "cpu", "cuda"  # torch.segment_reduce and FP64 are missing elsewhere
@@ -60,11 +63,31 @@ def check_arguments(trainer: BaseTrainer, config: QCConfig) -> None:
             f"QC: compile={args.compile!r} does not work with quantizers: torch.compile cannot trace what layers "
             "do for backward. Quantizers are compiled by themselves; accepted: compile=False."
         )
+    taught = config.teacher == "start" or args.distill_model
+    drawn = config.distill_outputs or (config.distill_features and not args.distill_model)
+    if not config.label_weight and not (taught and drawn):
+        raise QCError(
+            "QC: label_weight=0.0 leaves nothing to learn from with teacher='off', or with distill_outputs=0 and "
+            "distill_features=0; give a label_weight above 0, or a teacher."
+        )
     if not args.resume and str(args.model).endswith(".pt") and is_quantized(load_checkpoint(args.model)[0]):
         raise QCError(
             f"QC: model={args.model} is already quantized. Start callbacks=qc from a float checkpoint, or train "
             "it without callbacks=qc."
         )
+
+
+def warn_of_options(config: QCConfig) -> None:
+    """Say which options cost accuracy and bring nothing on the target that is named."""
+    if config.runs_on.fills.get("act_bits") != MAX_BITS:
+        return
+    if config.body_bits[1] < MAX_BITS or (config.budget and config.budget.endswith(BITS_OF_INPUTS)):
+        log.warning(
+            f"activations of fewer than {MAX_BITS} bits lose accuracy, and nothing computes them faster with "
+            f"target={config.target!r}: leave act_bits out, and give a budget of the file, as 102%size"
+        )
+    if config.output_bits is None and "output_bits" not in config.runs_on.bears:
+        log.warning(f"output_bits=None: with target={config.target!r} convolutions are then computed in float, slowly")
 
 
 def check_device(trainer: BaseTrainer) -> None:
@@ -78,6 +101,19 @@ def check_device(trainer: BaseTrainer) -> None:
             f"QC: device={trainer.args.device!r} is not accepted: it lacks operations that quantizers take; give 'cpu' "
             "or the number of a CUDA device."
         )
+
+
+def check_file(model: str) -> None:
+    """Refuse a checkpoint that cannot be read, where opening it would end in a traceback.
+
+    Args:
+        model: As given to a command; what is not a checkpoint that is here passes.
+
+    Raises:
+        QCError: Naming it.
+    """
+    if model.endswith(".pt") and Path(model).is_file():
+        open_checkpoint("model", model)
 
 
 def check_model(model: nn.Module) -> None:
@@ -112,6 +148,12 @@ def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> Teacher | None:
     record = own_record(model)
     record.float_metrics = validate(trainer, float_model, config.coco_eval)
     fitness = from_rank_0(record.float_metrics["fitness"])  # the other ranks measure nothing
+    if teacher and fitness < MIN_FITNESS and not config.label_weight:
+        raise QCError(
+            f"QC: label_weight=0.0 needs a teacher, and model={trainer.args.model} has a fitness of {fitness:.3f} on "
+            f"data={trainer.args.data}, under {MIN_FITNESS}; give a label_weight above 0, or a start that knows the "
+            "classes."
+        )
     if teacher and fitness < MIN_FITNESS:
         log.info(f"the start is no teacher: its fitness is {fitness:.3f}, under {MIN_FITNESS}")
         teacher = None

@@ -58,6 +58,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[QCConfig | dict | None, l
             "QC: callbacks=qc applies to 'yolo train' and 'yolo export'; val, predict and track open a checkpoint of "
             "ours without it."
         )
+    keys = {argument.lstrip("-").partition("=")[0] for argument in rest}
+    if bare := sorted(keys & {f.name for f in fields(QCConfig)}):
+        raise QCError(f"QC: {', '.join(bare)} is no argument of `yolo`; give {', '.join(OPTION + k for k in bare)}.")
     return QCConfig.from_options(options), rest
 
 
@@ -86,7 +89,7 @@ def wrap_entrypoint(module) -> None:
             if config is None:
                 run()
             else:
-                _with_callbacks(config, run)
+                _with_callbacks(config, rest, run)
         except QCError as e:
             raise SystemExit(str(e)) from None
 
@@ -94,13 +97,16 @@ def wrap_entrypoint(module) -> None:
     module.entrypoint = entrypoint
 
 
-def _with_callbacks(options: QCConfig | dict, command) -> None:
+def _with_callbacks(options: QCConfig | dict, arguments: Sequence[str], command) -> None:
     """Run a command with the plugin's callbacks among Ultralytics' default ones, which its YOLO object starts with."""
     from ultralytics.utils.callbacks.base import default_callbacks
 
     from ..run.callbacks import QCCallbacks, attach
     from ..run.export import export_events
+    from ..run.start import check_file
 
+    if isinstance(options, QCConfig):
+        check_file(next((a.partition("=")[2] for a in arguments if a.lstrip("-").startswith("model=")), ""))
     attach()
     events = QCCallbacks(options).events() if isinstance(options, QCConfig) else export_events(**options)
     before = {event: default_callbacks.get(event) for event in events}

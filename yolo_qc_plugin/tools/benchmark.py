@@ -26,7 +26,7 @@ from ..quant.layers import quant_convs
 from ..report.console import in_short
 from ..report.record import figures_of
 from .accuracy import MAIN_FIGURES
-from .evaluate import validate
+from .evaluate import check_data, validate
 from .exports import FP32, File, files_of
 from .latency import RUNTIMES, TURN, Runtime, cpu_name, integer_convolutions, measure
 from .running import computed_by, on_runtime
@@ -77,8 +77,10 @@ def benchmark(
         )
     if hasattr(yolo.model, "end2end"):
         yolo.model.end2end = False  # the head that exports have
-    if repeats < 1:
-        raise QCError(f"QC: repeats={repeats} is not accepted; give a whole number of at least 1.")
+    for name, count in {"repeats": repeats, "threads": 1 if threads is None else threads}.items():
+        if count < 1:
+            raise QCError(f"QC: {name}={count} is not accepted; give a whole number of at least 1.")
+    check_data(yolo.task, data)
     sides = check_imgsz(imgsz or yolo.overrides.get("imgsz", 640), stride=int(max(yolo.model.stride)), min_dim=2)
     folder = _folder(Path(model), out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -122,7 +122,10 @@ def _open(path: Path) -> Exported:
     if path.suffix not in FORMATS:
         accepted = f"{', '.join(FORMATS)} or {FOLDER}"
         raise QCError(f"QC: file={path} is not accepted; give what `yolo export` writes, ending in {accepted}.")
-    return FORMATS[path.suffix](path)
+    graph = FORMATS[path.suffix](path)
+    if "'nms': True" in graph.metadata.get("args", ""):
+        raise QCError(f"QC: file={path} has nms=True in it, which leaves other outputs; accepted: files without.")
+    return graph
 
 
 def _limit(runtime: str) -> float:

@@ -24,7 +24,7 @@ from ultralytics.utils.checks import check_imgsz
 
 from ..coco.records import COMPARED, Record, all_metrics, in_coco_form, recording
 from ..config import QCError
-from ..host.checkpoints import load_model
+from ..host.checkpoints import open_checkpoint
 
 VALIDATORS = of_boxes.DetectionValidator, of_masks.SegmentationValidator, of_keypoints.PoseValidator
 NAMES = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
@@ -80,7 +80,8 @@ def evaluate(
         task, "segm" or "keypoints"; "images" and "instances", how many were evaluated.
 
     Raises:
-        FileNotFoundError: The model or the data is missing.
+        FileNotFoundError: The data set is missing.
+        QCError: The model is missing or cannot be read, or an argument is not accepted.
         ValueError: The model's task has no such metrics.
     """
     settings = dict(batch=batch, device=device, split=split, conf=conf, iou=iou, max_det=max_det, rect=rect)
@@ -130,6 +131,16 @@ def takes_oblong() -> bool:
     return "tuple" in str(signature(BaseDataset).parameters["imgsz"].annotation)
 
 
+def check_data(task: str, data: str | Path) -> None:
+    """Refuse a folder where Ultralytics wants a data YAML.
+
+    Raises:
+        QCError: Naming it.
+    """
+    if task != "classify" and Path(data).is_dir():
+        raise QCError(f"QC: data={data} is a folder; give a data YAML, as `yolo val` takes it.")
+
+
 def validate(
     yolo: YOLO,
     data: str | Path,
@@ -150,8 +161,12 @@ def validate(
         The validator, with the metrics and the data set of this run.
 
     Raises:
-        QCError: On a size that is not square, where this Ultralytics pads to squares alone.
+        QCError: On a folder in place of a data YAML, on an empty batch, or on a size that is not square, where this
+            Ultralytics pads to squares alone.
     """
+    check_data(yolo.task, data)
+    if arguments.get("batch", 1) < 1:
+        raise QCError(f"QC: batch={arguments['batch']} is not accepted; give a whole number of at least 1.")
     oblong = check_imgsz(list(imgsz), min_dim=2) if isinstance(imgsz, Sequence) else None  # as it rounds one side
     if oblong and not takes_oblong():
         raise QCError(f"QC: imgsz={oblong} is not square, which ultralytics {__version__} cannot validate; update it.")
@@ -190,7 +205,7 @@ def format_table(result: dict[str, Any]) -> str:
 
 def load_scored(model: str | Path | YOLO) -> YOLO:
     """The model, if pycocotools has metrics of what it predicts."""
-    yolo = model if isinstance(model, YOLO) else load_model(model)
+    yolo = model if isinstance(model, YOLO) else open_checkpoint("model", model)
     if yolo.task_map[yolo.task]["validator"] not in VALIDATORS:
         kind, tasks = f"{type(yolo).__name__} of task '{yolo.task}'", ", ".join(COMPARED)
         raise ValueError(f"model '{model}' is a {kind}; pycocotools has metrics for YOLO models of the tasks {tasks}")

@@ -71,7 +71,7 @@ class ExportedOpenVINO(ExportedWhole):
     def _load(self) -> dict[str, Any]:
         import openvino
 
-        self.model = openvino.Core().read_model(next(self.path.glob("*.xml")))
+        self.model = openvino.Core().read_model(next(self.path.glob("*.xml"), self.path / "model.xml"))
         for node in self.model.get_ops():
             name = node.get_friendly_name()
             if node.get_type_name() != "Constant" or MARK not in name:

@@ -19,6 +19,7 @@ from ..report.costs import FILE, draw_costs
 from ..report.pictures import STYLE, save
 from ..run.sensitivity import IMAGES, measure, prepare, size_for
 
+LEAST_SIZE = 32  # px, the largest stride
 SHOWN = 10  # layers in the text
 
 
@@ -56,6 +57,8 @@ def sensitivity(
         raise QCError(f"QC: bits={list(bits)} is not accepted; give whole numbers from {MIN_BITS} to {MAX_BITS}.")
     if images < 1:
         raise QCError(f"QC: images={images} is not accepted; give a whole number of at least 1.")
+    if imgsz is not None and imgsz < LEAST_SIZE:
+        raise QCError(f"QC: imgsz={imgsz} is not accepted; give a whole number of at least {LEAST_SIZE}.")
     yolo = open_checkpoint("model", model)
     architecture.check_model(yolo.model)
     if is_quantized(yolo.model):
