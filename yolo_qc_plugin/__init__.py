@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 # public name -> module that defines it; none is named as its module, which would hide it once imported
 _PUBLIC = {
