@@ -131,27 +131,38 @@ def correct_and_choose(
         else:
             shutil.copyfile(qat, temporary)
             model, _ = load_checkpoint(qat, device=trainer.device)
-        images = (trainer.validator.preprocess(batch)["img"].float() for batch in trainer.test_loader)
-        folder = trainer.save_dir / "qc"
-        oscillating: dict[str, float] = {}
-        with log.naming_what_fails("oscillation"):
-            oscillating = shares_at_the_end(folder)
-        report = build_report(model, config, metrics, kept, images, oscillating, trainer.args.imgsz)
-        report["training"] = origin(trainer, model, command)
-        report["rounding"] = rounding
-        if config.budget:
-            report["budget"] = outcome(folder, report["metrics"], kept, trainer.ema.updates)
-        path = write_report(report, folder)
+        report = record_run(trainer, config, model, metrics, kept)
+        report |= {"training": origin(trainer, model, command), "rounding": rounding}
+        path = write_report(report, trainer.save_dir / "qc")
         add_row(trainer)
+    tell(trainer, report, path)
+    return report
+
+
+def record_run(trainer: BaseTrainer, config: QCConfig, model: nn.Module, metrics: dict, kept: str) -> dict:
+    """The report of a run: what `build_report` makes of the model that it kept, and what became of a budget."""
+    folder = trainer.save_dir / "qc"
+    images = (trainer.validator.preprocess(batch)["img"].float() for batch in trainer.test_loader)
+    oscillating: dict[str, float] = {}
+    with log.naming_what_fails("oscillation"):
+        oscillating = shares_at_the_end(folder)
+    report = build_report(model, config, metrics, kept, images, oscillating, trainer.args.imgsz)
+    if config.budget:
+        report["budget"] = outcome(folder, report["metrics"], kept, trainer.ema.updates)
+    return report
+
+
+def tell(trainer: BaseTrainer, report: dict, path: Path) -> None:
+    """Print the report, which is in the file `path`, in short, and write what is read in place of it."""
+    folder = path.parent
     LOGGER.info(f"\n{summary(report, worst=trainer.args.verbose)}")
-    log.info(f"best.pt holds the {kept.upper()} model, record in {path}")
+    log.info(f"best.pt holds the {report['kept'].upper()} model, record in {path}")
     with log.naming_what_fails(TABLE):
         log.info(f"every layer is in {write_table(report, folder)}")
     with log.naming_what_fails(CARD):
         log.info(f"what to tell where the model is published is in {write_card(report, trainer.wdir, folder)}")
     if report.get("budget"):
         log.info(format_outcome(report["budget"]))
-    return report
 
 
 def origin(trainer: BaseTrainer, model: nn.Module, command: str) -> dict:
