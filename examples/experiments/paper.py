@@ -121,12 +121,13 @@ def main_figure(files: list[dict]) -> tuple[str, str]:
 def header(title: str, name: str, files: list[dict]) -> list[str]:
     """The head of a table: what was run on what."""
     one, images = files[0], files[0]["images"]
+    steps = " or ".join(dict.fromkeys(str(run["steps"]) for run in files if "steps" in run))
     of = " AP is that of masks." if main_figure(files)[1] == "AP of masks" else ""
     return [
         f"## {title}: {name}",
         "",
         f"{one['model']} from {one['weights']} on {one['data']}, {images['train']} training and {images['val']} "
-        f"validation images, {one['steps']} optimizer steps a run. " + " ".join(conditions(files)) + of,
+        f"validation images, {steps} optimizer steps a run. " + " ".join(conditions(files)) + of,
         "",
     ]
 
