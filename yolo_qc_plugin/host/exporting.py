@@ -58,8 +58,8 @@ def prepare_export(exporter: Any, model: nn.Module) -> str | None:
         raise QCError("QC: nms=False puts a top-k into the graph, which format='litert' cannot carry; leave it out.")
     if args.quantize not in {None, 32}:
         raise QCError(
-            f"QC: quantize={args.quantize!r} (half=True is 16, int8=True 8) would quantize this model a second time; "
-            "leave it out. Its own widths are exported; callbacks=qc qc_onnx=... chooses the ONNX container."
+            f"QC: quantize={args.quantize!r} would quantize this model a second time; leave it out (half=True is 16, "
+            "int8=True is 8). Its own widths are exported; callbacks=qc qc_onnx=... chooses the ONNX container."
         )
     if kind:
         check_kind(kind, args.opset)
