@@ -56,8 +56,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 class QCConfig:
     """What to quantize, how to average, how to correct.
 
-    docs/results/defaults.md records how most defaults were chosen. `rounding`, `per_channel`, `scale_lr` and
-    `distill_features` have been set since, by trials on photographs of COCO that no page records yet.
+    docs/results/defaults.md records how most defaults were chosen. `rounding`, `per_channel`, `relative_steps`,
+    `scale_lr`, `bn_freeze` and `distill_features` have been set since, on photographs of COCO: the last table of
+    docs/results/coco.md changes each alone.
 
     Args:
         target: What the model is to run on: "cpu", "openvino", "tensorrt", "litert" or "fpga". `from_options` fills the

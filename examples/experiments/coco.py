@@ -201,7 +201,8 @@ def against_the_first(title: str, made: list[Cell], name: str, content: dict) ->
     ]
     for cell, found in runs.items():
         if found:
-            columns = [mean_and_spread(points(found, state, "ap").values() or [0]) for state in ("qat", "qc")]
+            of = [points(found, state, "ap").values() for state in ("qat", "qc")]
+            columns = [mean_and_spread(values) if values else "" for values in of]  # a cell may go without QC
             loss = statistics.mean(run["metrics"]["qat"]["agreement"] for run in found.values())
             pair = (cell, "qat"), (first, "qat")
             apart = content.get("differences", {}).get(label(*pair), {})
