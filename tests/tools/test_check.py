@@ -141,8 +141,9 @@ def test_without_an_object_accuracy_is_not_compared(trained, digits, tmp_path, c
     )
     assert main(["check", f"model={checkpoint}", f"file={file}", f"data={data}", "images=0"]) == 1
     assert "images=0 is not accepted" in capsys.readouterr().err
-    assert main(["check", f"model={checkpoint}", f"file={file}", f"data={bare}"]) == 1
-    assert f"data={bare} is a folder; give a data YAML" in capsys.readouterr().err
+    assert main(["check", f"model={checkpoint}", f"file={file}", f"data={bare / 'images'}"]) == 1
+    assert f"data={bare / 'images'} is a folder; give a data YAML" in capsys.readouterr().err
+    assert main(["check", f"model={checkpoint}", f"file={file}", f"data={bare}", "images=1"]) == 0  # with a YAML in it
 
 
 @pytest.mark.skipif(not takes_oblong(), reason="this Ultralytics cannot validate an oblong file")

@@ -25,6 +25,7 @@ from ultralytics.utils.checks import check_imgsz
 from ..coco.records import COMPARED, Record, all_metrics, in_coco_form, recording
 from ..config import QCError
 from ..host.checkpoints import open_checkpoint
+from ..host.photographs import is_plain_folder
 
 VALIDATORS = of_boxes.DetectionValidator, of_masks.SegmentationValidator, of_keypoints.PoseValidator
 NAMES = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints"}
@@ -132,12 +133,12 @@ def takes_oblong() -> bool:
 
 
 def check_data(task: str, data: str | Path) -> None:
-    """Refuse a folder where Ultralytics wants a data YAML.
+    """Refuse a folder without the data YAML that Ultralytics wants; it takes one that has it.
 
     Raises:
         QCError: Naming it.
     """
-    if task != "classify" and Path(data).is_dir():
+    if task != "classify" and is_plain_folder(data):
         raise QCError(f"QC: data={data} is a folder; give a data YAML, as `yolo val` takes it.")
 
 
