@@ -57,8 +57,8 @@ class QCConfig:
     """What to quantize, how to average, how to correct.
 
     docs/results/defaults.md records how most defaults were chosen. `rounding`, `per_channel`, `relative_steps`,
-    `scale_lr`, `bn_freeze` and `distill_features` have been set since, on photographs of COCO: the last table of
-    docs/results/coco.md changes each alone.
+    `scale_lr`, `bn_freeze` and `distill_features` have been set since, on photographs of COCO: "One default changed at
+    a time" in docs/results/coco.md has each against what it was.
 
     Args:
         target: What the model is to run on: "cpu", "openvino", "tensorrt", "litert" or "fpga". `from_options` fills the

@@ -92,14 +92,11 @@ LABELS = {  # of photographs that have none, at W4A4
     **{f"labels-{c}": {"labels": "teacher", "label_confidence": c} for c in (0.1, 0.25, 0.5, 0.7)},
 }
 
-UNIFORM = {
-    **{width: RECIPE[width] for width in TRAINED},
-    "W3A8": {"weight_bits": 3, "act_bits": 8},
-    "W7A8": {"weight_bits": 7, "act_bits": 8},  # what bits=8 means on a CPU
-}
+SIZES = {**{width: RECIPE[width] for width in TRAINED}, "W3A8": {"weight_bits": 3, "act_bits": 8}}  # of budgets
+UNIFORM = {**SIZES, "W7A8": {"weight_bits": 7, "act_bits": 8}}  # the last is what bits=8 means on a CPU
 # cell -> the uniform width, options beside its own; the target has two widths to choose from
 PLANS = {
-    **{f"budget-{width}": (width, {"budget": "100%size"}) for width in UNIFORM},
+    **{f"budget-{width}": (width, {"budget": "100%size"}) for width in SIZES},
     **{f"budget-{width}-ops": (width, {"budget": "100%ops"}) for width in ("W4A4", "W3A3")},
     **{f"budget-{width}-90%": (width, {"budget": "90%size"}) for width in ("W4A8", "W4A4")},
     "budget-W4A8-102%": ("W4A8", {"budget": "102%size", "target": "cpu"}),

@@ -148,13 +148,13 @@ def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> Teacher | None:
     record = own_record(model)
     record.float_metrics = validate(trainer, float_model, config.coco_eval)
     fitness = from_rank_0(record.float_metrics["fitness"])  # the other ranks measure nothing
-    if teacher and fitness < MIN_FITNESS and not config.label_weight:
-        raise QCError(
-            f"QC: label_weight=0.0 needs a teacher, and model={trainer.args.model} has a fitness of {fitness:.3f} on "
-            f"data={trainer.args.data}, under {MIN_FITNESS}; give a label_weight above 0, or a start that knows the "
-            "classes."
-        )
     if teacher and fitness < MIN_FITNESS:
+        if not config.label_weight:
+            raise QCError(
+                f"QC: label_weight=0.0 needs a teacher, and model={trainer.args.model} has a fitness of {fitness:.3f} "
+                f"on data={trainer.args.data}, under {MIN_FITNESS}; give a label_weight above 0, or a start that knows "
+                "the classes."
+            )
         log.info(f"the start is no teacher: its fitness is {fitness:.3f}, under {MIN_FITNESS}")
         teacher = None
     if RANK in {-1, 0}:
