@@ -182,28 +182,20 @@ def measure(model: str, args: argparse.Namespace, data: Path, work: Path) -> dic
 
 def take_turns(model: str, args: argparse.Namespace, data: Path, work: Path, title: str) -> dict[str, dict]:
     """Variant -> "turns", ms of each step in each turn, "mb" and "resident", of a process each that did not fail."""
+    begun = {variant: begin(variant, model, args, data, work) for variant in args.variants}  # all at once
     running = {}
-    for variant in args.variants:
-        command = [sys.executable, __file__, "--variant", variant, "--models", model, "--data", str(data)]
-        command += ["--work", str(work / Path(model).stem)]
-        for key in ("imgsz", "batch", "threads", "turn", "device", "clock"):
-            command += [f"--{key}", str(getattr(args, key))]
-        env = {**os.environ, "YOLO_QC_COMPILE": str(int("eager" not in variant)), "OMP_WAIT_POLICY": "passive"}
-        log = (work / f"{Path(model).stem}-{variant}.log").open("w")
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env, bufsize=1
-        )
+    for variant, process in begun.items():
         if process.stdout.readline().strip() == "ready":
             running[variant] = process
         else:
-            print(f"{title}: {variant} did not start: {last_line(log.name)}", flush=True)
+            print(f"{title}: {variant} did not start: {last_line(log_of(variant, model, work))}", flush=True)
     found = {v: {"turns": []} for v in running}
     for turn in range(args.turns + 1):
         for variant, process in list(running.items()):
             process.stdin.write("go\n")
             answer = process.stdout.readline()
             if not answer:
-                reason = last_line(work / f"{Path(model).stem}-{variant}.log")
+                reason = last_line(log_of(variant, model, work))
                 print(f"{title}: {variant} ended early ({process.wait()}), left out: {reason}", flush=True)
                 del running[variant], found[variant]
             elif turn:  # the first compiles
@@ -215,6 +207,24 @@ def take_turns(model: str, args: argparse.Namespace, data: Path, work: Path, tit
         found[variant]["mb"] = json.loads(process.stdout.readline())
         process.wait()
     return found
+
+
+def begin(variant: str, model: str, args: argparse.Namespace, data: Path, work: Path) -> subprocess.Popen:
+    """Start the process of a variant."""
+    command = [sys.executable, __file__, "--variant", variant, "--models", model, "--data", str(data)]
+    command += ["--work", str(work / Path(model).stem)]
+    for key in ("imgsz", "batch", "threads", "turn", "device", "clock"):
+        command += [f"--{key}", str(getattr(args, key))]
+    env = {**os.environ, "YOLO_QC_COMPILE": str(int("eager" not in variant)), "OMP_WAIT_POLICY": "passive"}
+    with log_of(variant, model, work).open("w") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env, bufsize=1
+        )
+
+
+def log_of(variant: str, model: str, work: Path) -> Path:
+    """What the process of a variant says."""
+    return work / f"{Path(model).stem}-{variant}.log"
 
 
 def last_line(log: str | Path) -> str:
