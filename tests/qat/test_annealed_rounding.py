@@ -135,8 +135,8 @@ def test_a_run_anneals_then_rounds(train, monkeypatch):
 
     seen, best = [], []
     hand_out, hard = AnnealedRounding.hand_out, TrainedWeights.hand_out
-    monkeypatch.setattr(AnnealedRounding, "hand_out", lambda self, t: seen.append(t) or hand_out(self, t))
-    monkeypatch.setattr(TrainedWeights, "hand_out", lambda self: seen.append(None) or hard(self))
+    monkeypatch.setattr(AnnealedRounding, "hand_out", lambda self, t, _: seen.append(t) or hand_out(self, t))
+    monkeypatch.setattr(TrainedWeights, "hand_out", lambda self, _: seen.append(None) or hard(self))
     train(
         {"rounding": "annealed"},
         {

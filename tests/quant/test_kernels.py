@@ -340,6 +340,12 @@ for size in (6e-8, 3e4):  # FP16's smallest number and nearly its largest, of on
     _, by_scale, by_offset = gpu.backward(grad, x, scale, offset, 0, 15, 0.25)
     for found, wanted in ((by_scale, grad.double() * factor), (by_offset, grad.double() * ~inside)):
         torch.testing.assert_close(found.double(), wanted.sum().view(1) * 0.25, rtol=5e-3, atol=0)
+blocks = gpu.PARTS + 3
+x, grad = torch.randn(blocks * gpu.BLOCK - 5), torch.randint(1, 4, (blocks * gpu.BLOCK - 5,)).float()
+for _ in range(2):  # the second finds the counts as the first has left them
+    _, by_scale, by_offset = gpu.backward(grad, x, torch.tensor([0.1]), None, -8, 7, 1.0)
+inside = (x / 0.1 > -8) & (x / 0.1 < 7)
+assert (by_offset - (grad * ~inside).double().sum()).abs() < 1
 print("all equal")
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.modules import DFL, Classify, Conv, Conv2, ConvTranspose, Detect, Proto, RepConv
 from ultralytics.nn.modules.block import RepVGGDW
 from ultralytics.nn.tasks import BaseModel, ClassificationModel, DetectionModel, OBBModel, PoseModel, SegmentationModel
@@ -114,6 +115,15 @@ def run_blocks(model: BaseModel, outputs: list, stop: int | None = None) -> list
 def loss_is_summed(task: str) -> bool:
     """Whether Ultralytics' training loss of a task is summed over a batch's images; a classifier's is their mean."""
     return task != "classify"
+
+
+def amp_dtype(trainer: BaseTrainer) -> torch.dtype | None:
+    """What convolutions compute in under mixed precision, None without it; known once the trainer is set up."""
+    if not trainer.amp:
+        return None
+    if trainer.args.amp == "bf16":
+        return torch.bfloat16
+    return trainer.amp if isinstance(trainer.amp, torch.dtype) else torch.get_autocast_dtype(trainer.device.type)
 
 
 def task_of(model: nn.Module) -> str:

@@ -45,7 +45,6 @@ CALLED = {
     (TQDM, "__init__"): ["iterable", "total"],
     (TQDM, "set_description"): [],
     (TQDM, "update"): [],
-    (torch_utils, "autocast"): ["enabled", "device"],
     (torch_utils, "unwrap_model"): [],
     (torch_utils, "fuse_conv_and_bn"): ["conv", "bn"],
     (torch_utils, "fuse_deconv_and_bn"): ["deconv", "bn"],

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from ..quant import kernels, native
-from ..quant.functional import widen
 from .prepare import TrainedWeights
 
 START, END = 0.4, 0.001  # temperature at the beginning, and when rounding becomes hard
@@ -44,42 +43,40 @@ class AnnealedRounding:
     """
 
     def __init__(self, weights: TrainedWeights):
-        self.weights, self.convs = weights, weights.convs
+        self.weights = weights
 
-    def hand_out(self, temperature: float) -> tuple[Tensor, ...]:
+    def hand_out(self, temperature: float, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """Give each convolution `what` of the formula, with gradients by its weight and its scale.
 
         A gradient by a scale is multiplied by LSQ's gradient scale, as that of hard rounding is.
 
         Args:
             temperature: T, above 0.
+            dtype: As of `TrainedWeights.hand_out`.
 
         Returns:
             The weights.
         """
-        scales = [conv.weight_quant.scale for conv in self.convs]
-        found = _Annealed.apply(self.weights, temperature, *(conv.weight for conv in self.convs), *scales)
-        for conv, value in zip(self.convs, found):
-            conv.given_weight = value
-        return found
+        layers = self.weights
+        return layers.give(_Annealed.apply(layers, temperature, dtype, *layers.weights, *layers.scales))
 
 
 class _Annealed(torch.autograd.Function):
     """Layer by layer in C, or all in one flat buffer: some twenty operations, whatever the number of layers."""
 
     @staticmethod
-    def forward(ctx, layers, temperature, *tensors):
+    def forward(ctx, layers, temperature, dtype, *tensors):
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)  # a weight that nothing used gets no gradient
         ctx.layers, ctx.temperature = layers, temperature
         n = len(layers.convs)
-        ctx.by_c = kernels.by_c(tensors[:n], tensors[n:])
+        weights, scales = tensors[:n], tensors[n:]
+        ctx.by_c = dtype is None and kernels.by_c(weights, scales)
         if ctx.by_c:
-            grids = _grids(layers, temperature)
-            return tuple(native.anneal(w, s, *grid) for w, s, grid in zip(tensors, tensors[n:], grids))
-        position, scale = layers.positions(tensors[:n], tensors[n:])
-        value, _ = _steps(layers.clip_(position), temperature)
-        return tuple(part.to(w.dtype) for part, w in zip(layers.by_layer(value.mul_(scale)), tensors))
+            return tuple(native.anneal(w, s, *grid) for w, s, grid in zip(weights, scales, _grids(layers, temperature)))
+        ctx.positions = layers.positions()
+        value, _ = _steps(layers.clip_(ctx.positions.clone()), temperature)
+        return layers.values(value, scales, dtype)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -91,19 +88,14 @@ class _Annealed(torch.autograd.Function):
                 if g is not None:
                     arguments = kernels.in_order_of(w, g), w, s, *grid, layers.quants[i].grad_scale(w)
                     found[i], found[n + i] = native.anneal_backward(*arguments)
-            return None, None, *found
-        position, _ = layers.positions(weights, scales)
+            return None, None, None, *found
+        grad, position = layers.gradients(grads), ctx.positions
         clipped = layers.clip_(position.clone())
-        grad = layers.join(widen(torch.zeros_like(w) if g is None else g) for g, w in zip(grads, weights))
         value, soft = _steps(clipped, ctx.temperature)
         slope = (1 - soft.square_()).div_(4 * ctx.temperature * _top(ctx.temperature))
         by_weight = slope.mul_(position == clipped).mul_(grad)
-        by_scale = value.mul_(grad).sub_(position.mul_(by_weight))
-        rows = list(layers.sums(by_scale).split([s.numel() for s in scales]))
-        torch._foreach_mul_(rows, [q.grad_scale(w) for q, w in zip(layers.quants, weights)])
-        used = [g is not None for g in grads]
-        by_weights = [part.to(w.dtype) for part, w in zip(layers.by_layer(by_weight), weights)]
-        return None, None, *(g if u else None for g, u in zip([*by_weights, *rows], used * 2))
+        by_scale = value.mul_(grad).sub_(position * by_weight)
+        return None, None, None, *layers.by_parameter(grads, by_weight, by_scale)
 
 
 def _grids(layers: TrainedWeights, temperature: float) -> list[tuple[int, int, float, float]]:

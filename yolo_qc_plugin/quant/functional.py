@@ -267,8 +267,9 @@ class _FakeQuantizeOfSiLU(torch.autograd.Function):
         if found is None:
             by_x, *sums = gradients(grad, nn.functional.silu(u), scale, offset, *ctx.grid)
             found = torch.ops.aten.silu_backward(by_x, u), *sums
-        by_u, *sums = (g if need else None for g, need in zip(found, (ctx.needs_input_grad[i] for i in (0, 2, 3))))
-        return by_u, None, *sums, None, None, None
+        by_u, by_scale, by_offset = found  # u has a gradient, or it would not have made a node
+        _, _, of_scale, of_offset, *_ = ctx.needs_input_grad
+        return by_u, None, by_scale if of_scale else None, by_offset if of_offset else None, None, None, None
 
 
 class _QuantizedSiLU(torch.autograd.Function):

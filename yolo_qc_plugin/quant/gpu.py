@@ -3,7 +3,8 @@
 
 Values and gradients by x are those of separate operations, bit for bit but for the sign of a zero: division is rounded
 correctly, and no product is joined with a sum. Sums by scale and offset are taken in a fixed order. torch.compile would
-make the same passes, but a call of what it makes takes longer than the kernel, of which a step has some two hundred.
+make the same passes, but a call of what it makes takes longer than the kernel, of which a step has some hundred and
+fifty: where a step is small, or the GPU fast, it is the processor that it waits for, and what a launch costs there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ except ImportError:  # as beside a CPU's PyTorch
     triton = None
 
 BLOCK = 4096  # elements of a program
+PARTS = 1024  # parts of a sum that are read at once
 WARPS = 8
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 
@@ -64,12 +66,13 @@ def backward(
     """
     grid, columns = _grid(x, scale)
     by_x = torch.empty_like(x)
-    parts = torch.empty(2, scale.numel(), grid[0], dtype=torch.float32, device=x.device)
+    sums = torch.empty(2, grid[1], dtype=torch.float32, device=x.device)
+    parts, counts = _workspace(x.device, _stream(x.device), *_powers_of_two(grid))
     shift = _no_offset(scale) if offset is None else offset
-    tensors = grad, x, by_x, parts, scale, shift
+    tensors = grad, x, by_x, sums, parts, counts, scale, shift
     kernel = _silu_backward if silu else _backward
     _launch(kernel, grid, tensors, columns, float(quant_min), float(quant_max), float(grad_scale))
-    by_scale, by_offset = parts.sum(2)
+    by_scale, by_offset = sums.unbind()
     return by_x, by_scale, by_offset
 
 
@@ -89,6 +92,25 @@ def _no_offset(scale: Tensor) -> Tensor:
     return _zeros(scale.numel(), scale.device)
 
 
+def _stream(device: torch.device) -> int:
+    """The stream that a kernel is launched on."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def _powers_of_two(grid: tuple[int, int, int]) -> tuple[int, int]:
+    """Parts and rows of a grid, enlarged so that few numbers of them occur."""
+    return 1 << (2 * grid[0] * grid[1] - 1).bit_length(), 1 << (grid[1] - 1).bit_length()
+
+
+@cache
+def _workspace(device: torch.device, stream: int, parts: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Memory for the programs' parts of the sums, and counts of programs that are done, which each kernel leaves at 0.
+
+    All kernels of a stream share it, as one begins when the other has ended.
+    """
+    return torch.empty(parts, device=device), torch.zeros(rows, dtype=torch.int32, device=device)
+
+
 _compiled: dict[tuple, Any] = {}  # kernel, device and what Triton compiles anew for -> what it has compiled
 
 
@@ -97,12 +119,17 @@ def _launch(
 ) -> None:
     """Launch a kernel; once it is compiled without asking Triton, which takes longer than the kernel.
 
-    Compiled anew is for dtypes, and for pointers and integers that are multiples of 16 or not.
+    Compiled anew is for dtypes, and for pointers and integers that are multiples of 16 or not. What is called then is
+    what Triton calls (`JITFunction.run`, from 3.0 to 3.8), with numbers in place of tensors, whose memory it would ask
+    the driver about one by one, and without hooks of profilers, whose call costs as much again.
     """
-    aligned = columns % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in tensors)
-    key = kernel, tensors[0].device, tensors[0].dtype, tensors[1].dtype
-    if aligned and (compiled := _compiled.get(key)) and tensors[0].device.index == torch.cuda.current_device():
-        compiled[grid](*tensors, columns, *numbers)
+    pointers = [t.data_ptr() for t in tensors]
+    device = tensors[0].device
+    aligned = not (columns % 16 or any(pointer % 16 for pointer in pointers))
+    key = kernel, device, tensors[0].dtype, tensors[1].dtype
+    if aligned and (compiled := _compiled.get(key)) and device.index == torch.cuda.current_device():
+        function, metadata = compiled.function, compiled.packed_metadata
+        compiled.run(*grid, _stream(device), function, metadata, None, None, None, *pointers, columns, *numbers)
         return
     with torch.cuda.device_of(tensors[0]):
         compiled = kernel[grid](*tensors, columns, *numbers, num_warps=WARPS, enable_fp_fusion=False)
@@ -112,6 +139,7 @@ def _launch(
 
 if triton is not None:
     _BLOCK = tl.constexpr(BLOCK)
+    _PARTS = tl.constexpr(PARTS)
 
     @triton.jit
     def _place(columns):
@@ -142,23 +170,25 @@ if triton is not None:
         tl.store(out + place, value.to(out.dtype.element_ty), mask=there)
 
     @triton.jit
-    def _backward(grad, x, by_x, parts, scales, offsets, columns, low, high, grad_scale):
+    def _backward(grad, x, by_x, sums, parts, counts, scales, offsets, columns, low, high, grad_scale):
         place, there = _place(columns)
         value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
         _gradients(grad, value, 1.0, by_x, parts, scales, offsets, columns, low, high, grad_scale)
+        _sum_up(sums, parts, counts)
 
     @triton.jit
-    def _silu_backward(grad, u, by_u, parts, scales, offsets, columns, low, high, grad_scale):
+    def _silu_backward(grad, u, by_u, sums, parts, counts, scales, offsets, columns, low, high, grad_scale):
         place, there = _place(columns)
         value = tl.load(u + place, mask=there, other=0.0).to(tl.float32)
         sigmoid = 1.0 / (1.0 + tl.exp(-value))
         slope = sigmoid * (1.0 + value * (1.0 - sigmoid))
         value = (value * sigmoid).to(u.dtype.element_ty).to(tl.float32)  # as it was quantized
         _gradients(grad, value, slope, by_u, parts, scales, offsets, columns, low, high, grad_scale)
+        _sum_up(sums, parts, counts)
 
     @triton.jit
     def _gradients(grad, value, slope, by_x, parts, scales, offsets, columns, low, high, grad_scale):
-        """Store the gradients by what `value` was made of, whose derivative by that is `slope`, and the sums."""
+        """Store parts of the sums, and gradients by what `value` was made of, whose derivative by that is `slope`."""
         place, there = _place(columns)
         scale, shift = _scale_and_shift(scales, offsets, low, high)
         g = tl.load(grad + place, mask=there, other=0.0).to(tl.float32)
@@ -170,3 +200,21 @@ if triton is not None:
         tl.store(parts + part, tl.sum(g * tl.where(inside, code - v, code)) * grad_scale)
         part += tl.num_programs(0) * tl.num_programs(1)
         tl.store(parts + part, tl.sum(tl.where(inside, 0.0, g)) * grad_scale)
+
+    @triton.jit
+    def _sum_up(sums, parts, counts):
+        """Have the last program of a row that gets here add up the row's parts, in an order that is always the same.
+
+        The count releases what a program has stored, and acquires what the others have.
+        """
+        row, blocks = tl.program_id(1), tl.num_programs(0)
+        tl.debug_barrier()
+        if tl.atomic_add(counts + row, 1) == blocks - 1:
+            for which in tl.static_range(2):
+                first = parts + (which * tl.num_programs(1) + row) * blocks
+                total = tl.zeros((_PARTS,), tl.float32)
+                for start in range(0, blocks, _PARTS):
+                    part = start + tl.arange(0, _PARTS)
+                    total += tl.load(first + part, mask=part < blocks, other=0.0, cache_modifier=".cg")
+                tl.store(sums + which * tl.num_programs(1) + row, tl.sum(total))
+            tl.store(counts + row, 0)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.utils.torch_utils import unwrap_model
 
 
 class Accumulation:
@@ -38,5 +37,6 @@ class Accumulation:
 
     def settle(self, trainer: BaseTrainer) -> None:
         """Nothing is pending where gradients are gone: after a step, and where an epoch is started again."""
-        if all(p.grad is None for p in unwrap_model(trainer.model).parameters()):
+        groups = trainer.optimizer.param_groups  # the model's own list of them is made anew by walking through it
+        if all(p.grad is None for group in groups for p in group["params"]):
             self.pending = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,7 +13,6 @@ from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, TQDM
-from ultralytics.utils.torch_utils import autocast
 
 from ..config import QCConfig
 from ..deploy.snap import snap
@@ -68,14 +68,14 @@ def train_qc(trainer: BaseTrainer, config: QCConfig, source: Path, teacher: Teac
         model.criterion.updates = trainer.epoch - 1
         model.criterion.update()
 
-    dtype = torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp
+    dtype = architecture.amp_dtype(trainer)
     begun = trainer.scaler.get_scale() if trainer.scaler.is_enabled() else 2.0**16  # what training has come to
-    scaler = torch.amp.GradScaler(trainer.device.type, begun, enabled=trainer.amp and trainer.args.amp != "bf16")
+    scaler = torch.amp.GradScaler(trainer.device.type, begun, enabled=dtype == torch.float16)
     shown: dict = {}
     taught = distillation(trainer, config, model, teacher) if teacher else None
 
     def loss(batch: dict) -> torch.Tensor:
-        with autocast(dtype, device=trainer.device.type):
+        with torch.autocast(trainer.device.type, dtype) if dtype else nullcontext():
             batch = trainer.preprocess_batch(batch)
             if taught:
                 taught.prepare()
@@ -86,7 +86,7 @@ def train_qc(trainer: BaseTrainer, config: QCConfig, source: Path, teacher: Teac
     epochs = (_progress(trainer, epoch, config.correction_epochs, shown) for epoch in range(config.correction_epochs))
     accumulate = max(trainer.world_size, 1)  # batches of one device make one of the run
     steps = config.correction_epochs * math.ceil(len(trainer.train_loader) / accumulate)
-    with weights_quantized_once(model), corrected_in_norms(architecture.output_blocks(model)):
+    with weights_quantized_once(model, dtype), corrected_in_norms(architecture.output_blocks(model)):
         train_correction(parameters, epochs, loss, config.correction_lr, steps, scaler, accumulate)
     model.criterion, model.args = None, record_args
     snap(model)

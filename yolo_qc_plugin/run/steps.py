@@ -114,7 +114,11 @@ class Steps:
             freeze_norms(architecture.student(trainer.model))
         self._batches += 1
         softness = temperature(self._progress) if self._annealed else None
-        quantized = self._annealed.hand_out(softness) if self._annealed and softness else self._weights.hand_out()
+        dtype = None if self._dampening else architecture.amp_dtype(trainer)  # its loss needs all digits
+        if self._annealed and softness:
+            quantized = self._annealed.hand_out(softness, dtype)
+        else:
+            quantized = self._weights.hand_out(dtype)
         if self._dampening:
             self._dampening.prepare(annealed(0.0, self.config.dampening_weight, self._progress), quantized)
         if self.distillation:
