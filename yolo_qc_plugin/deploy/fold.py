@@ -240,6 +240,12 @@ def deploy_conv(conv: QuantConv2d, bn: nn.BatchNorm2d | None, name: str) -> Depl
     return DeployedConv2d(conv, scale, shift, name).train(conv.training).to(device)
 
 
+def deploy_bare(conv: QuantConv2d, name: str) -> nn.Module:
+    """The deployed form of a quantized convolution without a batch norm, and of its output's grid if it has one."""
+    deployed, act = deploy_conv(conv, None, name), conv._modules.get("act")
+    return deployed if act is None else nn.Sequential(deployed, deploy_activation(cast(QuantActivation, act)))
+
+
 def deploy_activation(act: QuantActivation) -> nn.Sequential:
     """The deployed form of an activation with a quantized input."""
     function = act.function
