@@ -32,6 +32,7 @@ _STORED = {
     "Tap": "quant.taps",
     "QuantActivation": "quant.activations",
     "QuantSiLU": "quant.activations",
+    "HeadOutput": "quant.activations",
     "RoundedSiLU": "quant.activations",
     "WideBatchNorm2d": "quant.precision",
     "WideConv2d": "quant.precision",

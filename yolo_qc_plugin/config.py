@@ -68,7 +68,8 @@ class QCConfig:
         weight_bits: Width of weights where it differs from `bits`, 2 to 8.
         act_bits: Width of activations where it differs from `bits`, 2 to 8.
         edge_bits: Width of the first convolution, of the head's bare output convolutions and of the last of mask
-            prototypes, 2 to 8; for the target "openvino" their weights have 7 at most.
+            prototypes, 2 to 8. None: 8, for the targets "cpu" and "openvino" 7 of weights; for "openvino" their weights
+            have 7 at most.
         output_bits: Width of the convolutions' outputs in the finished model, 2 to 8, or None to leave them in float.
             Integer kernels give 8-bit outputs; the grid is set after QAT, before the correction.
         per_channel: One weight scale per output channel instead of one per tensor.
@@ -126,7 +127,7 @@ class QCConfig:
     bits: int = option(4, WIDTH)
     weight_bits: int | None = option(None, or_none(WIDTH, " for `bits`"))
     act_bits: int | None = option(None, or_none(WIDTH, " for `bits`"))
-    edge_bits: int = option(8, WIDTH)
+    edge_bits: int | None = option(None, or_none(WIDTH, " for the usual one"))
     output_bits: int | None = option(8, or_none(WIDTH, " for float"))
     per_channel: bool = option(True, FLAG)
     act_offset: bool = option(True, FLAG)
@@ -183,7 +184,9 @@ class QCConfig:
     @property
     def edge_widths(self) -> tuple[int, int]:
         """(weight bits, activation bits) of an edge that is not named in `layer_bits`."""
-        return min(self.edge_bits, self.runs_on.edge_weights), self.edge_bits
+        if self.edge_bits is None:
+            return self.runs_on.edge_weights, MAX_BITS
+        return min(self.edge_bits, self.runs_on.widest_edge_weights), self.edge_bits
 
     def bits_of(self, name: str, edge: bool) -> tuple[int, int]:
         """(weight bits, activation bits) of a convolution by its name and whether it is an edge."""

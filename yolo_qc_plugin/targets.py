@@ -24,7 +24,8 @@ class Target:
         symmetric: Whether activations are to be signed and symmetric, the inputs of residual sums quantized, and what
             is concatenated on one grid.
         body_weights: The widest weights that `bits` gives to layers other than edges.
-        edge_weights: The widest weights of edges.
+        edge_weights: The width of edges' weights where `edge_bits` is not given.
+        widest_edge_weights: The widest that `edge_bits` gives to them.
         rounded_silu: Whether SiLU is rounded as a whole, not its sigmoid (see `quant.activations`).
     """
 
@@ -37,6 +38,7 @@ class Target:
     symmetric: bool = False
     body_weights: int = MAX_BITS
     edge_weights: int = MAX_BITS
+    widest_edge_weights: int = MAX_BITS
     rounded_silu: bool = False
 
 
@@ -45,8 +47,8 @@ SAME_WORK = "100%ops"
 ANYWHERE = Target({}, onnx="packed", widths=ALL, budget=SAME_WORK)  # where none is named
 TARGETS: dict[str, Target] = {
     # No runtime there computes activations of fewer than 8 bits faster (docs/deployment.md has the sources). Weights of
-    # 8 bits are UINT8 in a file, which OpenVINO computes in float (deploy/qdq.py), so wide layers have 7.
-    "cpu": Target({"per_channel": True, "act_bits": 8}, onnx="packed", widths=(4, 7), body_weights=7),
+    # 8 bits are UINT8 in a file, which OpenVINO computes in float (deploy/qdq.py), so wide layers and edges have 7.
+    "cpu": Target({"per_channel": True, "act_bits": 8}, onnx="packed", widths=(4, 7), body_weights=7, edge_weights=7),
     # It computes a convolution, its output's grid, SiLU and the next grid in one node, of integers where weights have 7
     # bits at most.
     "openvino": Target(
@@ -56,6 +58,7 @@ TARGETS: dict[str, Target] = {
         widths=(4, 7),
         body_weights=7,
         edge_weights=7,
+        widest_edge_weights=7,
         rounded_silu=True,
     ),
     "tensorrt": Target(

@@ -113,7 +113,7 @@ def operation_faults(rows: dict[str, dict]) -> list[str]:
 def time_of_step(gpu: bool, quick: bool, folder: Path) -> dict:
     """Part `step`."""
     models = MODELS[:1] if quick else MODELS
-    asked = dict(imgsz=640, batch=64, threads=8, turn=5, turns=2 if quick else 3, starts=1, device="0", clock="wall")
+    asked = dict(imgsz=640, batch=64, threads=8, turn=12, turns=2 if quick else 4, starts=1, device="0", clock="wall")
     variants = ["float", OURS, TAUGHT, "LSQ+ EMA, no telemetry", "quantize=8"]
     args = argparse.Namespace(models=models, variants=variants, **asked)
     data = compose(folder / "digits", train=2 * args.batch, val=8, imgsz=args.imgsz, seed=0)

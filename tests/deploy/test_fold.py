@@ -125,8 +125,8 @@ def observe(model, x):
     """What a run of a quantized model on x shows of each convolution and of each quantized output.
 
     Returns:
-        Of convolutions by name: input, quantized input, output behind its own batch norm if it has one; of quantized
-        outputs by name: value, quantized value.
+        Of convolutions by name: input, quantized input, output behind its own batch norm if it has one and before its
+        own grid; of quantized outputs by name: value, quantized value.
     """
     convs, acts, hooks = {}, {}, []
 
@@ -147,6 +147,8 @@ def observe(model, x):
     outputs(model, x)
     for hook in hooks:
         hook.remove()
+    for name in convs.keys() & {n.removesuffix(".act") for n in acts}:
+        convs[name]["out"] = acts[f"{name}.act"]["actin"]
     return {n: (s["actin"], s["act"], s["out"]) for n, s in convs.items()}, {
         n: (s["actin"], s["act"]) for n, s in acts.items()
     }
@@ -173,18 +175,21 @@ def check_fuse(model):
     assert not any(isinstance(m, (QuantConv2d, QuantActivation, ActQuantizer)) for m in single.modules())
     modules, codes = dict(single.named_modules()), codes_of(model)
     for name, layer in deployed_convs(single).items():
-        assert modules[name] is layer and layer.weight_codes.dtype == torch.int8
+        assert layer in (modules[name], getattr(modules[name], "conv", None))  # alone, or before its output's grid
+        assert layer.weight_codes.dtype == torch.int8
         assert torch.equal(layer.weight_codes, codes[name])
         assert layer.scale.shape == layer.shift.shape == (layer.out_channels,)
         x, quantized, wanted = convs[name]
         check_quantizer(layer.act_quant, x, quantized)
         assert deviation(layer(quantized), wanted) < SINGLE, name  # values of the grid stand far from thresholds
+    removed = codes.keys() - deployed_convs(single).keys()  # of a head's two branches, if it has two
+    of_removed = {prefix for name in removed for prefix in (f"{name}.act", f"{name.removesuffix('conv')}act")}
     for name, (x, wanted) in acts.items():
-        if name in modules:  # not those of a head that was removed
+        if name not in of_removed:
             check_quantizer(modules[name][0], x, wanted)
             assert type(modules[name][1]) is type(model.get_submodule(name).function)
-    head = f"model.{len(model.model) - 1}."  # one of its two branches goes, if it has two
-    assert all(name.startswith(head) for name in codes.keys() - deployed_convs(single).keys())
+    head = f"model.{len(model.model) - 1}."
+    assert all(name.startswith(head) for name in removed)
     return single
 
 
@@ -323,7 +328,7 @@ def test_the_quantizers_of_a_fused_model_cannot_be_removed():
 
 def test_remove_gives_the_float_model_back_with_quantized_outputs_too():
     plain, model = build("yolov5n.yaml", quantize=False), build("yolov5n.yaml", outputs=True)
-    assert sum(1 for _ in quant_activations(model)) == 69 and remove(model) == 75
+    assert sum(1 for _ in quant_activations(model)) == 75 and remove(model) == 75
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
     assert list(model.state_dict()) == list(plain.state_dict())
     assert torch.equal(outputs(model, images()), outputs(plain, images()))

@@ -13,6 +13,7 @@ The integer codes stay as they are. Batch norm folded into the weight, as for a 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -238,6 +239,14 @@ def deploy_conv(conv: QuantConv2d, bn: nn.BatchNorm2d | None, name: str) -> Depl
         conv, bn = deepcopy(conv).cpu(), bn and deepcopy(bn).cpu()
     scale, shift = (v.to(conv.weight.dtype) for v in fold(conv, bn))
     return DeployedConv2d(conv, scale, shift, name).train(conv.training).to(device)
+
+
+def deploy_bare(conv: QuantConv2d, name: str) -> nn.Module:
+    """The deployed form of a quantized convolution without a batch norm, and of its output's grid if it has one."""
+    deployed, act = deploy_conv(conv, None, name), conv._modules.get("act")
+    if act is None:
+        return deployed
+    return nn.Sequential(OrderedDict(conv=deployed, act=deploy_activation(cast(QuantActivation, act))))
 
 
 def deploy_activation(act: QuantActivation) -> nn.Sequential:

@@ -42,7 +42,8 @@ def snap(model: nn.Module) -> None:
     A model whose outputs are float stays as it is: its values lie anywhere, so that no scale is better than another.
 
     Args:
-        model: Quantized model; blocks whose `act` is a QuantActivation have a convolution `conv` and a batch norm `bn`.
+        model: Quantized model; blocks whose `act` is a QuantActivation are convolutions, or have a convolution `conv`
+            and a batch norm `bn`.
     """
     if not any(True for _ in quant_activations(model)):
         return
@@ -50,7 +51,8 @@ def snap(model: nn.Module) -> None:
         snap_scale(conv.act_quant)
     blocks: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "act", None), QuantActivation)]
     for block in blocks:
-        snap_conv(block.conv, block.bn, block.act)
+        conv, bn = (block, None) if isinstance(block, QuantConv2d) else (block.conv, block.bn)
+        snap_conv(conv, bn, block.act)
 
 
 def snap_scale(quant: ActQuantizer) -> None:
@@ -63,7 +65,7 @@ def snap_scale(quant: ActQuantizer) -> None:
         quant.offset.copy_(-zero_point * quant.scale)
 
 
-def snap_conv(conv: QuantConv2d, bn: nn.BatchNorm2d, act: QuantActivation) -> None:
+def snap_conv(conv: QuantConv2d, bn: nn.BatchNorm2d | None, act: QuantActivation) -> None:
     """Snap a convolution's multipliers and biases, in place.
 
     The correction takes that up (one is made where there is none), as it stays FP32 in checkpoints.
@@ -80,7 +82,9 @@ def snap_conv(conv: QuantConv2d, bn: nn.BatchNorm2d, act: QuantActivation) -> No
 
     scale, shift = fold(conv, bn)
     unit = conv.act_quant.scale.double() * scale
-    change = (torch.round(shift / unit) * unit - shift) / batch_norm_scale(bn)
+    change = torch.round(shift / unit) * unit - shift
+    if bn is not None:
+        change /= batch_norm_scale(bn)
     conv.correction.beta.add_(torch.where(change.isfinite(), change, 0.0))
 
 

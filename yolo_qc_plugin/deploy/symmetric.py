@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from ..config import QCError
-from ..quant.activations import quant_activations
+from ..quant.activations import HeadOutput, quant_activations
 from ..quant.layers import quant_convs
 from .fold import FixedQuantizer, deployed_convs
 
@@ -22,10 +22,14 @@ def obstacles(model: nn.Module) -> Iterator[str]:
             yield f"the input of {name} has codes from {low} to {high} around its zero point"
         if codes.min() < -INT8_MAX:
             yield f"the weight of {name} has the code {INT8_MIN}"
-    for name, _ in quant_activations(model):
-        yield f"the input of the activation function {name} is quantized"
+    outputs = {name: act.act for name, act in quant_activations(model)}
     for name, m in model.named_modules():
         if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], FixedQuantizer):
+            outputs[name] = m[1]
+    for name, function in outputs.items():
+        if isinstance(function, HeadOutput):
+            yield f"the output of {name.rpartition('.')[0]} is quantized"
+        else:
             yield f"the input of the activation function {name} is quantized"
 
 

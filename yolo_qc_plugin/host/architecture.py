@@ -12,13 +12,15 @@ from ultralytics.nn.tasks import BaseModel, ClassificationModel, DetectionModel,
 from ultralytics.utils.torch_utils import fuse_conv_and_bn, fuse_deconv_and_bn, unwrap_model
 
 from ..config import QCError
-from ..deploy.fold import FixedQuantizer, deploy_activation, deploy_conv
-from ..quant.activations import quant_activations
+from ..deploy.fold import FixedQuantizer, deploy_activation, deploy_bare, deploy_conv
+from ..quant.activations import HeadOutput, quant_activations
 from ..quant.layers import QuantConv2d, quant_convs
 from ..quant.modules import evaluating, replace_modules
 from ..quant.quantizer import ActQuantizer
 from ..quant.taps import taps
 
+# sigmoid(-8) is a third of the 0.001 from which detections count: logits of scores below it need not be told apart
+LOWEST_SCORE = -8.0
 MODELS = {  # task -> the model that is accepted; subclasses (RT-DETR, World, YOLOE) are not
     "detect": DetectionModel,
     "segment": SegmentationModel,
@@ -46,14 +48,34 @@ def deploy_model(model: nn.Module) -> None:
             m.conv_transpose = fuse_deconv_and_bn(m.conv_transpose, m.bn)
             delattr(m, "bn")
             m.forward = m.forward_fuse
-    replace_modules(model, {m: deploy_conv(m, None, name) for name, m in quant_convs(model)})
+    replace_modules(model, {m: deploy_bare(m, name) for name, m in quant_convs(model)})
     replace_modules(model, {m: deploy_activation(m) for _, m in quant_activations(model)})
     for _, tap in taps(model):
         if isinstance(tap.act_quant, ActQuantizer):  # Ultralytics fuses again where a fused model is validated
             tap.act_quant = FixedQuantizer(tap.act_quant)
 
 
-def output_blocks(model: nn.Module) -> list[Conv]:
+def output_blocks(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """What can have its output quantized -> the activation function behind it: `normed_blocks` and `head_outputs`."""
+    return {**{m: m.act for m in normed_blocks(model)}, **head_outputs(model)}
+
+
+def head_outputs(model: nn.Module) -> dict[QuantConv2d, HeadOutput]:
+    """The head's bare convolutions, quantized ones alone, whose outputs can be -> what they give.
+
+    These are class scores, and box sides as logits of a distribution (DFL): what a softmax makes of them moves little
+    with them. Numbers that become coordinates or masks as they are lose accuracy on grids of 8 bits and stay float:
+    box sides of heads with reg_max=1 (YOLO26), keypoints, angles, mask coefficients.
+    """
+    head = getattr(model, "model", [None])[-1]
+    lowest: dict[str, float | None] = {"cv3": LOWEST_SCORE, "one2one_cv3": LOWEST_SCORE}
+    if getattr(head, "reg_max", 1) > 1:
+        lowest |= {"cv2": None, "one2one_cv2": None}
+    branches = [(of, low) for name, low in lowest.items() for of in getattr(head, name, None) or ()]
+    return {of[-1]: HeadOutput(low) for of, low in branches if isinstance(of[-1], QuantConv2d)}
+
+
+def normed_blocks(model: nn.Module) -> list[Conv]:
     """Blocks whose convolution's output, after batch norm, can be quantized: those of a quantized convolution alone.
 
     Blocks that add branches up before their activation (Conv2, RepConv, RepVGGDW) have no such place.

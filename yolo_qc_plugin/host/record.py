@@ -25,7 +25,7 @@ from ultralytics.utils.torch_utils import strip_optimizer
 from .. import __version__
 from ..config import QCConfig, QCError
 from ..files import AtomicPath, replacing
-from ..quant.activations import QuantActivation, QuantSiLU, RoundedSiLU
+from ..quant.activations import HeadOutput, QuantActivation, QuantSiLU, RoundedSiLU
 from ..quant.layers import ChannelAffine, QuantConv2d
 from ..quant.precision import WIDE
 from ..quant.quantizer import ActQuantizer, WeightQuantizer
@@ -82,6 +82,7 @@ torch.serialization.add_safe_globals(
         QuantActivation,
         QuantSiLU,
         RoundedSiLU,
+        HeadOutput,
         ChannelAffine,
         WeightQuantizer,
         ActQuantizer,

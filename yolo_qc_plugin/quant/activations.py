@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .functional import quantized_silu
-from .observers import binary_range
+from .observers import binary_range, whole_binary_range
 from .precision import KeepWide
 from .quantizer import ActQuantizer
 
@@ -60,8 +60,25 @@ class RoundedSiLU(nn.Module):
         return exact + (rounded - exact).detach() if exact.requires_grad else rounded
 
 
+class HeadOutput(nn.Identity):
+    """In the place of an activation function behind a bare convolution of a head, whose output is logits.
+
+    Attributes:
+        lowest: Where the grid of the logits begins, or None for the lowest that is seen.
+
+    Args:
+        lowest: As the attribute.
+    """
+
+    __module__ = "yolo_qc_plugin"  # by which checkpoints name it
+
+    def __init__(self, lowest: float | None = None):
+        super().__init__()
+        self.lowest = lowest
+
+
 class QuantActivation(KeepWide, nn.Module):
-    """An activation function whose input, a convolution's output after batch norm, is quantized.
+    """An activation function whose input, a convolution's output after batch norm if it has one, is quantized.
 
     Integer convolutions of today's runtimes give 8-bit results; this is that rounding, so that the model measured is
     the model deployed. The step is a power of two: what SiLU or LeakyReLU makes of the codes, and sums of that, are
@@ -102,7 +119,11 @@ class QuantActivation(KeepWide, nn.Module):
     def calibrate(self, values: Tensor, low: float, high: float) -> None:
         """Set the grid from a sample of the input, shape (n,), and its extremes."""
         function = self.act if isinstance(self.function, RoundedSiLU) else self.function  # its unit is not known yet
-        scale, offset = binary_range(values, low, high, self.quant.quant_max, function)
+        if isinstance(function, HeadOutput):
+            lowest = low if function.lowest is None else function.lowest
+            scale, offset = whole_binary_range(lowest, high, self.quant.quant_max)
+        else:
+            scale, offset = binary_range(values, low, high, self.quant.quant_max, function)
         self.quant.scale.fill_(scale)
         cast(Tensor, self.quant.offset).fill_(offset)
         if isinstance(self.function, RoundedSiLU):

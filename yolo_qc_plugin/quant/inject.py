@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -50,7 +50,7 @@ def inject(
     Args:
         model: Any module.
         config: Widths, granularity and patterns.
-        edges: Names of convolutions that get `config.edge_bits`.
+        edges: Names of convolutions that get `config.edge_widths`.
         keep_float: Names of convolutions that stay float whatever the options say.
 
     Returns:
@@ -102,11 +102,13 @@ def remove(model: nn.Module) -> int:
     return len(twins)
 
 
-def quantize_outputs(blocks: Iterable[Any], bits: int, rounded_silu: bool = False) -> list[QuantActivation]:
+def quantize_outputs(
+    functions: Mapping[Any, nn.Module], bits: int, rounded_silu: bool = False
+) -> list[QuantActivation]:
     """Quantize what blocks give to their activation function, in place; to be calibrated.
 
     Args:
-        blocks: Modules with an attribute `act`.
+        functions: Block -> its activation function, which it calls by its attribute `act`.
         bits: Width.
         rounded_silu: Whether SiLU is rounded as a whole, not its sigmoid.
 
@@ -114,10 +116,8 @@ def quantize_outputs(blocks: Iterable[Any], bits: int, rounded_silu: bool = Fals
         The new activations, one for each block.
     """
     acts = []
-    for block in blocks:
+    for block, function in functions.items():
         device = next(block.parameters()).device
-        block.act = (
-            QuantActivation(block.act, bits, rounded_silu).to(device).train(block.training).requires_grad_(False)
-        )
+        block.act = QuantActivation(function, bits, rounded_silu).to(device).train(block.training).requires_grad_(False)
         acts.append(block.act)
     return acts

@@ -54,6 +54,8 @@ class QuantConv2d(KeepWide, nn.Conv2d):
         weight_quant: WeightQuantizer.
         act_quant: ActQuantizer of the input.
         correction: ChannelAffine of the output, or None.
+        act: QuantActivation of the output, where there is no batch norm behind and the output is quantized. Other
+            layers, and those of checkpoints of earlier versions, have no such submodule.
     """
 
     __module__ = "yolo_qc_plugin"  # by which checkpoints name it
@@ -99,8 +101,8 @@ class QuantConv2d(KeepWide, nn.Conv2d):
     def to_float(self) -> nn.Conv2d:
         """The float convolution this was made from: the same parameters, without quantizers."""
         conv = twin(self, nn.Conv2d)
-        for name in ("weight_quant", "act_quant", "correction"):
-            conv._modules.pop(name)
+        for name in ("weight_quant", "act_quant", "correction", "act"):
+            conv._modules.pop(name, None)
         vars(conv).pop("given_weight", None)
         return conv
 
@@ -112,7 +114,9 @@ class QuantConv2d(KeepWide, nn.Conv2d):
         x = self.act_quant(x)
         with recomputed_in_backward(x, values=weight.requires_grad):  # what the weight's gradient is made of
             y = self._conv_forward(x, weight, bias)
-        return y if self.correction is None else self.correction(y)
+        y = y if self.correction is None else self.correction(y)
+        act = self._modules.get("act")
+        return y if act is None else act(y)
 
     def weight_codes(self) -> Tensor:
         """Integer codes of the weight, int8, shape of the weight."""

@@ -125,6 +125,22 @@ def mse_scale_offset(x: Tensor, quant_max: int) -> tuple[Tensor, Tensor]:
     return x.new_tensor([best[1]]), x.new_tensor([best[2]])
 
 
+def whole_binary_range(low: float, high: float, quant_max: int) -> tuple[float, float]:
+    """The smallest scale that is a power of two, and the offset, of a grid [0, quant_max] that cuts nothing.
+
+    Args:
+        low: Smallest value; the grid begins there, and reaches beyond `high` where it is longer than the values.
+        high: Largest value.
+        quant_max: Largest code.
+
+    Returns:
+        Scale, and offset: a whole number of steps in [-quant_max, 0].
+    """
+    low, high = min(low, 0.0), max(high, quant_max * TINY)
+    scale = 2.0 ** math.ceil(math.log2((high - low) / quant_max))
+    return scale, -round(-low / scale) * scale
+
+
 def binary_range(
     x: Tensor, low: float, high: float, quant_max: int, function: Callable[[Tensor], Tensor]
 ) -> tuple[float, float]:

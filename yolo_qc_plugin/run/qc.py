@@ -86,7 +86,7 @@ def train_qc(trainer: BaseTrainer, config: QCConfig, source: Path, teacher: Teac
     epochs = (_progress(trainer, epoch, config.correction_epochs, shown) for epoch in range(config.correction_epochs))
     accumulate = max(trainer.world_size, 1)  # batches of one device make one of the run
     steps = config.correction_epochs * math.ceil(len(trainer.train_loader) / accumulate)
-    with weights_quantized_once(model, dtype), corrected_in_norms(architecture.output_blocks(model)):
+    with weights_quantized_once(model, dtype), corrected_in_norms(architecture.normed_blocks(model)):
         train_correction(parameters, epochs, loss, config.correction_lr, steps, scaler, accumulate)
     model.criterion, model.args = None, record_args
     snap(model)
