@@ -113,8 +113,8 @@ def operation_faults(rows: dict[str, dict]) -> list[str]:
 def time_of_step(gpu: bool, quick: bool, folder: Path) -> dict:
     """Part `step`."""
     models = MODELS[:1] if quick else MODELS
-    asked = dict(imgsz=640, batch=64, threads=8, turn=12, turns=2 if quick else 4, starts=1, device="0", clock="wall")
-    variants = ["float", OURS, TAUGHT, "LSQ+ EMA, no telemetry", "quantize=8"]
+    asked = dict(imgsz=640, batch=64, threads=8, turn=12, turns=4, starts=1, device="0", clock="wall")
+    variants = ["float", OURS, TAUGHT, *["LSQ+ EMA, no telemetry", "quantize=8"] * (not quick)]
     args = argparse.Namespace(models=models, variants=variants, **asked)
     data = compose(folder / "digits", train=2 * args.batch, val=8, imgsz=args.imgsz, seed=0)
     found = {model: step.measure(model, args, data, folder) for model in models}
