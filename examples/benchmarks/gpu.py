@@ -13,9 +13,9 @@ operations  A step asks for few more operations than the stock one, and waits fo
 step        Time and memory of a step at 640 px, batch 64.
 quantizer   Time of the quantizer beside that of the memory it reads and writes.
 
-With a GPU it writes gpu.json and gpu.md after each part, in which the parts that were not asked for stay. Without one
-it runs what a CPU allows, on small sizes, says what was left out and writes nothing. It exits with 1 where something
-was found; the logs that it names say more.
+With a GPU it writes gpu.json and gpu.md after each part, in which the parts that were not asked for stay, and those of
+other GPUs. Without one it runs what a CPU allows, on small sizes, says what was left out and writes nothing. It exits
+with 1 where something was found; the logs that it names say more.
 """
 
 from __future__ import annotations
@@ -92,7 +92,10 @@ def operations(gpu: bool, quick: bool, folder: Path) -> dict:
     for name, options in variants.items():
         run = dict(device="0" if gpu else "cpu", project=str(folder), name=name, optimizer="SGD")
         found[name] = operators.one_step(MODELS[0], data, options, imgsz, batch, **run)
-    rows = {n: {"operations": one.operations, "waits": sum(one.waits.values())} for n, one in found.items()}
+    rows = {
+        n: {"operations": one.operations, "waits": sum(one.waits.values()), "busy": one.busy}
+        for n, one in found.items()
+    }
     print({name: dict(one.waits) for name, one in found.items()})  # for the log
     return {"faults": operation_faults(rows), "figures": rows}
 
@@ -174,37 +177,47 @@ def run_part(name: str, args: argparse.Namespace, folder: Path) -> dict:
 
 
 def write(file: Path, name: str, part: dict) -> None:
-    """Put a part into the record, beside those of the same machine and versions, and make the page."""
+    """Put a part into the record, beside those of the same machine and versions and of other GPUs; make the page."""
     record = {**about(), "gpu": torch.cuda.get_device_name()}
     part = {**part, **{k: record.pop(k) for k in ("commit", "date")}}
     found = json.loads(file.read_text()) if file.exists() else {}
-    others = found.get("parts", {}) if record.items() <= found.items() else {}
+    before = found.get(record["gpu"], {})
+    others = before.get("parts", {}) if record.items() <= before.items() else {}
     parts = {**others, name: part}
     record["parts"] = {k: parts[k] for k in LIMITS if k in parts}
-    file.write_text(json.dumps(record, indent=1) + "\n")
-    file.with_suffix(".md").write_text(page(record))
+    found[record["gpu"]] = record
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    file.with_suffix(".md").write_text(page(found))
 
 
-def page(record: dict) -> str:
-    """The record as Markdown."""
-    lines = ["# On a GPU", "", "Written by `examples/benchmarks/gpu.py` from `gpu.json`."]
-    lines += [f"{record['gpu']}, {record['cpu']}. {versions(record)}.", ""]
+def page(found: dict[str, dict]) -> str:
+    """The records of all GPUs as Markdown."""
+    lines = ["# On a GPU", "", "Written by `examples/benchmarks/gpu.py` from `gpu.json`. Busy is how long a step's"]
+    lines.append("kernels take together: a step takes longer where they wait for Python to launch them.")
+    return "\n".join([*lines, *(line for record in found.values() for line in section(record)), ""])
+
+
+def section(record: dict) -> list[str]:
+    """What was found on a GPU."""
+    lines = ["", f"## {record['gpu']}", "", f"{record['cpu']}. {versions(record)}.", ""]
     lines += ["| part | at commit | | s | found |", "|---|---|---|---|---|"]
     for name, part in record["parts"].items():
         shown = [name, part["commit"], "quick" if part["quick"] else "", str(part["seconds"])]
         lines.append(f"| {' | '.join(shown)} | {'; '.join(part['faults']) or 'nothing'} |")
     parts = {name: part["figures"] for name, part in record["parts"].items() if "figures" in part}
     if rows := parts.get("operations"):
-        lines += ["", "| step | operations | waits for the device |", "|---|---|---|"]
-        lines += [f"| {name} | {row['operations']} | {row['waits']} |" for name, row in rows.items()]
+        lines += ["", "| step | operations | waits for the device | busy, ms |", "|---|---|---|---|"]
+        for name, row in rows.items():
+            busy = f"{row['busy']:.1f}" if row.get("busy") else ""
+            lines.append(f"| {name} | {row['operations']} | {row['waits']} | {busy} |")
     for model, rows in parts.get("step", {}).get("results", {}).items():
-        lines += ["", f"## A step of {Path(model).stem}, 640 px, batch 64", "", *step.table(rows)]
+        lines += ["", f"A step of {Path(model).stem}, 640 px, batch 64:", "", *step.table(rows)]
     if rows := parts.get("quantizer"):
         lines += ["", "| MB | five passes, ms | quantizer, ms | |", "|---|---|---|---|"]
         for one in rows:
             bound, ours = one["ms"]["five passes"], one["ms"]["compiled"]
             lines.append(f"| {one['mb']:.0f} | {bound:.3f} | {ours:.3f} | {ours / bound:.2f}x |")
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def main() -> None:

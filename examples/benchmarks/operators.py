@@ -47,12 +47,14 @@ class OneStep:
         operations: Of the step.
         waits: Operator, or on CUDA file and line -> number of reads.
         names: Operator, on CUDA kernel -> number of calls among `operations`.
+        busy: On CUDA: ms that the kernels took together, which is what a step takes where nothing waits for Python.
     """
 
     def __init__(self) -> None:
         self.operations = 0
         self.waits: Counter[str] = Counter()
         self.names: Counter[str] = Counter()
+        self.busy: float | None = None
         self._begun = 0
         self._profile: profile | None = None
         self._watch = ExitStack()
@@ -79,9 +81,10 @@ class OneStep:
         events = self._profile.events()
         if trainer.device.type == "cuda":
             # annotations of a CPU's spans are shown on the device too
-            ran = (
+            ran = [
                 e for e in events if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)
-            )
+            ]
+            self.busy = sum(e.time_range.elapsed_us() for e in ran) / 1e3
             self.names = Counter(e.name for e in ran)
             self.operations = self.names.total()
             found = (w for w in self._warned if "synchronizing CUDA operation" in str(w.message))

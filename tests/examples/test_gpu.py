@@ -135,28 +135,35 @@ def test_a_part_is_written_beside_the_others_of_the_same_machine(tmp_path, monke
     file, part = tmp_path / "gpu.json", {"faults": [], "seconds": 1, "quick": False}
     gpu.write(file, "codes", part)
     gpu.write(file, "kernels", part)
-    record = json.loads(file.read_text())
+    found = json.loads(file.read_text())
+    record = found["some GPU"]
     assert list(record["parts"]) == ["kernels", "codes"] and record["parts"]["codes"]["commit"]
-    assert file.with_suffix(".md").read_text() == gpu.page(record)
+    assert file.with_suffix(".md").read_text() == gpu.page(found)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another GPU")
     gpu.write(file, "runs", part)
-    assert list(json.loads(file.read_text())["parts"]) == ["runs"]
+    both = json.loads(file.read_text())
+    assert both["some GPU"] == record and list(both["another GPU"]["parts"]) == ["runs"]
+    assert gpu.page(both).count("| runs |") == 1 and gpu.page(both).count("## ") == 2
+    both["another GPU"]["versions"] = {"torch": "1"}
+    file.write_text(json.dumps(both))
+    gpu.write(file, "codes", part)
+    assert list(json.loads(file.read_text())["another GPU"]["parts"]) == ["codes"]  # of other versions nothing stays
 
 
 def test_the_page_shows_every_part():
     row = {"median": 9.0, "p10": 8.0, "p90": 10.0, "ratio": 1.05, "ratios": [1.05], "mb": 100.0}
     parts = {
         "kernels": {"seconds": 3, "faults": ["activation: 7 of 9 values differ"]},
-        "operations": {"seconds": 4, "faults": [], "figures": {"stock": {"operations": 900, "waits": 9}}},
+        "operations": {"seconds": 4, "faults": [], "figures": {"stock": {"operations": 900, "waits": 9, "busy": 41.0}}},
         "step": {"seconds": 5, "faults": [], "figures": {"results": {"yolov5n.yaml": {"float": row, gpu.OURS: row}}}},
         "quantizer": {"seconds": 6, "faults": [], "figures": [{"mb": 16.0, "ms": {"five passes": 2, "compiled": 3}}]},
     }
     for part in parts.values():
         part.update(commit="abc", quick=True)
-    text = gpu.page({"gpu": "some GPU", "cpu": "some CPU", "versions": {"torch": "2"}, "parts": parts})
+    text = gpu.page({"g": {"gpu": "some GPU", "cpu": "some CPU", "versions": {"torch": "2"}, "parts": parts}})
     for shown in (
         "| kernels | abc | quick | 3 | activation: 7 of 9 values differ |",
-        "| stock | 900 | 9 |",
+        "| stock | 900 | 9 | 41.0 |",
         "1.050x",
         "| 1.50x |",
     ):
