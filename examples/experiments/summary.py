@@ -100,13 +100,18 @@ def row(content: dict, width: str, plans: Sequence[str] = (), figure: str = "ap"
     gain = difference(content, (plan, "qat"), (width, "qat"), figure) if plan else []
     return [
         f"{run['model']}, {Path(run['data']).stem}",
-        f"{run['images']['train']} photographs, labels: {labels(run)}, {run['steps']} steps",
+        f"{run['images']['train']} photographs, labels: {labels(run)}, {run['steps']} steps{on_a_gpu(run)}",
         "W{}A{}".format(*(config[f"{of}_bits"] or config["bits"] for of in ("weight", "act"))),
         mean_and_spread(floats.values()) + " trained on" * longer,
         share(one, whole, figure),
         f"{share(each, whole, figure)} {chosen_by(plan)}" if plan else "",
         f"{gain[1]} ({seeds_named(gain[3])})".replace(" (-)", "") if gain else "",
     ]
+
+
+def on_a_gpu(run: dict) -> str:
+    """In words, where a run was trained on one."""
+    return "" if run["recipe"].get("device", "cpu") == "cpu" else f" on a GPU ({run['machine']})"
 
 
 def seeds_named(interval: str) -> str:
