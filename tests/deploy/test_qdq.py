@@ -223,7 +223,7 @@ def compare(graph, model, x, optimised):
 
 
 def check_rows(theirs, mine):
-    """Rows of a box each, sorted by scores of which many are equal: of those with the last one's any may be left out."""
+    """Rows of a box each, sorted by scores of which many are equal: of those with the last one any may be left out."""
     assert deviation(theirs[..., 4], mine[..., 4]) < DECODED
     scores = mine[0, :, 4]
     higher = scores > scores.min() * (1 + DECODED)
