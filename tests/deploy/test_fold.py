@@ -175,13 +175,14 @@ def check_fuse(model):
     assert not any(isinstance(m, (QuantConv2d, QuantActivation, ActQuantizer)) for m in single.modules())
     modules, codes = dict(single.named_modules()), codes_of(model)
     for name, layer in deployed_convs(single).items():
-        assert layer in (modules[name], getattr(modules[name], "conv", None))  # alone, or before its output's grid
-        assert layer.weight_codes.dtype == torch.int8
+        assert modules[name] is layer and layer.weight_codes.dtype == torch.int8
         assert torch.equal(layer.weight_codes, codes[name])
         assert layer.scale.shape == layer.shift.shape == (layer.out_channels,)
         x, quantized, wanted = convs[name]
         check_quantizer(layer.act_quant, x, quantized)
-        assert deviation(layer(quantized), wanted) < SINGLE, name  # values of the grid stand far from thresholds
+        assert deviation(layer.scaled_sums(quantized), wanted) < SINGLE, (
+            name
+        )  # values of the grid stand far from thresholds
     removed = codes.keys() - deployed_convs(single).keys()  # of a head's two branches, if it has two
     of_removed = {prefix for name in removed for prefix in (f"{name}.act", f"{name.removesuffix('conv')}act")}
     for name, (x, wanted) in acts.items():

@@ -173,9 +173,8 @@ def compare(graph, model, x, optimised):
         The first outputs of both, ONNX Runtime's and PyTorch's; the shares of `check_codes`.
     """
     seen = run(graph.model, x, optimised, graph.tensors())
-    # of blocks and of the head's bare convolutions
-    quantized = (m for m in model.modules() if isinstance(getattr(m, "act", None), nn.Sequential))
-    snapped = {m.conv.name for m in quantized}
+    quantized = [m for m in model.modules() if isinstance(getattr(m, "act", None), nn.Sequential)]
+    snapped = {getattr(m, "conv", m).name for m in quantized}  # of blocks and of the head's bare convolutions
     reached, codes = set(), []
 
     def before(m, args):
@@ -187,8 +186,9 @@ def compare(graph, model, x, optimised):
         codes.append(check_codes(theirs, args[0].double() / scale, NEAR, low, high))
         return (theirs * q.scale,)
 
-    def after(m, args, wanted):
+    def after(m, args, _):
         reached.add(m.name)
+        wanted = m.scaled_sums(args[0])  # before a grid of its own
         unit = m.act_quant.scale * per_channel(m.scale).abs()
         steps = m.act_quant.steps(args[0])
         terms = m.convolve(steps.abs(), m.weight_codes.abs().double()) * unit + per_channel(m.shift).abs()
