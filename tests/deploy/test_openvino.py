@@ -93,6 +93,13 @@ def test_openvino_computes_grids_and_silu_in_the_convolution(exported, yaml):
     assert integers == len(ExportedONNX(file).codes)
 
 
+def test_all_convolutions_of_a_model_for_cpus_are_of_integers(exported):
+    """Those of the head too; weights of 8 bits in edges would be computed in float."""
+    _, file = exported("yolov5n.yaml", "cpu")
+    *_, integers = rounds_in_openvino(file)
+    assert integers == len(ExportedONNX(file).codes) == 75
+
+
 def rounds_in_openvino(file):
     """Of an ONNX file in OpenVINO: Rounds within convolutions, nodes of others, and convolutions of integers."""
     import onnx
