@@ -25,7 +25,7 @@ REFUSED = {
         ["", "CPU", "gpu", True, 8, ["cpu"]],
     ),
     "bits": (BITS[0], [*BITS[1], None]),
-    "edge_bits": (BITS[0], [*BITS[1], None]),
+    "edge_bits": BITS,
     "weight_bits": BITS,
     "act_bits": BITS,
     "output_bits": BITS,
@@ -263,7 +263,7 @@ configs = st.builds(
     weight_bits=st.none() | st.integers(2, 8),
     act_bits=st.none() | st.integers(2, 8),
     output_bits=st.none() | st.integers(2, 8),
-    edge_bits=st.integers(2, 8),
+    edge_bits=st.none() | st.integers(2, 8),
     per_channel=st.booleans(),
     act_offset=st.booleans(),
     scale_init=st.sampled_from(["mse", "lsq"]),
@@ -361,7 +361,7 @@ def test_a_preset_fills_what_is_not_given(preset):
             "correction_shift": False,
             "act_bits": 4,
             "budget": "4bits",
-        }.get(name, QCConfig().edge_bits)
+        }.get(name, 6)
         other = not value if isinstance(value, bool) else 0.5 if isinstance(value, float) else other
         given = QCConfig.from_options({"preset": preset, name: str(other)})
         assert getattr(given, name) == other and replace(given, **{name: value}) == QCConfig(**values)
@@ -408,7 +408,10 @@ def test_targets_of_cpus():
     assert config.per_channel and config.output_bits == 8 and config.act_offset and config.body_bits == (4, 8)
     openvino = QCConfig.from_options({"target": "openvino"})
     assert openvino == replace(config, target="openvino") and openvino.chosen_budget == config.chosen_budget
-    assert openvino.edge_widths == (7, 8) and config.edge_widths == (8, 8)
+    assert openvino.edge_widths == config.edge_widths == (7, 8) and QCConfig().edge_widths == (8, 8)
+    for edge_bits, widths in {"8": [(8, 8), (7, 8)], "6": [(6, 6), (6, 6)], "none": [(7, 8), (7, 8)]}.items():
+        given = [QCConfig.from_options({"target": t, "edge_bits": edge_bits}) for t in ("cpu", "openvino")]
+        assert [config.edge_widths for config in given] == widths
     for target in "cpu", "openvino":  # of 8 bits OpenVINO computes in float
         assert QCConfig.from_options({"target": target, "bits": "8"}).body_bits == (7, 8)
     assert QCConfig.from_options({"target": "cpu", "weight_bits": "8"}).body_bits == (8, 8)

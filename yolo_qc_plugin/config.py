@@ -68,10 +68,11 @@ class QCConfig:
         weight_bits: Width of weights where it differs from `bits`, 2 to 8.
         act_bits: Width of activations where it differs from `bits`, 2 to 8.
         edge_bits: Width of the first convolution, of the head's bare output convolutions and of the last of mask
-            prototypes, 2 to 8. None: 8, for the targets "cpu" and "openvino" 7 of weights; for "openvino" their weights
-            have 7 at most.
+            prototypes, 2 to 8; None is 8, for the targets "cpu" and "openvino" 7 for their weights. For "openvino" a
+            given width gives weights 7 at most.
         output_bits: Width of the convolutions' outputs in the finished model, 2 to 8, or None to leave them in float.
-            Integer kernels give 8-bit outputs; the grid is set after QAT, before the correction.
+            Integer kernels give 8-bit outputs; the grid is set after QAT, before the correction. Of the head's bare
+            convolutions class scores get one, and box sides where they are distributions (DFL).
         per_channel: One weight scale per output channel instead of one per tensor.
         act_offset: Learn an offset for activations (LSQ+); False is plain LSQ.
         scale_init: Start of the scales: "mse" (least squared error on the calibration batches) or "lsq"
@@ -127,7 +128,7 @@ class QCConfig:
     bits: int = option(4, WIDTH)
     weight_bits: int | None = option(None, or_none(WIDTH, " for `bits`"))
     act_bits: int | None = option(None, or_none(WIDTH, " for `bits`"))
-    edge_bits: int | None = option(None, or_none(WIDTH, " for the usual one"))
+    edge_bits: int | None = option(None, or_none(WIDTH, " for what the target has"))
     output_bits: int | None = option(8, or_none(WIDTH, " for float"))
     per_channel: bool = option(True, FLAG)
     act_offset: bool = option(True, FLAG)

@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from yolo_qc_plugin import QCConfig
-from yolo_qc_plugin.deploy.fold import DeployedConv2d, deployed_convs
+from yolo_qc_plugin.deploy.fold import FixedQuantizer, deployed_convs, head_grids
 from yolo_qc_plugin.deploy.snap import snap
 from yolo_qc_plugin.host import architecture
 from yolo_qc_plugin.quant import kernels
@@ -106,7 +107,7 @@ def deployed(yaml: str, imgsz: int, target: str | None = None) -> nn.Module:
 
 @torch.no_grad()
 def code_faults(model: nn.Module, images: Tensor, device: str) -> list[str]:
-    """Which layers of a deployed model get other codes on the device than on a CPU, in words.
+    """Which layers of a deployed model get or, in its head, give other codes on the device than on a CPU, in words.
 
     Twice: with what the layer is given on the CPU, so that a fault shows at the layer behind it; and end to end.
 
@@ -116,17 +117,18 @@ def code_faults(model: nn.Module, images: Tensor, device: str) -> list[str]:
         device: Where to run a copy.
     """
     given: dict[str, Tensor] = {}
-    with _watched(model, lambda layer, x: given.setdefault(layer.name, x)):
+    with _watched(model, lambda where, grid, x: given.setdefault(where, x)):
         model(images)
     theirs, faults = deepcopy(model).to(device), []
     for way in ("layer by layer", "end to end"):
         forced = way == "layer by layer"
 
-        def compare(layer: DeployedConv2d, x: Tensor, way: str = way, forced: bool = forced) -> Tensor | None:
-            wanted = given[layer.name]
-            changed = (layer.act_quant.steps(x).cpu() != layer.act_quant.steps(wanted)).sum().item()
+        def compare(where: str, grid: FixedQuantizer, x: Tensor, way=way, forced=forced) -> Tensor | None:
+            wanted = given[where]
+            changed = (grid.steps(x).cpu() != grid.steps(wanted)).sum().item()
             if changed:
-                faults.append(f"{layer.name}, {way}: {changed} of {x.numel()} codes of its input differ")
+                name, what = where.split()
+                faults.append(f"{name}, {way}: {changed} of {x.numel()} codes of its {what} differ")
             return wanted.to(device) if forced else None
 
         with _watched(theirs, compare):
@@ -136,11 +138,17 @@ def code_faults(model: nn.Module, images: Tensor, device: str) -> list[str]:
 
 @contextmanager
 def _watched(model: nn.Module, see) -> Iterator[None]:
-    """Within the context, each deployed convolution is given what `see` makes of its input, if that is not None."""
+    """Within the context, what is quantized is what `see` makes of it, if that is not None.
 
-    def hook(layer: nn.Module, args: tuple) -> tuple | None:
-        changed = see(layer, args[0])
+    That is each deployed convolution's input and, where it has a grid, the head's output.
+    """
+    points: list[tuple[str, nn.Module, FixedQuantizer]]
+    points = [(f"{name} input", layer, layer.act_quant) for name, layer in deployed_convs(model).items()]
+    points += [(f"{name} output", grid, grid) for name, grid in head_grids(model).items()]
+
+    def hook(where: str, grid: FixedQuantizer, module: nn.Module, args: tuple) -> tuple | None:
+        changed = see(where, grid, args[0])
         return None if changed is None else (changed,)
 
-    with hooked(layer.register_forward_pre_hook(hook) for layer in deployed_convs(model).values()):
+    with hooked(m.register_forward_pre_hook(partial(hook, where, grid)) for where, m, grid in points):
         yield

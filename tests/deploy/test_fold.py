@@ -15,7 +15,8 @@ from ultralytics.nn.tasks import BaseModel
 
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.deploy import fold as fold_module
-from yolo_qc_plugin.deploy.fold import FixedQuantizer, deploy_conv, deployed_convs
+from yolo_qc_plugin.deploy.codes import compare_trained
+from yolo_qc_plugin.deploy.fold import FixedQuantizer, deploy_conv, deployed_convs, head_grids
 from yolo_qc_plugin.deploy.snap import snap
 from yolo_qc_plugin.host import architecture
 from yolo_qc_plugin.host.record import QuantRecord
@@ -175,13 +176,14 @@ def check_fuse(model):
     assert not any(isinstance(m, (QuantConv2d, QuantActivation, ActQuantizer)) for m in single.modules())
     modules, codes = dict(single.named_modules()), codes_of(model)
     for name, layer in deployed_convs(single).items():
-        assert layer in (modules[name], getattr(modules[name], "conv", None))  # alone, or before its output's grid
-        assert layer.weight_codes.dtype == torch.int8
+        assert modules[name] is layer and layer.weight_codes.dtype == torch.int8
         assert torch.equal(layer.weight_codes, codes[name])
         assert layer.scale.shape == layer.shift.shape == (layer.out_channels,)
         x, quantized, wanted = convs[name]
         check_quantizer(layer.act_quant, x, quantized)
-        assert deviation(layer(quantized), wanted) < SINGLE, name  # values of the grid stand far from thresholds
+        assert deviation(layer.scaled_sums(quantized), wanted) < SINGLE, (
+            name
+        )  # values of the grid stand far from thresholds
     removed = codes.keys() - deployed_convs(single).keys()  # of a head's two branches, if it has two
     of_removed = {prefix for name in removed for prefix in (f"{name}.act", f"{name.removesuffix('conv')}act")}
     for name, (x, wanted) in acts.items():
@@ -278,6 +280,16 @@ def test_a_float_model_is_fused_by_the_host_itself(yaml):
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()))
     assert torch.equal(outputs(ours, images()), outputs(theirs, images()))
     assert [type(m) for m in ours.modules()] == [type(m) for m in theirs.modules()]
+
+
+def test_the_comparison_with_training_sees_outputs_of_the_head():
+    """Which no convolution reads: a grid there that the deployed form has otherwise."""
+    model = build("yolov5n.yaml", outputs=True)
+    fused = copy.deepcopy(model).fuse(verbose=False)
+    assert compare_trained(model, fused, images())["steps"] == 0 and len(head_grids(fused)) == 6
+    head_grids(fused)["model.24.cv2.1.2"].scale *= 2
+    found = compare_trained(model, fused, images())
+    assert found["steps"] > 1 and 0 < found["changed"] < 0.1
 
 
 def test_the_hosts_own_fuse_would_move_the_codes():

@@ -17,7 +17,7 @@ from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.deploy.codes import compare_codes
 from yolo_qc_plugin.deploy.exported import RUNTIMES, ExportedONNX
 from yolo_qc_plugin.deploy.fold import FixedQuantizer
-from yolo_qc_plugin.quant.activations import RoundedSiLU
+from yolo_qc_plugin.quant.activations import HeadOutput, RoundedSiLU
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -55,7 +55,7 @@ def test_all_codes_agree_end_to_end(exported, yaml, runtime):
     model, _ = load_checkpoint(path)
     model.float().fuse(verbose=False)
     assert graph.kind == "openvino" and len(graph.outputs) > 50
-    assert sum(isinstance(m, RoundedSiLU) for m in model.modules()) == len(graph.outputs)
+    assert sum(isinstance(m, (RoundedSiLU, HeadOutput)) for m in model.modules()) == len(graph.outputs)
     found = compare_codes(model, graph, runtime, images())
     assert found["changed_end_to_end"] == found["changed"] == found["steps"] == 0, found
 
@@ -91,6 +91,13 @@ def test_openvino_computes_grids_and_silu_in_the_convolution(exported, yaml):
     within, apart, integers = rounds_in_openvino(file)
     assert apart == 0 and within > 1.9 * len(ExportedONNX(file).outputs) > 100
     assert integers == len(ExportedONNX(file).codes)
+
+
+def test_all_convolutions_of_a_model_for_cpus_are_of_integers(exported):
+    """Those of the head too; weights of 8 bits in edges would be computed in float."""
+    _, file = exported("yolov5n.yaml", "cpu")
+    *_, integers = rounds_in_openvino(file)
+    assert integers == len(ExportedONNX(file).codes) == 75
 
 
 def rounds_in_openvino(file):
@@ -175,7 +182,7 @@ def test_grids_that_simplifying_shortens(tmp_path):
     graph = ExportedONNX(Path(yolo.export(format="onnx", imgsz=64, device="cpu", simplify=True)))
     model, _ = load_checkpoint(path)
     model.float().fuse(verbose=False)
-    assert graph.kind == "openvino" and len(graph.lowest) == 69 and not graph.outputs
+    assert graph.kind == "openvino" and len(graph.lowest) == 75 and not graph.outputs
     assert any(m.scale == 1 for m in model.modules() if isinstance(m, FixedQuantizer))
     found = compare_codes(model, graph, "onnxruntime", images())
     assert found["changed_end_to_end"] == found["steps"] == 0, found

@@ -247,8 +247,13 @@ def test_a_checkpoint_of_another_target_is_refused(tmp_path, options, reason, fu
     assert not (tmp_path / "model.onnx").exists()
 
 
-def test_quantized_outputs_are_an_obstacle():
+@pytest.mark.parametrize("fused", [False, True])
+def test_quantized_outputs_are_an_obstacle(fused):
+    """Those of the head's bare convolutions too."""
     from test_fold import build as of_cpus
 
-    found = list(obstacles(of_cpus("yolov5n.yaml", outputs=True, act_offset=False)))
+    model = of_cpus("yolov5n.yaml", outputs=True, act_offset=False)
+    found = list(obstacles(model.fuse(verbose=False) if fused else model))
     assert sum("activation function" in text for text in found) == 69
+    bare = {f"model.24.cv{branch}.{i}.2" for branch in (2, 3) for i in range(3)}
+    assert {f"the output of {name} is quantized" for name in bare} <= set(found)

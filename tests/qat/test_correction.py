@@ -215,7 +215,7 @@ def test_correction_within_batch_norm(model, per_channel):
     for i, p in enumerate(trained):
         p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype)
     image = batch()["img"].double()
-    blocks = architecture.output_blocks(model)
+    blocks = architecture.normed_blocks(model)
     places = {n: (m.conv.correction, m.bn) for n, m in model.named_modules() if m in blocks}
     assert len(places) > 50
 

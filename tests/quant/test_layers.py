@@ -13,7 +13,7 @@ from ultralytics import YOLO
 
 from yolo_qc_plugin import QCConfig
 from yolo_qc_plugin.quant import functional, inject
-from yolo_qc_plugin.quant.activations import QuantActivation, from_thresholds, unit_of
+from yolo_qc_plugin.quant.activations import HeadOutput, QuantActivation, from_thresholds, unit_of
 from yolo_qc_plugin.quant.layers import ChannelAffine, QuantConv2d, is_quantized, quant_convs, scale_parameters
 from yolo_qc_plugin.quant.precision import keep_wide, undo_keep_wide
 from yolo_qc_plugin.quant.share import share_quantizers
@@ -400,6 +400,34 @@ def test_silu_on_a_grid():
     assert not list(act.function.parameters()) and torch.equal(act.half().function.quant.scale, torch.tensor([2.0**-8]))
     relu = nn.ReLU()
     assert QuantActivation(relu, 8).function is QuantActivation(relu, 8, rounded_silu=True).function is relu
+
+
+@pytest.mark.parametrize("high", [-9.0, -1.0, 2.5, 9.0])
+def test_grid_of_scores(high):
+    """Lower logits than the lowest have its code, no higher one has, and what is higher keeps its place."""
+    act = QuantActivation(HeadOutput(-8.0), 8)
+    values = torch.linspace(-50, high, 999)
+    act.calibrate(values, -50.0, high)
+    step, x = act.quant.scale.item(), torch.linspace(-60, high, 5001)
+    y = act(x)
+    assert (y[x <= -8] == -8).all() and (y[x > -8 + step / 2] > -8).all()
+    assert act.quant.offset.item() == -8 and step <= 2 * max(8 + high, 8) / 255
+    above = x > -8
+    assert ((y - x)[above].abs() <= step / 2 * (1 + 1e-6)).all()  # to the very top
+    assert y.sigmoid()[x <= -8].max() < 0.001 / 2  # far from where detections count
+    assert (y.diff() >= 0).all()
+
+
+def test_grid_of_box_sides_covers_all_that_is_seen():
+    """A single value of many far above the others too, which the least squared error would cut."""
+    values = torch.cat([torch.randn(99_999, generator=torch.Generator().manual_seed(0)), torch.tensor([20.0])])
+    low, high = values.min().item(), values.max().item()
+    sides, plain = (QuantActivation(kind(), 8) for kind in (HeadOutput, nn.Identity))
+    for act in (sides, plain):
+        act.calibrate(values, low, high)
+    step = sides.quant.scale.item()
+    assert (sides(values) - values).abs().max() <= step / 2 and step <= 2 * (high - low) / 255
+    assert (plain(values) - values).abs().max() > 1
 
 
 def test_rounded_silu():

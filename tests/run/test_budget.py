@@ -272,13 +272,13 @@ def test_a_target_has_the_widths_that_make_its_file_smaller(target, widths):
     assert QCConfig.from_options({"budget": "1MB", "target": target}).runs_on.widths == tuple(widths)
 
 
-@pytest.mark.parametrize("target,edge", [("cpu", 8), ("openvino", 7)])
+@pytest.mark.parametrize("target,edge", [("cpu", 7), ("openvino", 7), ("litert", 8), ("tensorrt", 8)])
 def test_edges_have_no_wider_weights_than_the_target_computes(target, edge):
     config = QCConfig.from_options({"target": target})
     probe = Probe(YOLO(FLOAT).model, config, [torch.rand(1, 3, 64, 64)])
     layers = budget.layers_of(probe, config, "%size")
     assert (layers["model.0.conv"].weight_bits, layers["model.0.conv"].act_bits) == ((edge,), (8,))
-    assert layers["model.1.conv"].weight_bits == (4, 7)
+    assert layers["model.1.conv"].weight_bits == config.runs_on.widths
 
 
 def test_percents_of_the_usual_are_of_the_widths_that_other_options_give():

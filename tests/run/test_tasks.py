@@ -17,7 +17,8 @@ from yolo_qc_plugin import QCConfig, add_qc_callbacks
 from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.data.digits import compose
 from yolo_qc_plugin.deploy.fold import deployed_convs
-from yolo_qc_plugin.host.architecture import edge_convs, fixed_convs
+from yolo_qc_plugin.host.architecture import edge_convs, fixed_convs, head_outputs
+from yolo_qc_plugin.quant.inject import inject
 from yolo_qc_plugin.quant.layers import quant_convs
 from yolo_qc_plugin.run.callbacks import QCCallbacks
 from yolo_qc_plugin.tools.check import check
@@ -122,6 +123,26 @@ def test_edges_of_each_head(name, last, fixed):
     convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     assert all(convs[n].bias is not None for n in edges if "proto" not in n)
     assert modes == {m: m.training for m in model.modules()}
+
+
+@pytest.mark.parametrize("name,scores,sides", [
+    ("yolov5n", {"cv3"}, {"cv2"}),
+    ("yolov10n", {"cv3", "one2one_cv3"}, {"cv2", "one2one_cv2"}),
+    ("yolo26n", {"cv3", "one2one_cv3"}, set()),  # whose box sides are no distributions
+    ("yolo26n-pose", {"cv3", "one2one_cv3"}, set()),
+    ("yolov8n-seg", {"cv3"}, {"cv2"}),
+    ("yolo11n-obb", {"cv3"}, {"cv2"}),
+    ("yolov8n-cls", set(), set()),
+])  # fmt: skip
+def test_head_outputs_with_a_grid(name, scores, sides):
+    """Class scores, cut where nothing counts, and box sides that are distributions, uncut; all else stays float."""
+    model = YOLO(f"{name}.yaml").model
+    assert not head_outputs(model)  # float convolutions have none
+    inject(model, QCConfig(), edge_convs(model), fixed_convs(model))
+    names = {m: name.removeprefix(f"model.{len(model.model) - 1}.") for name, m in quant_convs(model)}
+    found = {names[conv]: output.lowest for conv, output in head_outputs(model).items()}
+    wanted = {f"{branch}.{i}.2": -8.0 for branch in scores for i in range(3)}
+    assert found == wanted | {f"{branch}.{i}.2": None for branch in sides for i in range(3)}
 
 
 @pytest.mark.parametrize("kind,name,found", [

@@ -57,7 +57,7 @@ def test_two_epochs_through_the_stock_program(digits, tmp_path):
     assert all(
         set(report["metrics"][k]) == {"map50_95", "map50", "fitness"} for k in ("float", "float_outputs", "qat", "qc")
     )
-    assert len(report["outputs"]) == 69 and {x["bits"] for x in report["outputs"]} == {8}  # all but 6 bare outputs
+    assert len(report["outputs"]) == 75 and {x["bits"] for x in report["outputs"]} == {8}
     layers = {x["name"]: x for x in report["layers"]}
     assert layers["model.1.conv"]["weight_bits"] == 5 and layers["model.0.conv"]["act_bits"] == 8
     assert all(x["weight_codes"] <= 2 ** x["weight_bits"] for x in report["layers"])

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..config import QCError
+from ..quant.activations import quant_activations
 from ..quant.functional import to_codes
 from ..quant.layers import quant_convs
 from ..quant.modules import hooked
+from ..quant.quantizer import ActQuantizer
 from .exported import Exported, batched
-from .fold import DeployedConv2d, FixedQuantizer, deployed_convs
+from .fold import DeployedConv2d, FixedQuantizer, deployed_convs, head_grids
 
 
 @torch.no_grad()
@@ -53,7 +55,9 @@ def compare_codes(model: nn.Module, graph: Exported, name: str, images: Tensor) 
 
 @torch.no_grad()
 def compare_trained(trained: nn.Module, deployed: nn.Module, images: Tensor) -> dict[str, Any]:
-    """Input codes of a model as it was trained and deployed: layer by layer on those of the latter, and end to end.
+    """Codes of a model as it was trained and deployed: layer by layer on those of the latter, and end to end.
+
+    These are inputs of convolutions and, where they have a grid, outputs of the head.
 
     Args:
         trained: Fake-quantized.
@@ -63,18 +67,22 @@ def compare_trained(trained: nn.Module, deployed: nn.Module, images: Tensor) -> 
     Returns:
         "steps", "changed" and "changed_end_to_end", as of `compare_codes`.
     """
-    comparison = _Comparison()
+    comparison, layers, heads = _Comparison(), deployed_convs(deployed), head_grids(deployed)
+    watched: list[tuple[str, nn.Module, FixedQuantizer]] = [(name, m, m.act_quant) for name, m in layers.items()]
+    watched += [(f"{name}.act", grid, grid) for name, grid in heads.items()]
+    read: dict[str, tuple[nn.Module, ActQuantizer]] = {name: (m, m.act_quant) for name, m in quant_convs(trained)}
+    read |= {name: (act.quant, act.quant) for name, act in quant_activations(trained)}
     for image in images.split(1):
         codes: dict[str, list[Tensor]] = {}
-        with hooked(m.register_forward_pre_hook(partial(_note, codes)) for m in deployed_convs(deployed).values()):
+        with hooked(m.register_forward_pre_hook(partial(_note, codes, name, grid)) for name, m, grid in watched):
             deployed(image)
-        quantized = [(name, conv) for name, conv in quant_convs(trained) if name in codes]  # training alone uses others
-        comparison.run(trained, image, [_Point(m, FixedQuantizer(m.act_quant), codes[name]) for name, m in quantized])
+        points = [(*read[name], steps) for name, steps in codes.items()]  # training alone uses others
+        comparison.run(trained, image, [_Point(m, FixedQuantizer(quant), steps) for m, quant, steps in points])
     return comparison.summary()
 
 
-def _note(codes: dict[str, list[Tensor]], layer: DeployedConv2d, args: tuple) -> None:
-    codes.setdefault(layer.name, []).append(layer.act_quant.steps(args[0]))
+def _note(codes: dict[str, list[Tensor]], name: str, grid: FixedQuantizer, layer: nn.Module, args: tuple) -> None:
+    codes.setdefault(name, []).append(grid.steps(args[0]))
 
 
 def _largest_difference(graph: Exported, mine: Any, theirs: list[np.ndarray]) -> float:

@@ -13,7 +13,6 @@ The integer codes stay as they are. Batch norm folded into the weight, as for a 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -105,6 +104,8 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
         wide_sums: Whether the sums need FP64.
         scale: Shape (out_channels,): weight scale, correction and batch norm; of either sign.
         shift: Shape (out_channels,).
+        act: What `deploy_activation` makes of the convolution's own `act`, where it has one; else there is no such
+            submodule.
     """
 
     in_channels: int
@@ -125,9 +126,16 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
         self.scale, self.shift = nn.Parameter(scale, False), nn.Parameter(shift, False)
         self.weight_codes = nn.Parameter(conv.weight_codes(), False)
         self.wide_sums = largest_sum(self.weight_codes, *self.act_quant.range) > EXACT
+        if (act := conv._modules.get("act")) is not None:
+            self.act = deploy_activation(cast(QuantActivation, act))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve x of shape (batch, in, height, width)."""
+        """Convolve x of shape (batch, in, height, width), and quantize the output where it has a grid."""
+        y, act = self.scaled_sums(x), self._modules.get("act")
+        return y if act is None else act(y)
+
+    def scaled_sums(self, x: Tensor) -> Tensor:
+        """What `forward` gives but for the output's grid."""
         if torch.jit.is_tracing():
             return traced_convolve(self.act_quant(x), self)
         steps = self.act_quant.steps(x)
@@ -241,14 +249,6 @@ def deploy_conv(conv: QuantConv2d, bn: nn.BatchNorm2d | None, name: str) -> Depl
     return DeployedConv2d(conv, scale, shift, name).train(conv.training).to(device)
 
 
-def deploy_bare(conv: QuantConv2d, name: str) -> nn.Module:
-    """The deployed form of a quantized convolution without a batch norm, and of its output's grid if it has one."""
-    deployed, act = deploy_conv(conv, None, name), conv._modules.get("act")
-    if act is None:
-        return deployed
-    return nn.Sequential(OrderedDict(conv=deployed, act=deploy_activation(cast(QuantActivation, act))))
-
-
 def deploy_activation(act: QuantActivation) -> nn.Sequential:
     """The deployed form of an activation with a quantized input."""
     function = act.function
@@ -260,3 +260,9 @@ def deploy_activation(act: QuantActivation) -> nn.Sequential:
 def deployed_convs(model: nn.Module) -> dict[str, DeployedConv2d]:
     """Name -> module of every deployed convolution, by the names they had when they were deployed."""
     return {m.name: m for m in model.modules() if isinstance(m, DeployedConv2d)}
+
+
+def head_grids(model: nn.Module) -> dict[str, FixedQuantizer]:
+    """Name of a head's bare convolution -> quantizer of its output, in a deployed model, where there is one."""
+    acts = {name: layer._modules.get("act") for name, layer in deployed_convs(model).items()}
+    return {name: cast(FixedQuantizer, act[0]) for name, act in acts.items() if isinstance(act, nn.Sequential)}

@@ -43,7 +43,7 @@ class QDQ(Rewriter):
         """What of the graph a user of runtimes wants to know."""
         unsigned = f", {len(self.unsigned)} of them with UINT8 weights, which OpenVINO computes in float"
         return (
-            f"{len(self.layers)} integer convolutions ({self.kind}){unsigned if self.kind != 'tensorrt' else ''}; "
+            f"{len(self.layers)} integer convolutions ({self.kind}){unsigned if self.unsigned else ''}; "
             f"{self.clips} of {self.quantizers} quantizers bounded"
         )
 

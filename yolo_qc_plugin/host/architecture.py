@@ -12,7 +12,7 @@ from ultralytics.nn.tasks import BaseModel, ClassificationModel, DetectionModel,
 from ultralytics.utils.torch_utils import fuse_conv_and_bn, fuse_deconv_and_bn, unwrap_model
 
 from ..config import QCError
-from ..deploy.fold import FixedQuantizer, deploy_activation, deploy_bare, deploy_conv
+from ..deploy.fold import FixedQuantizer, deploy_activation, deploy_conv
 from ..quant.activations import HeadOutput, quant_activations
 from ..quant.layers import QuantConv2d, quant_convs
 from ..quant.modules import evaluating, replace_modules
@@ -48,7 +48,7 @@ def deploy_model(model: nn.Module) -> None:
             m.conv_transpose = fuse_deconv_and_bn(m.conv_transpose, m.bn)
             delattr(m, "bn")
             m.forward = m.forward_fuse
-    replace_modules(model, {m: deploy_bare(m, name) for name, m in quant_convs(model)})
+    replace_modules(model, {m: deploy_conv(m, None, name) for name, m in quant_convs(model)})
     replace_modules(model, {m: deploy_activation(m) for _, m in quant_activations(model)})
     for _, tap in taps(model):
         if isinstance(tap.act_quant, ActQuantizer):  # Ultralytics fuses again where a fused model is validated
