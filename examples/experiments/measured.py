@@ -92,13 +92,21 @@ def agreement(file: Path, start: str, validator) -> np.ndarray:
     """How far a model's outputs are from those of its float start, image by image of a validator's data set.
 
     AP of a few hundred images tells apart what differs by two points. This loss, which training lowers (of outputs, in
-    host/distillation.py), is a mean over all places of all images, and tells apart much less.
+    host/distillation.py), is a mean over all places of all images, and tells apart much less. Scores below where the
+    grid of a finished model's begins are cut in both: no detection counts there, and places are many.
     """
     import torch
     from ultralytics.nn.tasks import load_checkpoint
 
-    from yolo_qc_plugin.host.distillation import head_loss
+    from yolo_qc_plugin.host.architecture import LOWEST_SCORE
+    from yolo_qc_plugin.host.distillation import branches, head_loss
     from yolo_qc_plugin.run.sensitivity import GAINS
+
+    def cut(output):
+        if isinstance(output, tuple) and isinstance(output[1], dict):  # not of a classifier
+            for raw in branches(output).values():
+                raw["scores"] = raw["scores"].clamp_min(LOWEST_SCORE)
+        return output
 
     model, teacher = (load_checkpoint(f, device=validator.device)[0].float().eval() for f in (file, start))
     losses = {}
@@ -106,7 +114,7 @@ def agreement(file: Path, start: str, validator) -> np.ndarray:
         for batch in validator.dataloader:
             batch = validator.preprocess(batch)
             for name, image in zip(batch["im_file"], batch["img"].float().split(1)):
-                losses[name] = head_loss(model.model[-1], model(image), teacher(image), GAINS).item()
+                losses[name] = head_loss(model.model[-1], cut(model(image)), cut(teacher(image)), GAINS).item()
     return np.array([losses[name] for name in sorted(losses)])
 
 
