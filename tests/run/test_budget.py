@@ -249,7 +249,7 @@ def test_a_start_that_is_not_trained_has_the_same_width_everywhere(train, monkey
     monkeypatch.setattr(budget, "_plan", None)  # what would search
     yolo = train({"target": "cpu", "telemetry": False})
     model, _ = load_checkpoint(yolo.trainer.best)
-    assert set(widths_of(model).values()) == {"W8A8", "W4A8"}
+    assert set(widths_of(model).values()) == {"W7A8", "W4A8"}
     assert model.qc.options.budget is None
 
 

@@ -79,7 +79,8 @@ def test_every_kind_is_in_the_table(run, digits):
     assert {name for runtime, name in ours if runtime == "ONNX Runtime"} == {"ours packed", "ours int8", "ours int4"}
     assert rows["ONNX Runtime", "ours tensorrt"]["skipped"].startswith("QC: TensorRT takes INT8 codes")
     for (runtime, name), row in ours.items():
-        assert abs(row["figure"] - expected) < SAME and 0 < row["p10"] <= row["median"] <= row["p90"], (runtime, name)
+        same = SAME if runtime != "OpenVINO" else 3 * SAME  # which computes edges of 8 bits in BF16 where it can
+        assert abs(row["figure"] - expected) < same and 0 < row["p10"] <= row["median"] <= row["p90"], (runtime, name)
         assert row["mb"] < rows["ONNX Runtime", "FP32"]["mb"]
     assert rows["ONNX Runtime", "FP32"]["ratio"] == 1 and rows["ONNX Runtime", "FP32"]["integer"][0] == 0
     for kind in ("ours packed", "ours int8"):
