@@ -100,7 +100,7 @@ def row(content: dict, width: str, plans: Sequence[str] = (), figure: str = "ap"
     gain = difference(content, (plan, "qat"), (width, "qat"), figure) if plan else []
     return [
         f"{run['model']}, {Path(run['data']).stem}",
-        f"{run['images']['train']} photographs, labels: {labels(run)}, {run['steps']} steps{on_a_gpu(run)}",
+        f"{run['images']['train']} photographs, labels: {labels(run)}, {run['steps']} steps{apart(run)}",
         "W{}A{}".format(*(config[f"{of}_bits"] or config["bits"] for of in ("weight", "act"))),
         mean_and_spread(floats.values()) + " trained on" * longer,
         share(one, whole, figure),
@@ -109,9 +109,14 @@ def row(content: dict, width: str, plans: Sequence[str] = (), figure: str = "ap"
     ]
 
 
-def on_a_gpu(run: dict) -> str:
-    """In words, where a run was trained on one."""
-    return "" if run["recipe"].get("device", "cpu") == "cpu" else f" on a GPU ({run['machine']})"
+def apart(run: dict) -> str:
+    """In words, what sets a run apart from others of its model and data: a GPU, and grids for the head's outputs.
+
+    The latter came together with edges whose width the target chooses.
+    """
+    grids = run["config"].get("edge_bits", 8) is None and run["config"]["output_bits"] is not None
+    gpu = "" if run["recipe"].get("device", "cpu") == "cpu" else f" on a GPU ({run['machine']})"
+    return gpu + ", the head's outputs on grids" * grids
 
 
 def seeds_named(interval: str) -> str:
