@@ -181,9 +181,8 @@ def check_fuse(model):
         assert layer.scale.shape == layer.shift.shape == (layer.out_channels,)
         x, quantized, wanted = convs[name]
         check_quantizer(layer.act_quant, x, quantized)
-        assert deviation(layer.scaled_sums(quantized), wanted) < SINGLE, (
-            name
-        )  # values of the grid stand far from thresholds
+        # values of the grid stand far from thresholds
+        assert deviation(layer.scaled_sums(quantized), wanted) < SINGLE, name
     removed = codes.keys() - deployed_convs(single).keys()  # of a head's two branches, if it has two
     of_removed = {prefix for name in removed for prefix in (f"{name}.act", f"{name.removesuffix('conv')}act")}
     for name, (x, wanted) in acts.items():

@@ -64,8 +64,9 @@ def head_outputs(model: nn.Module) -> dict[QuantConv2d, HeadOutput]:
     """The head's bare convolutions, quantized ones alone, whose outputs can be -> what they give.
 
     These are class scores, and box sides as logits of a distribution (DFL): what a softmax makes of them moves little
-    with them. Numbers that become coordinates or masks as they are lose accuracy on grids of 8 bits and stay float:
-    box sides of heads with reg_max=1 (YOLO26), keypoints, angles, mask coefficients.
+    with them. Numbers that become coordinates or masks as they are would hand on the whole error of a grid, and stay
+    float: box sides of heads with reg_max=1 (YOLO26), keypoints, angles, mask coefficients. What a grid would cost
+    there was not measured.
     """
     head = getattr(model, "model", [None])[-1]
     lowest: dict[str, float | None] = {"cv3": LOWEST_SCORE, "one2one_cv3": LOWEST_SCORE}

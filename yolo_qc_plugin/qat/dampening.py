@@ -76,9 +76,9 @@ class Dampening:
     def loss(self) -> Tensor:
         """The loss, before its weight, of the weights as they were quantized for the pass."""
         w = self.weights
-        scales = [q.per_weight(c.weight) for q, c in zip(w.quants, w.convs)]
+        scales = [q.per_weight(weight) for q, weight in zip(w.quants, w.weights)]
         ranges = [(q.quant_min, q.quant_max) for q in w.quants]
-        return dampening_loss([c.weight for c in w.convs], self.quantized, scales, ranges)
+        return dampening_loss(w.weights, self.quantized, scales, ranges)
 
     def _remove_hook(self) -> None:
         if self._hook:

@@ -30,7 +30,7 @@ class WeightSteps:
     """
 
     def __init__(self, optimizer: Optimizer, weights: TrainedWeights):
-        self.tensors = [conv.weight.detach() for conv in weights.convs]
+        self.tensors = [w.detach() for w in weights.weights]
         sizes = [max(w.square().mean().sqrt().item(), 1e-12) for w in self.tensors]
         middle = math.exp(sum(map(math.log, sizes)) / max(len(sizes), 1))
         self.factors = [size / middle for size in sizes]

@@ -108,7 +108,7 @@ def _workspace(device: torch.device, stream: int, parts: int, rows: int) -> tupl
 
     All kernels of a stream share it, as one begins when the other has ended.
     """
-    return torch.empty(parts, device=device), torch.zeros(rows, dtype=torch.int32, device=device)
+    return torch.empty(parts, dtype=torch.float32, device=device), torch.zeros(rows, dtype=torch.int32, device=device)
 
 
 _compiled: dict[tuple, Any] = {}  # kernel, device and what Triton compiles anew for -> what it has compiled
