@@ -41,6 +41,19 @@ def test_it_opens_and_gives_its_figures(digits, tmp_path, safe):
         assert found[name] == pytest.approx(stored[name], abs=0.01)
 
 
+def test_its_run_would_go_on_as_it_began():
+    """Options of later versions are what 0.2.0 did, not what is the default now."""
+    from ultralytics import YOLO
+
+    record = YOLO(CHECKPOINTS / "quantized.pt").model.qc
+    options = record.options
+    assert (options.rounding, options.relative_steps, options.teacher) == ("nearest", False, "off")
+    assert (options.budget, options.target, options.labels, options.bn_freeze) == (None, None, "data", False)
+    assert (options.correction, options.ema_decay) == ("channel", 0.99)  # of the file
+    record.config |= {"dampening_weight": 0.01}  # which annealed rounding refuses
+    assert record.options.dampening_weight == 0.01
+
+
 def test_its_codes_are_those_that_were_stored():
     from checkpoints.make import SIZE, hash_of_codes
     from ultralytics import YOLO

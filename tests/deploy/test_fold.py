@@ -3,6 +3,7 @@
 
 import copy
 from functools import cache
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -533,3 +534,27 @@ def test_sums_are_those_of_whole_numbers(channels, bits, computed):
         found = deployed(x)
     assert found.dtype == torch.float32 and torch.equal(found, sums.float())  # the sum rounded once
     assert types.seen == {computed}
+
+
+def test_cudnn_stays_off_until_the_last_thread_is_done(monkeypatch):
+    """The first thread leaves while the second is within, and the second finds what was there before."""
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
+    inside, go_on, seen = Event(), Event(), []
+
+    def second():
+        with fold_module.without_cudnn:
+            inside.set()
+            go_on.wait(10)
+            seen.append(torch.backends.cudnn.enabled)
+
+    thread = Thread(target=second)
+    with fold_module.without_cudnn:
+        thread.start()
+        assert inside.wait(10)
+    assert not torch.backends.cudnn.enabled
+    go_on.set()
+    thread.join()
+    assert seen == [False] and torch.backends.cudnn.enabled
+    with pytest.raises(ZeroDivisionError), fold_module.without_cudnn:
+        1 / 0
+    assert torch.backends.cudnn.enabled

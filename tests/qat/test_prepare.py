@@ -159,6 +159,14 @@ def test_a_weight_that_nothing_uses_has_no_gradient():
     assert model[2].weight.grad is model[2].weight_quant.scale.grad is None and model[0].weight.grad.any()
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_where_all_layers_are_frozen_nothing_is_handed_out(dtype):
+    model = quantized_model().requires_grad_(False)
+    weights = TrainedWeights(model)
+    weights.read()
+    assert weights.hand_out(dtype) == () and all(conv.given_weight is None for conv in model)
+
+
 def test_what_is_handed_out_is_taken_back_and_left_out_of_copies():
     model = quantized_model()
     weights, first, x = TrainedWeights(model), model[0], torch.rand(1, 3, 12, 12)

@@ -238,9 +238,11 @@ def test_a_page_of_an_earlier_version(tmp_path):
     layer = {"name": "model.0.conv", "weight_bits": 4, "act_bits": 4, "weight_scale": [0.1], "act_scale": 0.1}
     layer |= {"act_offset": None, "weight_codes": 16, "weight_clipped": 0.1, "act_clipped": 0.2}
     figures = {"map50_95": 0.5, "map50": 0.7, "fitness": 0.52}
+    budget = {"budget": "4%size", "takes": {"MB": 1.0, "%drop": 3.0}, "figure": "map50_95", "measured_drop": 2.0}
     (tmp_path / "qc" / "report.json").write_text(
         json.dumps({
             "config": QCConfig().to_dict(), "versions": {"torch": "2.4"}, "kept": "qat", "layers": [layer],
+            "budget": {**budget, "kept": None},
             "metrics": {"float": figures, "qat": figures, "qc": None}, "size_mb": {"float32": 8.0, "quantized": 1.0},
         })
     )  # fmt: skip
@@ -249,4 +251,4 @@ def test_a_page_of_an_earlier_version(tmp_path):
     page.write_page([run], tmp_path / "plots", tmp_path / "report.html")
     shown = Page(tmp_path / "report.html")
     check_alone(shown)
-    assert shown.headings == ["Accuracy", "Clipping", "Layers", "How it was made"]
+    assert shown.headings == ["Accuracy", "Clipping", "Sensitivity and plan", "Layers", "How it was made"]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,6 +160,40 @@ def test_labels_that_were_changed_by_hand_are_kept(photos, tmp_path, predicted):
     assert "2 changed by hand and kept" in format_labels(summary)
     (photos / "val" / "00001.jpg").unlink()  # and its labels go with it
     assert again(0.9)["by_hand"] == 1 and not (labels / "val" / "00001.txt").exists()
+
+
+def test_labels_that_were_changed_by_hand_outlive_a_move_and_an_interruption(photos, tmp_path, predicted, monkeypatch):
+    """Photographs in a folder of another name are linked anew; an interrupted call forgets nothing."""
+    data, out = tmp_path / "photos.yaml", tmp_path / "out"
+    data.write_text("train: photos/train\nval: photos/val\n")
+    label(FLOAT, data, out, device="cpu")
+    first, second = (out / "labels" / name for name in ("train/00000.txt", "val/00001.txt"))
+    first.write_text("3 0.5 0.5 0.3 0.3\n")
+    photos.rename(tmp_path / "moved")
+    data.write_text("train: moved/train\nval: moved/val\n")
+
+    def stop(predictor):
+        if len(predicted) == 5:
+            raise KeyboardInterrupt
+
+    predicted.clear()
+    with monkeypatch.context() as patched:
+        patched.setitem(default_callbacks, "on_predict_batch_start", [stop])
+        with pytest.raises(KeyboardInterrupt):
+            label(FLOAT, data, out, device="cpu")
+    label(FLOAT, data, out, device="cpu")
+    second.write_text("0 0.1 0.1 0.1 0.1\n")
+    predicted.clear()
+    with monkeypatch.context() as patched:
+        patched.setitem(default_callbacks, "on_predict_batch_start", [stop])
+        with pytest.raises(KeyboardInterrupt):
+            label(FLOAT, data, out, 0.9, device="cpu")
+    third = next(file for file in sorted((out / "labels").rglob("*.txt")) if file not in (first, second))
+    third.write_text("1 0.2 0.2 0.1 0.1\n")  # what the interrupted call had found
+    summary = label(FLOAT, data, out, 0.8, device="cpu")
+    assert (summary["by_hand"], summary["by_model"]) == (3, ALL - 3)
+    assert [f.read_text()[:3] for f in (first, second, third)] == ["3 0", "0 0", "1 0"]
+    assert all(Path(os.readlink(image)).exists() for image in (out / "images").rglob("*.jpg"))
 
 
 def test_another_folder_is_not_touched(photos, tmp_path):

@@ -56,6 +56,11 @@ def test_labels_can_be_left_out(train, digits, tmp_path):
     assert not all(torch.equal(v, found["c"][k]) for k, v in found["a"].items())
 
 
+def test_labels_have_no_weight_without_a_teacher(train):
+    with pytest.raises(QCError, match=r"label_weight=0\.5 weighs labels against a teacher"):
+        train({**OPTIONS, "teacher": "off", "label_weight": 0.5})
+
+
 @pytest.mark.parametrize("options,model,message", [
     ({"teacher": "off"}, FLOAT, r"label_weight=0\.0 leaves nothing to learn from with teacher='off'"),
     ({"distill_outputs": 0, "distill_features": 0}, FLOAT, r"label_weight=0\.0 leaves nothing to learn from"),

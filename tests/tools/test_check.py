@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import FLOAT, TINY
 from ultralytics import YOLO
+from ultralytics.utils import YAML
 
 from yolo_qc_plugin import add_qc_callbacks, choose_litert_kind, choose_onnx_kind
 from yolo_qc_plugin.cli import main
@@ -298,6 +299,16 @@ def test_a_changed_file_that_shows_no_codes_fails(whole, digits):
         model.save(str(file), _extra_files=about)
     assert main(["check", f"model={checkpoint}", f"file={file}", f"data={digits}", "images=1"]) == 1
     assert check(checkpoint, file, digits, images=1)["weights"] == [layer]
+
+
+def test_a_folder_with_nms_is_refused_at_once(whole, digits):
+    checkpoint, file = whole
+    if file.is_dir():
+        about = YAML.load(file / "metadata.yaml")
+        about["args"]["nms"] = True
+        YAML.save(file / "metadata.yaml", about)
+        with pytest.raises(QCError, match="has nms=True in it"):
+            check(checkpoint, file, digits, images=1)
 
 
 def bad_files(trained, tmp_path):

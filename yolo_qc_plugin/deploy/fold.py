@@ -13,9 +13,9 @@ The integer codes stay as they are. Batch norm folded into the weight, as for a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import deepcopy
+from threading import Lock
 from typing import cast
 
 import torch
@@ -35,17 +35,30 @@ OFF = 2**30  # a channel is off where its shift is this many units of its intege
 STEPS = 2**20  # of such a channel's shift: with few, its scale over the output's would be more than runtimes take
 
 
-@contextmanager
-def without_cudnn() -> Iterator[None]:
+class _WithoutCuDNN:
     """Convolutions that sum integers as they are: cuDNN's may be Winograd's, or Fourier's.
 
-    (torch.backends.cudnn.flags would do, but fails where the user has set FP32's precision by torch's newer names.)
+    The switch is the process's: threads that predict side by side keep it off until the last of them is done.
+    (torch.backends.cudnn.flags fails where the user has set FP32's precision by torch's newer names.)
     """
-    before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = before
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.cudnn.enabled = self._before
+
+
+without_cudnn = _WithoutCuDNN()
 
 
 class FixedQuantizer(nn.Module):
@@ -141,7 +154,7 @@ class DeployedConv2d(Deployed, KeepWide, nn.Module):
         steps = self.act_quant.steps(x)
         steps = steps.double() if self.wide_sums and x.device.type not in WITHOUT_FP64 else steps
         kind = steps.device.type
-        plain = without_cudnn() if steps.is_cuda else nullcontext()
+        plain = without_cudnn if steps.is_cuda else nullcontext()
         single = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
         with plain, single:
             sums = self.convolve(steps, self.weight_codes.to(steps.dtype))

@@ -33,6 +33,17 @@ from ..quant.taps import Tap
 from . import log
 
 FORMAT = 1  # raise it when older plugins would misread a checkpoint
+# what earlier versions did, whose records lack the option: a resumed run is to go on with it
+BEFORE = {
+    "target": None,
+    "budget": None,
+    "rounding": "nearest",
+    "relative_steps": False,
+    "teacher": "off",
+    "distill_features": 0.0,
+    "bn_freeze": False,
+    "labels": "data",
+}
 
 
 @dataclass
@@ -40,7 +51,7 @@ class QuantRecord:
     """How a model was quantized.
 
     Args:
-        config: Its options, `QCConfig.to_dict()`.
+        config: Its options, `QCConfig.to_dict()`; those that an earlier version did not have are what it did (BEFORE).
         float_metrics: Figures of the float model that training began with (as report.record has them), where measured.
         format: Version of the checkpoint's form.
         plugin: Version of the plugin that wrote it.
@@ -66,7 +77,7 @@ class QuantRecord:
                 f"QC: this checkpoint was written by yolo-qc-plugin {state['plugin']} in format {state['format']}; "
                 f"version {__version__} reads formats up to {FORMAT}. Upgrade yolo-qc-plugin."
             )
-        self.__dict__.update(state)
+        self.__dict__.update(state, config={**BEFORE, **state["config"]})
 
     @property
     def options(self) -> QCConfig:

@@ -22,9 +22,9 @@ def trained_convs(model: nn.Module) -> dict[str, QuantConv2d]:
 class TrainedWeights:
     """All trained quantized weights of a model, and their codes, in flat buffers and in model order.
 
-    Values and gradients of what it hands out are those of each layer's own `weight_quant`, in the memory format of the
-    weight: convolutions take theirs from it. Flat buffers have each weight in the order of its memory, so that nothing
-    is copied to get there.
+    Values and gradients of what it hands out are those of each layer's own `weight_quant` (rounded to half precision
+    where that is asked for), in the memory format of the weight: convolutions take theirs from it. Flat buffers have
+    each weight in the order of its memory, so that nothing is copied to get there.
 
     Args:
         model: Injected and calibrated model, whose frozen layers are frozen already: with those of the others, their
@@ -109,8 +109,10 @@ class TrainedWeights:
                 of one for each and another for its gradient. None is the weights' own.
 
         Returns:
-            The weights.
+            The weights; none where all layers are frozen.
         """
+        if not self.convs:
+            return ()
         self._fix()  # what was fixed since
         return self.give(_Values.apply(self, dtype, *self.weights, *self.scales))
 

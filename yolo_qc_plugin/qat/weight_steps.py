@@ -51,6 +51,7 @@ class WeightSteps:
         steps = torch._foreach_sub(self.tensors, self.old)
         torch._foreach_mul_(steps, self.factors)
         torch._foreach_copy_(self.tensors, torch._foreach_add(self.old, steps))
+        del self.old
 
     def state_dict(self) -> dict:
         """What resume.pt keeps."""

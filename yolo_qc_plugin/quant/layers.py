@@ -49,8 +49,8 @@ class QuantConv2d(KeepWide, nn.Conv2d):
 
     Attributes:
         weight: Latent weight; `weight_quant(weight)` is what convolves, or `given_weight` where there is one.
-        given_weight: `weight_quant(weight)` for the passes to come, from whoever computes it for all layers
-            (`qat.prepare`) and takes it back before the weight changes. Copies of the layer and files lack it.
+        given_weight: What convolves in the passes to come, from whoever computes it for all layers (`qat.prepare`,
+            `qat.annealed_rounding`) and takes it back before the weight changes. Copies of the layer and files lack it.
         weight_quant: WeightQuantizer.
         act_quant: ActQuantizer of the input.
         correction: ChannelAffine of the output, or None.

@@ -155,9 +155,10 @@ def plan(run: Run) -> str:
         return ""
     takes = ", ".join(f"{amount:.2f} {unit}" for unit, amount in found["takes"].items() if unit != "%drop")
     verdict = {True: " The promise was kept.", False: " The promise was not kept.", None: ""}[found["kept"]]
+    after = f"{found['steps']} steps" if "steps" in found else "training"  # in records of before it was counted
     return (
         f"<p>Budget {escape(found['budget'])}: the plan takes {escape(takes)}. Its drop of {found['figure']}, "
-        f"predicted for hundreds of steps, was {found['takes']['%drop']:.1f}%, that after {found['steps']} steps is "
+        f"predicted for hundreds of steps, was {found['takes']['%drop']:.1f}%, that after {after} is "
         f"{found['measured_drop']:.1f}%.{verdict}</p>"
     )
 

@@ -89,7 +89,7 @@ def _plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig, budget: str)
 def layers_of(probe: Probe, config: QCConfig, unit: str) -> dict[str, Layer]:
     """The layers with the widths that they may have.
 
-    Edges keep `edge_bits`, and what `layer_bits` names keeps its width. Inputs are free where the budget counts them.
+    Edges have `edge_widths`, and what `layer_bits` names keeps its width. Inputs are free where the budget counts them.
     """
     edges = architecture.edge_convs(probe.model)
     free = config.runs_on.widths

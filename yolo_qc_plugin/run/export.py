@@ -49,7 +49,7 @@ def choose_onnx_kind(model, kind: str) -> None:
     Args:
         model: An `ultralytics.YOLO` object with a quantized model.
         kind: "packed" (small and fast), "int8" (for older runtimes), "int4" (for converters that look for 4-bit types),
-            "tensorrt", or "qonnx" (for FPGAs); docs/deployment.md says which runs where.
+            "openvino", "tensorrt", or "qonnx" (for FPGAs); docs/deployment.md says which runs where.
 
     Raises:
         QCError: On another kind.

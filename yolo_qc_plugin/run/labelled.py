@@ -64,10 +64,17 @@ def write_labelled(photographs: Photographs, labeller: Labeller, folder: Path) -
     folder = folder.resolve()
     entries = _entries(photographs, folder)
     corrected = _make_room(entries, labeller.settings, folder)
-    _write_json(folder / RECORD, {"settings": labeller.settings, "written": corrected})
-    for entry in entries:
-        _place(entry, keep_label=_key(entry) in corrected)
-    labeller.write({entry.image: entry.text for entry in entries if not entry.text.exists()})
+
+    def written() -> dict[str, str]:
+        return {_key(entry): _hash(entry.text) for entry in entries if entry.text.exists()} | corrected
+
+    _write_json(folder / RECORD, {"settings": labeller.settings, "written": written()})
+    try:
+        for entry in entries:
+            _place(entry, keep_label=_key(entry) in corrected)
+        labeller.write({entry.image: entry.text for entry in entries if not entry.text.exists()})
+    finally:  # interrupted too, lest what is changed by hand before the work goes on counts as the model's
+        _write_json(folder / RECORD, {"settings": labeller.settings, "written": written()})
     readable = [entry for entry in entries if entry.text.exists()]
     for image in {entry.image for entry in entries} - {entry.image for entry in readable}:
         image.unlink()
@@ -78,8 +85,7 @@ def write_labelled(photographs: Photographs, labeller: Labeller, folder: Path) -
     if not summary["boxes"]:
         _say_nothing_was_found(photographs, labeller, summary)
     YAML.save(folder / YAML_FILE, {"train": "images/train", "val": "images/val", **description})
-    written = {_key(entry): _hash(entry.text) for entry in readable} | corrected
-    _write_json(folder / RECORD, {**summary, "written": written})
+    _write_json(folder / RECORD, {**summary, "written": written()})
     return summary
 
 
@@ -132,9 +138,12 @@ def _hash(file: Path) -> str:
 
 
 def _place(entry: Entry, keep_label: bool) -> None:
-    """Link the photograph, or copy it where links are not to be had; copy its label file, unless that here is kept."""
+    """Link the photograph, or copy it where links are not to be had; copy its label file, unless that here is kept.
+
+    Labels of what was there before go with it, but not what a user has changed: the photographs may have moved.
+    """
     if not _is_placed(entry):
-        for file in (entry.image, entry.text):
+        for file in [entry.image] if keep_label else [entry.image, entry.text]:
             file.unlink(missing_ok=True)
         for place in (os.symlink, os.link, shutil.copy2):
             with suppress(OSError, NotImplementedError):

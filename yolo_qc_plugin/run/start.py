@@ -70,6 +70,11 @@ def check_arguments(trainer: BaseTrainer, config: QCConfig) -> None:
             "QC: label_weight=0.0 leaves nothing to learn from with teacher='off', or with distill_outputs=0 and "
             "distill_features=0; give a label_weight above 0, or a teacher."
         )
+    if config.label_weight != 1 and not (taught and drawn):
+        raise QCError(
+            f"QC: label_weight={config.label_weight} weighs labels against a teacher, and with teacher='off', or with "
+            "distill_outputs=0 and distill_features=0, nothing of one counts; accepted: label_weight=1, or a teacher."
+        )
     if not args.resume and str(args.model).endswith(".pt") and is_quantized(load_checkpoint(args.model)[0]):
         raise QCError(
             f"QC: model={args.model} is already quantized. Start callbacks=qc from a float checkpoint, or train "

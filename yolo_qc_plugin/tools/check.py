@@ -117,12 +117,10 @@ def check(
 
 
 def _open(path: Path) -> Exported:
-    if path.name.endswith(FOLDER):
-        return ExportedOpenVINO(path)
-    if path.suffix not in FORMATS:
+    if not path.name.endswith(FOLDER) and path.suffix not in FORMATS:
         accepted = f"{', '.join(FORMATS)} or {FOLDER}"
         raise QCError(f"QC: file={path} is not accepted; give what `yolo export` writes, ending in {accepted}.")
-    graph = FORMATS[path.suffix](path)
+    graph = ExportedOpenVINO(path) if path.name.endswith(FOLDER) else FORMATS[path.suffix](path)
     if "'nms': True" in graph.metadata.get("args", ""):
         raise QCError(f"QC: file={path} has nms=True in it, which leaves other outputs; accepted: files without.")
     return graph
