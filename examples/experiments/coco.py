@@ -99,7 +99,7 @@ PLANS = {
     **{f"budget-{width}": (width, {"budget": "100%size"}) for width in SIZES},
     **{f"budget-{width}-ops": (width, {"budget": "100%ops"}) for width in ("W4A4", "W3A3")},
     **{f"budget-{width}-90%": (width, {"budget": "90%size"}) for width in ("W4A8", "W4A4")},
-    "budget-W4A8-102%": ("W4A8", {"budget": "102%size", "target": "cpu"}),
+    **{f"budget-W4A8-{n}%": ("W4A8", {"budget": f"{n}%size", "target": "cpu"}) for n in (102, 106, 110)},
     "budget-W4A8-tensorrt": ("W4A8", {"budget": "102%size", "target": "tensorrt"}),
     "budget-W4A8-openvino": ("W4A8", {"budget": "102%size", "target": "openvino"}),
     "budget-W7A8-openvino": ("W7A8", {"target": "openvino"}),
@@ -324,7 +324,7 @@ def budgets(name: str, content: dict) -> list[str]:
     lines = header("Widths by a budget", name, files)
     lines += [
         f"Float: {whole:.1f}. A budget is the file size of the uniform width of its name, or a share of it; -ops are "
-        "its operations on bits, which count activations. At 102% weights have two widths, as in files for a CPU; "
+        "its operations on bits, which count activations. Above 100% weights have two widths, as in files for a CPU; "
         "-tensorrt and -openvino are what those targets choose and respect. "
         "BOPs, multiplications times the bits of weight and input, are in percent of 8 bits everywhere. "
         "Differences are to that uniform width, and won back is the part of its distance to float that the plan makes "
