@@ -14,7 +14,11 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import YAML
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = {"train": ["epochs=1", "batch=8", "workers=0", "imgsz=64"], "val": ["workers=0", "imgsz=64"]}
+SMALL = {  # the program in Python searches for widths
+    "train": ["epochs=1", "batch=8", "workers=0", "imgsz=64", "plots=False", "qc_budget=none"],
+    "val": ["workers=0", "imgsz=64"],
+    "benchmark": ["repeats=6"],
+}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
 
@@ -56,6 +60,6 @@ def test_commands_of_the_readme(digits, tmp_path):
     assert {words[0] for words in ran} == {"yolo", "yolo-qc"} and len(ran) >= 6
     (program,) = blocks("python")
     assert program.count("epochs=10") == 1
-    small = program.replace("epochs=10", "epochs=1, batch=8, workers=0, imgsz=64")
+    small = program.replace("epochs=10", "epochs=1, batch=8, workers=0, imgsz=64, plots=False")
     run("python", "-c", small)
     assert (tmp_path / "runs/detect/train-2/weights/best.pt").exists()
