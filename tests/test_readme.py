@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = {  # the program in Python searches for widths
     "train": ["epochs=1", "batch=8", "workers=0", "imgsz=64", "plots=False", "qc_budget=none"],
     "val": ["workers=0", "imgsz=64"],
-    "benchmark": ["repeats=6"],
 }
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 

@@ -99,7 +99,7 @@ PLANS = {
     **{f"budget-{width}": (width, {"budget": "100%size"}) for width in SIZES},
     **{f"budget-{width}-ops": (width, {"budget": "100%ops"}) for width in ("W4A4", "W3A3")},
     **{f"budget-{width}-90%": (width, {"budget": "90%size"}) for width in ("W4A8", "W4A4")},
-    **{f"budget-W4A8-{n}%": ("W4A8", {"budget": f"{n}%size", "target": "cpu"}) for n in (102, 106, 110)},
+    **{f"budget-W4A8-{n}%": ("W4A8", {"budget": f"{n}%size", "target": "cpu"}) for n in (102, 110)},
     "budget-W4A8-tensorrt": ("W4A8", {"budget": "102%size", "target": "tensorrt"}),
     "budget-W4A8-openvino": ("W4A8", {"budget": "102%size", "target": "openvino"}),
     "budget-W7A8-openvino": ("W7A8", {"target": "openvino"}),
