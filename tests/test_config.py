@@ -78,7 +78,7 @@ REFUSED = {
     ),
 }
 REFUSED["budget"] = (
-    "'1.4MB' (of the file), '102%size'",
+    "'1.4MB' (of the file), '110%size'",
     [
         "",
         "1.4",
@@ -133,7 +133,7 @@ def test_layer_bits_refusal_names_the_pattern(value):
         ("target", None), ("target", "cpu"), ("target", "litert"),
         ("skip", ()), ("skip", ("a", "b.*")), ("layer_bits", {"a.*": 2, "b": 8}),
         ("layer_bits", {"a": "W4A8", "b": "A8", "c": "W2"}),
-        ("budget", None), ("budget", "auto"), ("budget", "1.4MB"), ("budget", "102%size"), ("budget", "4.0bits"),
+        ("budget", None), ("budget", "auto"), ("budget", "1.4MB"), ("budget", "110%size"), ("budget", "4.0bits"),
         ("budget", "30%bops"), ("budget", "1.0%drop"),
     ],
 )  # fmt: skip
@@ -390,9 +390,9 @@ def test_a_target_fills_what_is_not_given(target):
 
 
 @pytest.mark.parametrize("more,cpu,other", [
-    ({}, "102%size", "100%ops"), ({"bits": "4"}, "102%size", "100%ops"), ({"bits": "8"}, None, None),
-    ({"weight_bits": "3"}, None, "100%ops"), ({"bits": "8", "weight_bits": "4"}, "102%size", "100%ops"),
-    ({"budget": "auto"}, "102%size", "100%ops"), ({"budget": "none"}, None, None),
+    ({}, "110%size", "100%ops"), ({"bits": "4"}, "110%size", "100%ops"), ({"bits": "8"}, None, None),
+    ({"weight_bits": "3"}, None, "100%ops"), ({"bits": "8", "weight_bits": "4"}, "110%size", "100%ops"),
+    ({"budget": "auto"}, "110%size", "100%ops"), ({"budget": "none"}, None, None),
     ({"budget": "4.5bits"}, "4.5bits", "4.5bits"), ({"layer_bits": "model.2.*:8"}, None, None),
     ({"preset": "paper"}, None, None),
 ])  # fmt: skip

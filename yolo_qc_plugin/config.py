@@ -112,7 +112,7 @@ class QCConfig:
         layer_bits: Name or pattern -> width of weights and activations there, e.g. {"model.24.*": 6}, or of one of the
             two, as "W6", "A8" or "W4A8". Where several match, the last that names a width sets it. As text also the
             plan.json of a run with a `budget`.
-        budget: What the widths of layers are chosen by, in place of one for all: "1.4MB" of the file, "102%size" of
+        budget: What the widths of layers are chosen by, in place of one for all: "1.4MB" of the file, "110%size" of
             what it has at the widths that other options give, "4.0bits" of a weight on average, "30%bops" of the
             operations on bits at 8 bits everywhere, "100%ops" of those at the widths that other options give, or
             "1.0%drop" of the float model's accuracy, predicted; None for no choice. The layers that cost least have the

@@ -184,7 +184,7 @@ def _is_budget(value: object) -> bool:
 
 
 BUDGET = Kind(
-    "'1.4MB' (of the file), '102%size' (of what it has at the widths that other options give), '4.0bits' (of a weight "
+    "'1.4MB' (of the file), '110%size' (of what it has at the widths that other options give), '4.0bits' (of a weight "
     "on average), '30%bops' (of the operations on bits at 8 bits everywhere), '100%ops' (of those at the widths that "
     "other options give) or '1.0%drop' (of the float model's figure, predicted), with an amount above 0, or 'auto'",
     str.strip,

@@ -35,6 +35,7 @@ from paper import difference, difference_head, header, main_figure, method, poin
 from record import page, results, table_head, write
 
 from yolo_qc_plugin.config import QCConfig
+from yolo_qc_plugin.targets import TARGETS
 
 HEAD = [
     "# On photographs of COCO",
@@ -105,8 +106,7 @@ PLANS = {
     "budget-W7A8-openvino": ("W7A8", {"target": "openvino"}),
 }
 
-LENGTHS = 1, 3, 10, 20  # epochs, beside those of this cell of `budget`
-LONGEST = "budget-W4A8-102%"
+LENGTHS = 1, 3, 10, 20  # epochs, beside those of the cell of `budget` that has the default of `target=cpu`
 
 NARROW = {"4": {"bits": 4}, "3": {"bits": 3}, "4*": {"bits": 4, "edge_bits": 4}}
 # mAP on COCO in the paper's main text: per tensor, per channel, per tensor with QC; all with EMA
@@ -218,11 +218,12 @@ def budgeted() -> list[Cell]:
     return [*uniform, *(Cell(name, {**UNIFORM[width], **more}) for name, (width, more) in PLANS.items())]
 
 
-def shortened() -> list[Cell]:
+def shortened(budget: str = TARGETS["cpu"].budget) -> list[Cell]:
     """What is trained for a CPU, for each number of epochs; then that of `budget`, for as many as it is given."""
-    uniform, more = PLANS[LONGEST]
+    longest = f"budget-W4A8-{budget.removesuffix('size')}"
+    uniform, more = PLANS[longest]
     options = {**UNIFORM[uniform], **more}
-    return [*(Cell(f"length-{n}", options, recipe={"epochs": n}) for n in LENGTHS), Cell(LONGEST, options)]
+    return [*(Cell(f"length-{n}", options, recipe={"epochs": n}) for n in LENGTHS), Cell(longest, options)]
 
 
 def searched() -> list[tuple[State, State]]:
@@ -325,7 +326,7 @@ def budgets(name: str, content: dict) -> list[str]:
     lines += [
         f"Float: {whole:.1f}. A budget is the file size of the uniform width of its name, or a share of it; -ops are "
         "its operations on bits, which count activations. Above 100% weights have two widths, as in files for a CPU; "
-        "-tensorrt and -openvino are what those targets choose and respect. "
+        "-tensorrt and -openvino are 102% with what those targets respect. "
         "BOPs, multiplications times the bits of weight and input, are in percent of 8 bits everywhere. "
         "Differences are to that uniform width, and won back is the part of its distance to float that the plan makes "
         "good. Predicted is the share of float that the run foretold.",
@@ -355,15 +356,16 @@ def budgets(name: str, content: dict) -> list[str]:
 def lengths(name: str, content: dict) -> list[str]:
     """What fewer steps keep."""
     floats = points(results(content["cells"], START.name), "trained", "ap")
-    runs = {cell.name: results(content["cells"], cell.name) for cell in shortened()}
-    files = [run for cell, found in runs.items() if cell != LONGEST for run in found.values()]
-    if not (files and floats):
+    budgets = {run["options"]["budget"] for cell, run in content["cells"].items() if cell.startswith("length-")}
+    if not (budgets and floats):
         return []
+    (budget,) = budgets
+    runs = {cell.name: results(content["cells"], cell.name) for cell in shortened(budget)}
     whole = statistics.mean(floats.values())
-    lines = header("Steps", name, [*files, *runs[LONGEST].values()])
+    lines = header("Steps", name, [run for found in runs.values() for run in found.values()])
     lines += [
-        f"Float: {whole:.1f}. The model for a CPU ({LONGEST} above) after fewer epochs, each with the whole schedule "
-        "of rate and rounding. Minutes are of a run beside another on two cores, its costs measured before.",
+        f"Float: {whole:.1f}. The model for a CPU ({list(runs)[-1]} above) after fewer epochs, each with the whole "
+        "schedule of rate and rounding. Minutes are of a run beside another on two cores, its costs measured before.",
         "",
         *table_head(["epochs", "steps", "seeds", "without QC", "with QC", "best.pt", "of float", "minutes"]),
     ]

@@ -48,7 +48,7 @@ not fall: there the average and QC repair what a falling rate does not leave beh
 # width of all layers -> budgets of as much, the default first
 PLANS = {
     "W7A8": ("budget-W7A8-openvino",),
-    "W4A8": ("budget-W4A8-102%", "budget-W4A8", "budget-W4A8-90%"),
+    "W4A8": ("budget-W4A8-110%", "budget-W4A8-102%", "budget-W4A8", "budget-W4A8-90%"),
     "W4A4": ("budget-W4A4-ops", "budget-W4A4"),
     "W3A8": ("budget-W3A8",),
     "W3A3": ("budget-W3A3-ops", "budget-W3A3"),

@@ -89,7 +89,7 @@ def warn_of_options(config: QCConfig) -> None:
     if config.body_bits[1] < MAX_BITS or (config.budget and config.budget.endswith(BITS_OF_INPUTS)):
         log.warning(
             f"activations of fewer than {MAX_BITS} bits lose accuracy, and nothing computes them faster with "
-            f"target={config.target!r}: leave act_bits out, and give a budget of the file, as 102%size"
+            f"target={config.target!r}: leave act_bits out, and give a budget of the file, as 110%size"
         )
     if config.output_bits is None and "output_bits" not in config.runs_on.bears:
         log.warning(f"output_bits=None: with target={config.target!r} convolutions are then computed in float, slowly")
