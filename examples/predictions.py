@@ -20,7 +20,7 @@ from ultralytics import YOLO
 from ultralytics.utils import ASSETS
 
 import yolo_qc_plugin  # noqa: F401  (opens our checkpoints)
-from yolo_qc_plugin.report.console import in_short, widths_of
+from yolo_qc_plugin.report.console import in_short, weights_by_widths
 
 MODELS = {  # -> its file, its size in a report, its row in a benchmark
     "float": ("teacher.pt", "float32", "FP32"),
@@ -32,7 +32,7 @@ def caption(report: dict, which: str, benchmark: dict | None) -> str:
     """What a model is, how large it is, how well it does and how long it takes."""
     state = "float" if which == "float" else report["kept"]
     _, size, row = MODELS[which]
-    body = "FP32" if which == "float" else in_short(map(widths_of, report["layers"]))
+    body = "FP32" if which == "float" else in_short(weights_by_widths(report["layers"]))
     if benchmark:
         found = next(x for x in benchmark["rows"] if (x["runtime"], x["file"]) == ("ONNX Runtime", row))
         return f"{body}: {found['mb']:.1f} MB, mAP50-95 {found['figure']:.3f}, {found['median']:.1f} ms"

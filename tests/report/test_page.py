@@ -170,11 +170,14 @@ def test_the_card_says_what_was_done(report):
 
 
 def test_widths_in_short():
-    layers = [{"weights": n, "weight_bits": w, "act_bits": 8} for n, w in ((10, 8), (60, 4), (30, 2))]
-    assert sections.tile_of_widths(layers) == ("3.8 bits", "of a weight on average; W8A8 in 1 of 3 layers")
-    assert sections.tile_of_widths(layers[:1]) == ("W8A8", "bits of weights and of activations in 1 of 1 layers")
-    assert console.in_short(["W8A8", "W4A8", "W4A8"]) == "W4A8"
-    assert console.in_short(["W8A8", "W4A8", "W5A8", "W4A8"]) == "mixed precision"
+    layers = [{"weights": n, "weight_bits": w, "act_bits": 8} for n, w in ((30, 7), (20, 7), (50, 4), (20, 2))]
+    assert sections.tile_of_widths(layers) == ("4.9 bits", "of a weight on average; W7A8 for 42% of the weights")
+    assert console.in_short(console.weights_by_widths(layers)) == "mixed precision"
+    most = [*layers[:2], {**layers[2], "weights": 51}]  # of the layers 7 bits have more
+    assert sections.tile_of_widths(most) == ("W4A8", "bits of weights and of activations of 50% of the weights")
+    assert console.in_short(console.weights_by_widths(most)) == "W4A8"
+    older = [{k: v for k, v in layer.items() if k != "weights"} for layer in most]
+    assert console.in_short(console.weights_by_widths(older)) == "W7A8"
 
 
 def test_the_console_has_the_worst_layers_and_the_file_all(folder, report):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replacing
-from .console import STAGES, in_short, widths_of
+from .console import STAGES, in_short, weights_by_widths, widths_of
 from .record import FIGURES
 
 CARD = "MODEL_CARD.md"  # in a run's qc/
@@ -50,7 +50,7 @@ def model_card(report: dict[str, Any], sizes: dict[str, int]) -> str:
     base = Path(made["start"]).stem or "model"  # checkpoints of earlier versions do not know it
     data = data_name(made.get("photographs") or made["data"])
     widths = Counter(map(widths_of, report["layers"])).most_common()
-    short = in_short(map(widths_of, report["layers"]))
+    short = in_short(weights_by_widths(report["layers"]))
     columns = [(name, title) for name, title in FIGURES.values() if name in metrics["qat"]]
     stages = [stage for stage in ("float", "qat", "qc") if metrics.get(stage)]
     rows = [

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +88,15 @@ def trouble(layer: dict[str, Any]) -> tuple[float, float]:
     return (layer["oscillating"] or 0.0) / 2 ** layer["weight_bits"], layer["act_clipped"]
 
 
-def in_short(widths: Iterable[str]) -> str:
-    """The widths of a model's layers in one word: those of most layers, as W4A8, or "mixed precision"."""
-    counted = Counter(widths)
+def weights_by_widths(layers: list[dict[str, Any]]) -> Counter[str]:
+    """Widths, as W4A8 -> how many weights have them (how many layers, of records of 0.2.0, which lack that)."""
+    counted: Counter[str] = Counter()
+    for layer in layers:
+        counted[widths_of(layer)] += layer.get("weights", 1)
+    return counted
+
+
+def in_short(counted: Counter[str]) -> str:
+    """The widths of a model in one word: those of most of its weights, as W4A8, or "mixed precision"."""
     ((name, count),) = counted.most_common(1)
     return name if 2 * count > counted.total() else "mixed precision"

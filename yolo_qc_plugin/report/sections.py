@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from .console import STAGES, in_short, widths_of
+from .console import STAGES, in_short, weights_by_widths, widths_of
 from .predictions import CHANGED, FILE, SIDES
 from .record import FIGURES
 from .runs import Run
@@ -64,14 +63,14 @@ def tiles(run: Run) -> str:
 
 
 def tile_of_widths(layers: list[dict[str, Any]]) -> tuple[str, str]:
-    """What most layers have or, where no widths have most of them, the mean of a weight."""
-    ((common, count),) = Counter(map(widths_of, layers)).most_common(1)
-    of_all = f"{count} of {len(layers)} layers"
-    if in_short(map(widths_of, layers)) == common:
-        return common, f"bits of weights and of activations in {of_all}"
-    weights = [x.get("weights", 1) for x in layers]  # records of earlier versions lack it
-    mean = sum(n * x["weight_bits"] for n, x in zip(weights, layers)) / sum(weights)
-    return f"{mean:.1f} bits", f"of a weight on average; {common} in {of_all}"
+    """What most weights have or, where no widths have most of them, the mean of a weight."""
+    counted = weights_by_widths(layers)
+    ((common, count),) = counted.most_common(1)
+    share = f"{count / counted.total():.0%} of the weights"
+    if in_short(counted) == common:
+        return common, f"bits of weights and of activations of {share}"
+    mean = sum(n * int(widths[1]) for widths, n in counted.items()) / counted.total()
+    return f"{mean:.1f} bits", f"of a weight on average; {common} for {share}"
 
 
 def accuracy(run: Run) -> str:

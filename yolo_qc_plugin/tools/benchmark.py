@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -116,10 +117,12 @@ def _folder(model: Path, out: str | None) -> Path:
 
 def _described(yolo: YOLO) -> str:
     """A model's architecture, widths and target."""
-    widths = in_short(f"W{m.weight_quant.bits}A{m.act_quant.bits}" for _, m in quant_convs(yolo.model))
+    widths: Counter[str] = Counter()
+    for _, conv in quant_convs(yolo.model):
+        widths[f"W{conv.weight_quant.bits}A{conv.act_quant.bits}"] += conv.weight.numel()
     target = own_record(yolo.model).config.get("target")
     named = f", target={target}" if target else ""
-    return f"{Path(yolo.model.yaml.get('yaml_file', yolo.task)).stem} {widths}{named}"
+    return f"{Path(yolo.model.yaml.get('yaml_file', yolo.task)).stem} {in_short(widths)}{named}"
 
 
 def _version(package: str) -> str:
