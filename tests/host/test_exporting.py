@@ -41,6 +41,7 @@ def quantized(**options):
     ("ONNX", "cpu", "int4", "int4"), ("openvino", "tensorrt", None, "packed"), ("openvino", "cpu", "int8", "int8"),
     ("onnx", "openvino", None, "openvino"), ("openvino", "openvino", None, "openvino"),
     ("engine", "tensorrt", None, "tensorrt"), ("trt", None, None, "tensorrt"), ("torchscript", "cpu", None, None),
+    ("tflite", "litert", None, None),
 ])  # fmt: skip
 def test_the_target_chooses_the_kind_and_the_user_another(format, target, asked, kind):
     assert choose_kind(format, target, asked) == kind
@@ -72,6 +73,14 @@ def test_the_line_of_an_export_names_kind_and_target(caplog):
     assert "onnx, packed kind, of a model trained for cpu" in caplog.text
     prepare_export(exporter("onnx"), quantized())
     assert "onnx, packed kind, of a model trained for no target in particular" in caplog.text
+
+
+def test_what_openvino_leaves_out_of_a_file_of_dynamic_sizes_is_said(caplog):
+    prepare_export(exporter("openvino", dynamic=True), quantized(target="cpu"))
+    prepare_export(exporter("onnx"), quantized(target="cpu"))
+    assert "leaves biases out" not in caplog.text
+    prepare_export(exporter("onnx", dynamic=True), quantized(target="cpu"))
+    assert "OpenVINO (2026.4) leaves biases out" in caplog.text
 
 
 def test_a_model_for_openvino_with_outputs_in_floats(caplog):

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from ultralytics import YOLO
 from yolo_qc_plugin import QCConfig, add_qc_callbacks
 from yolo_qc_plugin.cli import main
 from yolo_qc_plugin.host import log
-from yolo_qc_plugin.report import console, page, sections
+from yolo_qc_plugin.report import console, page, plots, sections
 from yolo_qc_plugin.report.card import METHOD, model_card
 from yolo_qc_plugin.report.command import train_command
 from yolo_qc_plugin.report.runs import Run
@@ -156,6 +158,12 @@ def test_the_card_has_the_figures_of_the_report(folder, report):
     assert shown["`best.pt`"][0] == f"{best / 1e6:.2f}"
 
 
+def test_a_card_of_names_beyond_ascii(report):
+    made = {**report["training"], "data": "/somewhere/K\u00fche \U0001f404.yaml"}
+    front = model_card({**report, "training": made}, {"best.pt": 1}).split("---")[1]
+    assert yaml.safe_load(front)["datasets"] == ["K\u00fche \U0001f404"]
+
+
 def test_the_card_says_what_was_done(report):
     """No average and no correction where there was none; whose labels, and of which photographs."""
     plain = {**report, "metrics": {**report["metrics"], "qc": None}, "kept": "qat"}
@@ -167,6 +175,14 @@ def test_the_card_says_what_was_done(report):
     whole = model_card(report, {"best.pt": 10**6, "qat.pt": 10**6})
     assert "averaged weights and scales, and a correction at its end ([Gupta" in whole and "`qat.pt`" in whole
     assert "validator; the better of QAT and QAT + QC there is kept." in whole
+
+
+def test_names_of_runs_are_shown_as_they_are(report):
+    names = ["x$\\frac$y", "_begun"]
+    figure = plots.draw_accuracy([SimpleNamespace(name=name, report=report) for name in names])
+    figure.savefig(io.BytesIO())
+    assert [label.get_text().strip() for label in figure.axes[0].get_xticklabels()] == ["x\\$\\frac\\$y", "_begun"]
+    assert not plots._plain("_begun").startswith("_")
 
 
 def test_widths_in_short():

@@ -127,7 +127,11 @@ def test_photographs_that_come_and_go(photos, tmp_path, predicted):
     names = {file.stem for file in (tmp_path / "out" / "labels").rglob("*.txt")}
     assert "zero" in names and last.stem not in names
     assert names == {file.stem for file in (tmp_path / "out" / "images").rglob("*.jpg")}
-    predicted.clear()  # others of the same names
+    predicted.clear()
+    with pytest.raises(QCError, match=f"holds labels of {photos / 'train'}, .* not of {photos / 'val'}; give another"):
+        label(FLOAT, photos / "val", tmp_path / "out", device="cpu")
+    assert names == {file.stem for file in (tmp_path / "out" / "labels").rglob("*.txt")}
+    (photos / "train").rename(tmp_path / "gone")  # others of the same names
     label(FLOAT, photos / "val", tmp_path / "out", device="cpu")
     assert len(predicted) == len(list((tmp_path / "out" / "labels").rglob("*.txt"))) == 8
 
@@ -194,6 +198,35 @@ def test_labels_that_were_changed_by_hand_outlive_a_move_and_an_interruption(pho
     assert (summary["by_hand"], summary["by_model"]) == (3, ALL - 3)
     assert [f.read_text()[:3] for f in (first, second, third)] == ["3 0", "0 0", "1 0"]
     assert all(Path(os.readlink(image)).exists() for image in (out / "images").rglob("*.jpg"))
+
+
+def test_what_was_added_by_hand_is_kept(photos, tmp_path, predicted):
+    out = tmp_path / "out"
+    label(FLOAT, photos / "train", out, device="cpu")
+    mine = out / "images" / "train" / "mine.jpg", out / "labels" / "train" / "mine.txt"
+    shutil.copy(next((photos / "val").glob("*.jpg")), mine[0])
+    mine[1].write_text("0 0.5 0.5 0.1 0.1\n")
+    whole = {file.name for file in (out / "images").rglob("*")}
+    gone = sorted((photos / "train").glob("*.jpg"))[-1]
+    gone.unlink()
+    label(FLOAT, photos / "train", out, confidence=0.9, device="cpu")
+    assert mine[1].read_text() == "0 0.5 0.5 0.1 0.1\n"
+    assert {file.name for file in (out / "images").rglob("*")} == whole - {gone.name}
+
+
+def test_figures_on_a_models_labels_are_said_to_be_agreement(train, photos, tmp_path, predicted, caplog):
+    """In a run on what the command wrote, and where that run is corrected again."""
+    label(FLOAT, photos, tmp_path / "out", device="cpu")
+    options = {"correction": "off", "output_bits": None, "telemetry": False, "calibration_batches": 1}
+    run = train(options, model=FLOAT, data=str(tmp_path / "out" / "data.yaml")).trainer
+    assert "photographs to validate are labelled by float.pt: figures tell the agreement with it" in caplog.text
+    tensor = ["correction=tensor"]
+    assert main(["correct", f"model={run.best}", f"project={tmp_path}", "name=again", "batch=4", *tensor]) == 0
+    for folder in run.save_dir, tmp_path / "again":
+        card = (folder / "qc" / "MODEL_CARD.md").read_text("utf-8")
+        assert "of its photographs: agreement with it, not accuracy)" in card and "- Data: photos" in card
+    command = json.loads((tmp_path / "again" / "qc" / "report.json").read_text())["training"]["command"]
+    assert command.endswith(f" project={tmp_path} name=again batch=4 correction=tensor")
 
 
 def test_another_folder_is_not_touched(photos, tmp_path):

@@ -18,7 +18,7 @@ from yolo_qc_plugin import add_qc_callbacks
 from yolo_qc_plugin.cli import main
 from yolo_qc_plugin.deploy.litert.graph import LITERT_KINDS
 from yolo_qc_plugin.tools import exports
-from yolo_qc_plugin.tools.benchmark import benchmark
+from yolo_qc_plugin.tools.benchmark import benchmark, format_benchmark
 from yolo_qc_plugin.tools.latency import RUNTIMES, SETTLE, TURN, measure
 
 pytest.importorskip("onnxruntime", reason="needs the extra export")
@@ -71,6 +71,7 @@ def test_every_kind_is_in_the_table(run, digits):
     page = (folder / "qc" / "benchmark.md").read_text()
     assert told.endswith(page + "\n")
     rows = {(row["runtime"], row["file"]): row for row in result["rows"]}
+    assert result["figure"] == "mAP50-95"
     assert result["imgsz"] == [64, 64] and page.startswith("# tiny W4A8, 64 px, on digits.yaml\n")
     assert all(f"| {runtime}" in page for runtime, _ in rows)
     expected = rows["PyTorch", "checkpoint"]["figure"]
@@ -137,6 +138,7 @@ def test_a_file_that_cannot_be_written_is_a_row(run, digits, tmp_path, monkeypat
     (dict(float="yolov5n.yaml"), "float=yolov5n.yaml is of another task or other classes than model="),
     (dict(data="none.yaml"), "none.yaml"),
     (dict(out="closed"), "out=closed cannot be written to"),
+    (dict(out="mine"), "benchmark.md is another page than those of `yolo-qc benchmark`"),
     (dict(repeats=0), "repeats=0 is not accepted"),
     (dict(threads=0), "threads=0 is not accepted"),
     (dict(data="."), "data=. is a folder; give a data YAML"),
@@ -145,12 +147,21 @@ def test_refusals_take_one_line_and_no_export(run, digits, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(exports.File, "write", lambda *_: pytest.fail("something was exported"))
     (tmp_path / "torn.pt").write_bytes(run[1].read_bytes()[:1000])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "benchmark.md").write_text("my notes")
     monkeypatch.setattr("os.access", lambda path, mode: str(path) != "closed")  # the superuser may write everywhere
     named = {"best": run[0] / "weights" / "best.pt", "start": run[1]}
     given = {"model": "best", "data": digits, "float": "start", "out": tmp_path / "out", **change}
     assert main(["benchmark", *(f"{key}={named.get(value, value)}" for key, value in given.items())]) == 1
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("yolo-qc benchmark: ")]
     assert len(error) == 1 and message in error[0]
+
+
+def test_the_figure_is_named_by_the_task():
+    row = {"runtime": "PyTorch", "file": "checkpoint", "mb": 1.0, "figure": 0.5}
+    about = {"model": "m", "data": "d.yaml", "imgsz": [64, 64], "threads": 1, "repeats": 6, "cpu": "c", "versions": {}}
+    assert "| mAP50-95 |" in format_benchmark({**about, "rows": [row]})  # of a record of before it was named
+    assert "| top1  |" in format_benchmark({**about, "rows": [row], "figure": "top1"})
 
 
 def test_times_are_of_the_calls_and_ratios_of_the_turn():

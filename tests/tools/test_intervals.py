@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 
+import cv2
 import numpy as np
 import pytest
 from conftest import FLOAT
@@ -13,6 +15,7 @@ from ultralytics import YOLO
 
 from yolo_qc_plugin.cli import main
 from yolo_qc_plugin.coco.metrics import coco_metrics
+from yolo_qc_plugin.data.digits import compose
 from yolo_qc_plugin.tools.evaluate import detect
 from yolo_qc_plugin.tools.intervals import bootstrap, compare, image_weights, weighted_ap
 
@@ -103,6 +106,23 @@ def test_two_models_of_other_classes_are_refused(digits, tmp_path):
         compare(FLOAT, tmp_path / "other.pt", digits)
     with pytest.raises(ValueError, match="the ground truth has no images"):
         bootstrap({"images": [], "annotations": [], "categories": []}, [], [])
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_checkpoint_beside_its_file_is_given_the_same_images(tmp_path):
+    """Photographs that are not square are padded to squares for both."""
+    pytest.importorskip("onnxruntime", reason="needs the extra export")
+    data = compose(tmp_path / "oblong", train=1, val=8, imgsz=64, seed=0)
+    for image in (tmp_path / "oblong" / "images" / "val").iterdir():
+        cv2.imwrite(str(image), cv2.imread(str(image))[:52])
+    shutil.copy(FLOAT, tmp_path / "float.pt")
+    file = YOLO(tmp_path / "float.pt").export(format="onnx", imgsz=64)
+    found = compare(tmp_path / "float.pt", file, data, imgsz=64, resamples=2)
+    assert found["difference"] == pytest.approx(0, abs=1e-6) and found["ap"][0] > 1
+    alone = compare(tmp_path / "float.pt", FLOAT, data, imgsz=64, resamples=2)
+    assert alone["ap"][0] != pytest.approx(found["ap"][0], abs=1e-6)  # in rectangles
+    with pytest.raises(ValueError, match="resamples=0"):
+        compare(tmp_path / "none.pt", file, data, resamples=0)
 
 
 def test_compare_from_the_command_line(digits, tmp_path, capsys):

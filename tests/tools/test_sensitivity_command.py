@@ -43,6 +43,15 @@ def test_costs_of_other_images_and_of_other_widths_are_not_taken(digits, tmp_pat
     assert "weights at 4 bits" in format_sensitivity(later) and "2 bits" not in format_sensitivity(later)
 
 
+@pytest.mark.parametrize("content", ['{"mine": 1}', "no JSON"])
+def test_another_file_of_that_name_is_not_written_over(content, digits, tmp_path):
+    file = tmp_path / "sensitivity.json"
+    file.write_text(content)
+    with pytest.raises(QCError, match=f"{file} is no record of costs; move it"):
+        sensitivity(FLOAT, digits, out=tmp_path)
+    assert file.read_text() == content
+
+
 @pytest.mark.parametrize("arguments,message", [
     ({"bits": [1, 4]}, r"bits=\[1, 4\] is not accepted; give whole numbers from 2 to 8"),
     ({"bits": []}, r"bits=\[\] is not accepted"),

@@ -55,7 +55,12 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "engine": ("tensorrt",),
 }
 
-ALIASES = {"trt": "engine", "tensorrt": "engine"}  # names that Ultralytics takes for another
+ALIASES = {
+    "trt": "engine",
+    "tensorrt": "engine",
+    "tflite": "litert",
+    "tfjs": "litert",
+}  # names that Ultralytics takes for another
 
 
 def canonical(format: str) -> str:

@@ -91,6 +91,11 @@ def prepare_export(exporter: Any, model: nn.Module) -> str | None:
     )
     if format == "onnx" and (reason := runtime_obstacle(kind or "int8")):
         log.warning(f"{reason}.")
+    if format == "onnx" and args.dynamic and kind in {"packed", "int8"}:
+        log.warning(
+            "OpenVINO (2026.4) leaves biases out where it reads a file of dynamic sizes by itself: export "
+            "format=openvino for it, or load the file by openvino.convert_model. ONNX Runtime computes all of it."
+        )
     begin = partial(_begin, kind=kind, litert=litert)
     exporter.callbacks = {**exporter.callbacks, "on_export_start": [*callbacks, begin]}
     return kind

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def _method(report: dict[str, Any]) -> str:
 def _judged(report: dict[str, Any]) -> str:
     """What a reader of the figures has to know."""
     by_model = report["training"].get("val_by_model")
-    agreement = f" (the float model labelled {by_model} of its photographs: agreement with it, not accuracy)"
+    agreement = f" (a float model labelled {by_model} of its photographs: agreement with it, not accuracy)"
     kept = "; the better of QAT and QAT + QC there is kept"
     return agreement * bool(by_model) + kept * bool(report["metrics"].get("qc"))
 
@@ -141,7 +142,7 @@ def _front_matter(
 ) -> list[str]:
     """The lines between ---; quoted as JSON, which YAML reads."""
     made, kept = report["training"], report["metrics"][report["kept"]]
-    quote = json.dumps
+    quote = partial(json.dumps, ensure_ascii=False)
     return [
         "---",
         "license: agpl-3.0",

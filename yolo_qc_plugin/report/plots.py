@@ -67,6 +67,11 @@ def thinned(steps: np.ndarray, trace: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return steps[ends], trace[ends]
 
 
+def _plain(name: str) -> str:
+    """A run's name as Matplotlib shows it: no formula between dollars, and not left out for a leading underscore."""
+    return f" {name}".replace("$", r"\$") if name.startswith("_") else name.replace("$", r"\$")
+
+
 def draw_oscillation(runs: list[Run]):
     """Share of oscillating weights at the end and share of codes that flip in a step, per layer."""
     runs = [run for run in runs if run.layers]
@@ -79,7 +84,7 @@ def draw_oscillation(runs: list[Run]):
         places = np.array([layers.index(layer) for layer in run.layers]) + (k - (len(runs) - 1) / 2) * 0.8 / len(runs)
         shares = run.traces("oscillating")[-1], run.traces("flips").mean(0)
         for ax, share in zip(axes, shares):
-            ax.bar(places, 100 * share, 0.8 / len(runs), color=COLORS[k % len(COLORS)], label=run.name)
+            ax.bar(places, 100 * share, 0.8 / len(runs), color=COLORS[k % len(COLORS)], label=_plain(run.name))
     axes[0].set_ylabel("oscillating weights (%)")
     axes[1].set_ylabel("codes flipped per step (%)")
     along_layers(axes[1], layers)
@@ -90,7 +95,7 @@ def draw_oscillation(runs: list[Run]):
 
 def draw_accuracy(runs: list[Run]):
     """Accuracy of the float start, after QAT and after QC, of the runs that have ended, where they have one task."""
-    reports = {run.name: run.report for run in runs if run.report}
+    reports = {_plain(run.name): run.report for run in runs if run.report}
     if not reports:
         return None
     common = set.intersection(*(set(r["metrics"]["qat"]) for r in reports.values()))

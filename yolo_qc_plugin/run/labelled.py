@@ -6,8 +6,9 @@ It is an ordinary data set, which can be looked at, corrected and trained on aga
     data.yaml             for Ultralytics
     images/train, val     links to the photographs
     labels/train, val     copies of the user's label files, and the model's for the others
-    labels.json           what the model's files depend on; as long as that holds, none is predicted again. And a hash
-                          of each label file as it was written: one that was changed since is kept
+    labels.json           what the model's files depend on; as long as that holds, none is predicted again. A hash of
+                          each label file as it was written: one that was changed since is kept. And what was placed
+                          here: whatever else there is, is not touched
 """
 
 from __future__ import annotations
@@ -58,23 +59,27 @@ def write_labelled(photographs: Photographs, labeller: Labeller, folder: Path) -
         the model found; its `settings`; and `photographs`, the data that they are from.
 
     Raises:
-        QCError: If the folder holds something else, the classes are not the model's, or it finds nothing at all.
+        QCError: If the folder holds something else, or labels of other data, the classes are not the model's, or it
+            finds nothing at all.
     """
     description = labeller.description(photographs)
     folder = folder.resolve()
     entries = _entries(photographs, folder)
-    corrected = _make_room(entries, labeller.settings, folder)
+    source = str(Path(photographs.data).resolve())
+    corrected = _make_room(entries, labeller.settings, source, folder)
 
-    def written() -> dict[str, str]:
-        return {_key(entry): _hash(entry.text) for entry in entries if entry.text.exists()} | corrected
+    def record(summary: dict[str, Any]) -> None:
+        written = {_key(entry): _hash(entry.text) for entry in entries if entry.text.exists()} | corrected
+        placed = {"source": source, "placed": [_key(entry) for entry in entries], "written": written}
+        _write_json(folder / RECORD, {**summary, **placed})
 
-    _write_json(folder / RECORD, {"settings": labeller.settings, "written": written()})
+    record({"settings": labeller.settings})
     try:
         for entry in entries:
             _place(entry, keep_label=_key(entry) in corrected)
         labeller.write({entry.image: entry.text for entry in entries if not entry.text.exists()})
     finally:  # interrupted too, lest what is changed by hand before the work goes on counts as the model's
-        _write_json(folder / RECORD, {"settings": labeller.settings, "written": written()})
+        record({"settings": labeller.settings})
     readable = [entry for entry in entries if entry.text.exists()]
     for image in {entry.image for entry in entries} - {entry.image for entry in readable}:
         image.unlink()
@@ -85,7 +90,7 @@ def write_labelled(photographs: Photographs, labeller: Labeller, folder: Path) -
     if not summary["boxes"]:
         _say_nothing_was_found(photographs, labeller, summary)
     YAML.save(folder / YAML_FILE, {"train": "images/train", "val": "images/val", **description})
-    _write_json(folder / RECORD, {**summary, "written": written()})
+    record(summary)
     return summary
 
 
@@ -102,8 +107,8 @@ def _entries(photographs: Photographs, folder: Path) -> list[Entry]:
     return entries
 
 
-def _make_room(entries: list[Entry], settings: dict, folder: Path) -> dict[str, str]:
-    """Make the folders, and delete there what belongs to other photographs or to another model.
+def _make_room(entries: list[Entry], settings: dict, source: str, folder: Path) -> dict[str, str]:
+    """Make the folders, and delete what was placed there of other photographs or by another model.
 
     Returns:
         Of the label files that were changed by hand: their names, and their hashes as they had been written.
@@ -112,7 +117,14 @@ def _make_room(entries: list[Entry], settings: dict, folder: Path) -> dict[str, 
     if folder.exists() and any(folder.iterdir()) and not record.exists():
         raise QCError(f"QC: {folder} holds other files than a labelled data set; give a new folder.")
     before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    other = before.get("source", source)
+    if other != source and Path(other).exists():  # else it has moved
+        raise QCError(
+            f"QC: {folder} holds labels of {other}, which may have been corrected, not of {source}; give another "
+            "folder (of a run: another name=), or delete it."
+        )
     written = before.get("written", {})
+    placed = {*before.get("placed", ()), *written}
     there = {_key(entry): entry for entry in entries if _key(entry) in written and entry.text.exists()}
     corrected = {name: written[name] for name, entry in there.items() if _hash(entry.text) != written[name]}
     same = before.get("settings") == settings
@@ -122,7 +134,8 @@ def _make_room(entries: list[Entry], settings: dict, folder: Path) -> dict[str, 
         for split in ("train", "val"):
             (folder / kind / split).mkdir(parents=True, exist_ok=True)
             for file in set((folder / kind / split).iterdir()) - kept:
-                file.unlink()
+                if f"{split}/{file.stem}.txt" in placed:
+                    file.unlink()
     for cache in (folder / "labels").glob("*.cache"):  # Ultralytics' summary of label files
         cache.unlink()
     return corrected

@@ -29,8 +29,8 @@ def label(
 ) -> dict[str, Any]:
     """Label photographs by a trained model, and write a data set to train on.
 
-    Label files that the data set has are kept, and so are those in `out` that were changed by hand. Labelling that was
-    interrupted goes on in the same folder.
+    Label files that the data set has are kept, and so are those in `out` that were changed or added by hand. Labelling
+    that was interrupted goes on in the same folder.
 
     Args:
         model: A trained float checkpoint.
@@ -83,6 +83,7 @@ def label_for_run(trainer: BaseTrainer, config: QCConfig) -> None:
     if config.labels == "data":
         if args.task in TASKS and is_plain_folder(args.data) and not any(Path(args.data).rglob("*.y*ml")):
             raise QCError(f"QC: data={args.data} is a folder without a data YAML; {ASK}.")
+        _warn_of_agreement(labels_of_run(trainer))
         return
     folder = (trainer.save_dir / "qc" / "data").resolve()
     if trainer.resume and (folder / YAML_FILE).exists():
@@ -98,19 +99,24 @@ def label_for_run(trainer: BaseTrainer, config: QCConfig) -> None:
     args.data = summary["data"]
     for line in format_labels(summary).splitlines():
         log.info(line)
-    if summary["val_by_model"]:
+    _warn_of_agreement(summary)
+
+
+def _warn_of_agreement(summary: dict[str, Any]) -> None:
+    if summary.get("val_by_model"):
         log.warning(
             f"{summary['val_by_model']} of {summary['val']} photographs to validate are labelled by "
-            f"{labeller.settings['model']}: figures tell the agreement with it, not accuracy"
+            f"{summary['settings']['model']}: figures tell the agreement with it, not accuracy"
         )
 
 
 def labels_of_run(trainer: BaseTrainer) -> dict[str, Any]:
-    """What `write_labelled` returned, where a run trains on labels by its start model; else empty."""
-    file = trainer.save_dir / "qc" / "data" / RECORD
-    if Path(trainer.args.data) != (file.parent / YAML_FILE).resolve() or not file.exists():
+    """What `write_labelled` returned of the data set that a run trains on, where a model labelled it; else empty."""
+    file = Path(trainer.args.data).parent / RECORD
+    if Path(trainer.args.data).name != YAML_FILE or not file.is_file():
         return {}
-    return json.loads(file.read_text(encoding="utf-8"))
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return found if "by_model" in found else {}  # labelling was interrupted
 
 
 def refuse_without_labels(trainer: BaseTrainer) -> None:

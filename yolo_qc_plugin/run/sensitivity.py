@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from math import ceil
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils import TQDM
 
-from ..config import QCConfig
+from ..config import QCConfig, QCError
 from ..files import replacing
 from ..host import architecture
 from ..host.distillation import Gains, detector, head_loss
@@ -170,7 +171,7 @@ def measure(probe: Probe, wanted: Wanted, about: dict, file: Path) -> Costs:
     Returns:
         What the file holds as "costs".
     """
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found = read_costs(file)
     if found.get("about") != about:
         found = {"about": about, "costs": {kind: {} for kind in KINDS}}
     for (kind, name), widths in TQDM(wanted.items(), desc="QC: sensitivity"):
@@ -181,6 +182,22 @@ def measure(probe: Probe, wanted: Wanted, about: dict, file: Path) -> Costs:
             with replacing(file) as temporary:
                 temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found["costs"]
+
+
+def read_costs(file: Path) -> dict[str, Any]:
+    """What `measure` has written to a file; empty where there is none.
+
+    Raises:
+        QCError: If it holds something else.
+    """
+    if not file.exists():
+        return {}
+    found = None
+    with suppress(ValueError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+    if not (isinstance(found, dict) and found.keys() == {"about", "costs"}):
+        raise QCError(f"QC: {file} is no record of costs; move it, or give another folder.")
+    return found
 
 
 def to_measure(wanted: Wanted) -> Wanted:

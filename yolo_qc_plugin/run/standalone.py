@@ -70,7 +70,7 @@ def correct(model: str | Path, data: str | Path | None = None, **arguments) -> d
     compat.check_trainer(trainer, compat.AT_START)
     check_device(trainer)
     try:
-        return _correct(trainer, config, Path(model), options)
+        return _correct(trainer, config, Path(model), {**arguments, **options})
     finally:  # what Ultralytics does when a training ends
         for loader in (getattr(trainer, name, None) for name in ("train_loader", "test_loader")):
             if loader is not None:
@@ -78,8 +78,8 @@ def correct(model: str | Path, data: str | Path | None = None, **arguments) -> d
         unset_deterministic()
 
 
-def _correct(trainer: BaseTrainer, config: QCConfig, source: Path, options: dict) -> dict:
-    """Set a trainer up and do what follows its last epoch."""
+def _correct(trainer: BaseTrainer, config: QCConfig, source: Path, arguments: dict) -> dict:
+    """Set a trainer up and do what follows its last epoch; `arguments` are what the user gave beside model and data."""
     trainer._setup_train()
     trainer.epoch = trainer.epochs - 1  # the loss and the images are those of the last epoch
     if trainer.args.close_mosaic:
@@ -95,7 +95,7 @@ def _correct(trainer: BaseTrainer, config: QCConfig, source: Path, options: dict
     qat = trainer.wdir / "qat.pt"
     write_like(source, model, trainer.validator.metrics.results_dict, qat)
     teacher = teacher_of(source.parent, config, trainer.device)
-    given = {"model": source, "data": trainer.args.data, **options}
+    given = {"model": source, "data": trainer.args.data, **arguments}
     command = shlex.join(["yolo-qc", "correct", *(f"{name}={value}" for name, value in given.items())])
     report = correct_and_choose(trainer, config, metrics, qat, trainer.best, command, teacher)
     if trainer.args.plots:

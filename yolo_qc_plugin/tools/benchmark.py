@@ -25,7 +25,7 @@ from ..host.record import own_record
 from ..quant.inject import remove
 from ..quant.layers import quant_convs
 from ..report.console import in_short
-from ..report.record import figures_of
+from ..report.record import FIGURES, figures_of
 from .accuracy import MAIN_FIGURES
 from .evaluate import check_data, validate
 from .exports import FP32, File, files_of
@@ -33,7 +33,8 @@ from .latency import RUNTIMES, TURN, Runtime, cpu_name, integer_convolutions, me
 from .running import computed_by, on_runtime
 
 PACKAGES = ("yolo-qc-plugin", "ultralytics", "torch", "onnxruntime", "openvino", "nncf", "ai-edge-litert")
-HEAD = ("runtime", "file", "MB", "mAP50-95", "ms", "ratio", "integer convolutions")
+HEAD = ("runtime", "file", "MB", "figure", "ms", "ratio", "integer convolutions")
+WRITTEN = "Written by `yolo-qc benchmark`"  # in each page
 
 
 def benchmark(
@@ -87,6 +88,9 @@ def benchmark(
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):  # before what takes minutes
         raise QCError(f"QC: out={folder} cannot be written to; give out= another folder.")
+    page = folder / "benchmark.md"
+    if page.exists() and WRITTEN not in page.read_text(encoding="utf-8", errors="replace"):
+        raise QCError(f"QC: {page} is another page than those of `yolo-qc benchmark`; give out= another folder.")
     result: dict[str, Any] = {
         "model": _described(yolo),
         "checkpoint": model,
@@ -98,7 +102,7 @@ def benchmark(
         "repeats": repeats,
         "cpu": cpu_name(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
-        "page": str(folder / "benchmark.md"),
+        "page": str(page),
     }
     with tempfile.TemporaryDirectory() as name:
         int8 = {"quantize": 8, "data": data} if float else None
@@ -208,7 +212,9 @@ class _Rows:
         # in this process: converters leave threads, beside which none may fork
         validator = validate(self.yolo, **given, batch=16, device="cpu", rect=False, workers=0)
         found = figures_of(validator.metrics.results_dict)
-        return next(found[name] for name in MAIN_FIGURES if name in found)
+        name = next(name for name in MAIN_FIGURES if name in found)
+        self.settings["figure"] = dict(FIGURES.values())[name]
+        return found[name]
 
 
 def _obstacle(file: File, path: Path, package: str) -> str | None:
@@ -219,13 +225,14 @@ def _obstacle(file: File, path: Path, package: str) -> str | None:
 def format_benchmark(result: dict[str, Any]) -> str:
     """The result of `benchmark` as a page of Markdown: a table, aligned, and what is not in it and why."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    table = [HEAD, *(_cells(row) for row in result["rows"] if "skipped" not in row)]
+    head = [result.get("figure", "mAP50-95") if name == "figure" else name for name in HEAD]
+    table = [head, *(_cells(row) for row in result["rows"] if "skipped" not in row)]
     widths = [max(len(row[i]) for row in table) for i in range(len(HEAD))]
     lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |" for row in table]
     lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
     size = "x".join(map(str, dict.fromkeys(result["imgsz"])))
     about = (
-        f"Written by `yolo-qc benchmark`. {result['cpu']}, threads={result['threads']}, one image at a time, at least "
+        f"{WRITTEN}. {result['cpu']}, threads={result['threads']}, one image at a time, at least "
         f"{result['repeats']} calls of each file in turns of {TURN}; median ms [10%, 90%] and the median ratio to FP32 "
         f"in the same turn. {versions}. OpenVINO without f32 computes float layers in BF16 where the processor has it."
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from ..coco.metrics import IouType, matched, read_json
 from ..coco.records import COMPARED
@@ -125,6 +126,12 @@ def resampled_ap(
     return found
 
 
+def check_resamples(resamples: int) -> None:
+    """Refuse a number of resamples below 1, by ValueError."""
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples} is not accepted: it must be >= 1")
+
+
 def image_weights(images: int, resamples: int, seed: int) -> np.ndarray:
     """How often each image is drawn in each resample: (resamples, images), rows of sum `images`."""
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
@@ -164,8 +171,7 @@ def bootstrap(
         ValueError: `resamples` is too small, there is no ground truth, or what `coco_metrics` refuses.
         FileNotFoundError: A JSON file is missing.
     """
-    if resamples < 1:
-        raise ValueError(f"resamples={resamples} is not accepted: it must be >= 1")
+    check_resamples(resamples)
     truth, found = read_json(annotations), [read_json(d) for d in (detections_a, detections_b)]
     a, b = (100 * resampled_ap(truth, d, resamples, seed, iou_type=iou_type, sigmas=sigmas) for d in found)
     return {
@@ -192,7 +198,8 @@ def compare(
 ) -> dict[str, Any]:
     """Validate two models on the same images and compare them, see `bootstrap`.
 
-    What is compared is what their task is for: boxes, masks of "segment", keypoints of "pose".
+    What is compared is what their task is for: boxes, masks of "segment", keypoints of "pose". Beside an exported file
+    all images are padded to squares, as such files take them, else to rectangles, as Ultralytics validates checkpoints.
 
     Args:
         a: The first model: checkpoint, exported model or model YAML, of the task "detect", "segment" or "pose".
@@ -213,13 +220,16 @@ def compare(
         ValueError: A model's task has no such metrics or is not the other's, its classes are not, or `resamples` is too
             small.
     """
+    check_resamples(resamples)
     models = [load_scored(model) for model in (a, b)]
     tasks = [model.task for model in models]
     if tasks[0] != tasks[1]:
         raise ValueError(f"a={a} is of task '{tasks[0]}', b={b} of task '{tasks[1]}': give two models of one task")
     if models[0].names != models[1].names:
         raise ValueError(f"a={a} and b={b} have other classes: give two models of the same classes")
-    of_each = [detect(model, data, imgsz, batch=batch, device=device, split=split) for model in models]
+    # files mostly have a fixed size: a checkpoint beside one is given the same images
+    rect = all(isinstance(model.model, nn.Module) for model in models)
+    of_each = [detect(model, data, imgsz, batch=batch, device=device, split=split, rect=rect) for model in models]
     (truth, found_a, validator), (_, found_b, _) = of_each
     *_, iou_type = COMPARED[tasks[0]]
     result = bootstrap(truth, found_a, found_b, resamples, seed, iou_type, getattr(validator, "sigma", None))

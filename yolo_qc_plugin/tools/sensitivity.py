@@ -17,7 +17,7 @@ from ..host.photographs import read_photographs
 from ..quant.layers import is_quantized
 from ..report.costs import FILE, draw_costs
 from ..report.pictures import STYLE, save
-from ..run.sensitivity import IMAGES, measure, prepare, size_for
+from ..run.sensitivity import IMAGES, measure, prepare, read_costs, size_for
 
 LEAST_SIZE = 32  # px, the largest stride
 SHOWN = 10  # layers in the text
@@ -69,6 +69,7 @@ def sensitivity(
     probe, about = prepare(yolo.model, QCConfig(), files, size, select_device(device, verbose=False))
     widths = sorted(set(bits))
     wanted = {**{("weights", n): widths for n in probe.convs}, **{("activations", n): widths for n in probe.inputs}}
+    read_costs(folder / FILE)  # another file of that name is not written over
     folder.mkdir(parents=True, exist_ok=True)
     log.info(f"{len(probe.convs)} layers and {len(probe.inputs)} tensors on {len(files)} images of {about['imgsz']} px")
     found = measure(probe, wanted, about, folder / FILE)  # all that the file holds, of earlier calls too
