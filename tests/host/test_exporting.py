@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from yolo_qc_plugin import choose_litert_kind, choose_onnx_kind
 from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.deploy import kinds
 from yolo_qc_plugin.deploy.kinds import ONNX_KINDS, check_runtime, choose_kind, runtime_obstacle
@@ -81,6 +82,21 @@ def test_what_openvino_leaves_out_of_a_file_of_dynamic_sizes_is_said(caplog):
     assert "leaves biases out" not in caplog.text
     prepare_export(exporter("onnx", dynamic=True), quantized(target="cpu"))
     assert "OpenVINO (2026.4) leaves biases out" in caplog.text
+
+
+def test_a_kind_is_chosen_until_another_is():
+    """None gives it back; what else hears of exports stays."""
+    model = SimpleNamespace(callbacks={"on_export_start": [print]})
+    model.add_callback = lambda event, callback: model.callbacks[event].append(callback)
+    choose_litert_kind(model, "int8")
+    for kind in "int4", "int8", None:
+        choose_onnx_kind(model, kind)
+        first, *chosen = model.callbacks["on_export_start"]
+        assert first is print and [c.qc_onnx for c in chosen] == [None, *filter(None, [kind])]
+    choose_litert_kind(model, None)
+    assert model.callbacks == {"on_export_start": [print]}
+    with pytest.raises(QCError, match="int3"):
+        choose_onnx_kind(model, "int3")
 
 
 def test_a_model_for_openvino_with_outputs_in_floats(caplog):

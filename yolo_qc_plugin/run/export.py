@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..config import QCError
 from ..deploy.fold import deployed_convs
 from ..deploy.kinds import check_kind
@@ -43,13 +45,14 @@ def export_events(onnx: str | None = None, litert: str | None = None) -> dict:
     return {"on_export_start": ChosenKind(onnx, litert)}
 
 
-def choose_onnx_kind(model, kind: str) -> None:
+def choose_onnx_kind(model, kind: str | None) -> None:
     """Choose the kind of graph that `model.export(format="onnx")` writes of a quantized model.
 
     Args:
         model: An `ultralytics.YOLO` object with a quantized model.
         kind: "packed" (small and fast), "int8" (for older runtimes), "int4" (for converters that look for 4-bit types),
-            "openvino", "tensorrt", or "qonnx" (for FPGAs); docs/deployment.md says which runs where.
+            "openvino", "tensorrt", or "qonnx" (for FPGAs); docs/deployment.md says which runs where. None for
+            that of the model's target again.
 
     Raises:
         QCError: On another kind.
@@ -62,12 +65,13 @@ def choose_onnx_kind(model, kind: str) -> None:
     choose_kinds(model, onnx=kind)
 
 
-def choose_litert_kind(model, kind: str) -> None:
+def choose_litert_kind(model, kind: str | None) -> None:
     """Choose the kind of graph that `model.export(format="litert")` writes of a quantized model.
 
     Args:
         model: An `ultralytics.YOLO` object with a quantized model.
         kind: "int4" (packed weights of up to 4 bits, for size) or "int8" (a byte for every weight, for speed).
+            None for the first again.
 
     Raises:
         QCError: On another kind.
@@ -80,12 +84,19 @@ def choose_litert_kind(model, kind: str) -> None:
     choose_kinds(model, litert=kind)
 
 
-def choose_kinds(model, **kinds: str) -> None:
-    """Give a model the callbacks of `export_events`.
+def choose_kinds(model, **kinds: str | None) -> None:
+    """Give a model the callbacks of `export_events`, in place of those that named a kind of the same.
 
     Args:
         model: An `ultralytics.YOLO` object with a quantized model.
         **kinds: Arguments of `export_events`.
     """
     for event, callback in export_events(**kinds).items():
-        model.add_callback(event, callback)
+        model.callbacks[event] = [c for c in model.callbacks[event] if not _names(c, kinds)]
+        if _names(callback, kinds):
+            model.add_callback(event, callback)
+
+
+def _names(callback, kinds: Iterable[str]) -> bool:
+    """Whether a callback chooses one of these."""
+    return isinstance(callback, ChosenKind) and any(getattr(callback, f"qc_{name}") for name in kinds)
