@@ -1,12 +1,22 @@
 # yolo_qc_plugin, AGPL-3.0
-"""Writing files as a whole: a reader sees the old file or the new one, never a part."""
+"""Files read and written whole: a reader sees the old one or the new one, never a part."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no file, or one of something else."""
+    found = None
+    with suppress(ValueError):
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager

@@ -356,10 +356,9 @@ def budgets(name: str, content: dict) -> list[str]:
 def lengths(name: str, content: dict) -> list[str]:
     """What fewer steps keep."""
     floats = points(results(content["cells"], START.name), "trained", "ap")
-    budgets = {run["options"]["budget"] for cell, run in content["cells"].items() if cell.startswith("length-")}
-    if not (budgets and floats):
+    budget = next((r["options"]["budget"] for cell, r in content["cells"].items() if cell.startswith("length-")), None)
+    if not (budget and floats):
         return []
-    (budget,) = budgets
     runs = {cell.name: results(content["cells"], cell.name) for cell in shortened(budget)}
     whole = statistics.mean(floats.values())
     lines = header("Steps", name, [run for found in runs.values() for run in found.values()])

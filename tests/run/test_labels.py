@@ -24,7 +24,7 @@ from yolo_qc_plugin.cli import main
 from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.run import labelled
 from yolo_qc_plugin.run.callbacks import QCCallbacks
-from yolo_qc_plugin.run.labels import format_labels, label, refuse_without_labels
+from yolo_qc_plugin.run.labels import format_labels, label, label_for_run, labels_of_run, refuse_without_labels
 
 ALL = 32
 QUICK = {"labels": "teacher", "correction": "off", "output_bits": None, "telemetry": False, "calibration_batches": 1}
@@ -220,6 +220,9 @@ def test_figures_on_a_models_labels_are_said_to_be_agreement(train, photos, tmp_
     options = {"correction": "off", "output_bits": None, "telemetry": False, "calibration_batches": 1}
     run = train(options, model=FLOAT, data=str(tmp_path / "out" / "data.yaml")).trainer
     assert "photographs to validate are labelled by float.pt: figures tell the agreement with it" in caplog.text
+    caplog.clear()
+    label_for_run(run, QCConfig(labels="teacher"))  # which has nothing to do
+    assert "figures tell the agreement with it" in caplog.text
     tensor = ["correction=tensor"]
     assert main(["correct", f"model={run.best}", f"project={tmp_path}", "name=again", "batch=4", *tensor]) == 0
     for folder in run.save_dir, tmp_path / "again":
@@ -227,6 +230,12 @@ def test_figures_on_a_models_labels_are_said_to_be_agreement(train, photos, tmp_
         assert "of its photographs: agreement with it, not accuracy)" in card and "- Data: photos" in card
     command = json.loads((tmp_path / "again" / "qc" / "report.json").read_text())["training"]["command"]
     assert command.endswith(f" project={tmp_path} name=again batch=4 correction=tensor")
+
+
+@pytest.mark.parametrize("content", ["no JSON", "[]", "{}"])
+def test_another_file_of_the_records_name_says_nothing(tmp_path, content):
+    (tmp_path / "labels.json").write_text(content)
+    assert labels_of_run(SimpleNamespace(args=SimpleNamespace(data=str(tmp_path / "data.yaml")))) == {}
 
 
 def test_another_folder_is_not_touched(photos, tmp_path):

@@ -55,12 +55,8 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "engine": ("tensorrt",),
 }
 
-ALIASES = {
-    "trt": "engine",
-    "tensorrt": "engine",
-    "tflite": "litert",
-    "tfjs": "litert",
-}  # names that Ultralytics takes for another
+# names that Ultralytics takes for another
+ALIASES = {"trt": "engine", "tensorrt": "engine", "tflite": "litert", "tfjs": "litert"}
 
 
 def canonical(format: str) -> str:

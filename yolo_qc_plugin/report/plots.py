@@ -69,7 +69,7 @@ def thinned(steps: np.ndarray, trace: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def _plain(name: str) -> str:
     """A run's name as Matplotlib shows it: no formula between dollars, and not left out for a leading underscore."""
-    return f" {name}".replace("$", r"\$") if name.startswith("_") else name.replace("$", r"\$")
+    return " " * name.startswith("_") + name.replace("$", r"\$")
 
 
 def draw_oscillation(runs: list[Run]):

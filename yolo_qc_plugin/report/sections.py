@@ -69,7 +69,7 @@ def tile_of_widths(layers: list[dict[str, Any]]) -> tuple[str, str]:
     share = f"{count / counted.total():.0%} of the weights"
     if in_short(counted) == common:
         return common, f"bits of weights and of activations of {share}"
-    mean = sum(n * int(widths[1]) for widths, n in counted.items()) / counted.total()
+    mean = sum(x.get("weights", 1) * x["weight_bits"] for x in layers) / counted.total()
     return f"{mean:.1f} bits", f"of a weight on average; {common} for {share}"
 
 

@@ -124,7 +124,7 @@ def _make_room(entries: list[Entry], settings: dict, source: str, folder: Path) 
             "folder (of a run: another name=), or delete it."
         )
     written = before.get("written", {})
-    placed = {*before.get("placed", ()), *written}
+    placed = set(before.get("placed", written))
     there = {_key(entry): entry for entry in entries if _key(entry) in written and entry.text.exists()}
     corrected = {name: written[name] for name, entry in there.items() if _hash(entry.text) != written[name]}
     same = before.get("settings") == settings

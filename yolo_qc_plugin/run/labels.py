@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ultralytics.engine.trainer import BaseTrainer
 
 from ..config import QCConfig, QCError
+from ..files import json_object
 from ..host import log
 from ..host.labelling import TASKS, Labeller
 from ..host.photographs import any_labels, is_plain_folder, read_photographs
@@ -79,11 +79,20 @@ def label_for_run(trainer: BaseTrainer, config: QCConfig) -> None:
     Raises:
         QCError: If the photographs cannot be labelled; or on a folder of photographs that are not to be labelled.
     """
+    _label_for_run(trainer, config)
+    summary = labels_of_run(trainer)
+    if summary.get("val_by_model"):
+        log.warning(
+            f"{summary['val_by_model']} of {summary['val']} photographs to validate are labelled by "
+            f"{summary['settings']['model']}: figures tell the agreement with it, not accuracy"
+        )
+
+
+def _label_for_run(trainer: BaseTrainer, config: QCConfig) -> None:
     args = trainer.args
     if config.labels == "data":
         if args.task in TASKS and is_plain_folder(args.data) and not any(Path(args.data).rglob("*.y*ml")):
             raise QCError(f"QC: data={args.data} is a folder without a data YAML; {ASK}.")
-        _warn_of_agreement(labels_of_run(trainer))
         return
     folder = (trainer.save_dir / "qc" / "data").resolve()
     if trainer.resume and (folder / YAML_FILE).exists():
@@ -99,24 +108,13 @@ def label_for_run(trainer: BaseTrainer, config: QCConfig) -> None:
     args.data = summary["data"]
     for line in format_labels(summary).splitlines():
         log.info(line)
-    _warn_of_agreement(summary)
-
-
-def _warn_of_agreement(summary: dict[str, Any]) -> None:
-    if summary.get("val_by_model"):
-        log.warning(
-            f"{summary['val_by_model']} of {summary['val']} photographs to validate are labelled by "
-            f"{summary['settings']['model']}: figures tell the agreement with it, not accuracy"
-        )
 
 
 def labels_of_run(trainer: BaseTrainer) -> dict[str, Any]:
     """What `write_labelled` returned of the data set that a run trains on, where a model labelled it; else empty."""
     file = Path(trainer.args.data).parent / RECORD
-    if Path(trainer.args.data).name != YAML_FILE or not file.is_file():
-        return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return found if "by_model" in found else {}  # labelling was interrupted
+    found = json_object(file) if Path(trainer.args.data).name == YAML_FILE else {}
+    return found if "by_model" in found else {}  # labelling was interrupted, or another file has that name
 
 
 def refuse_without_labels(trainer: BaseTrainer) -> None:

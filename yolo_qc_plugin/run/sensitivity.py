@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from copy import deepcopy
 from math import ceil
 from pathlib import Path
@@ -23,7 +22,7 @@ from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils import TQDM
 
 from ..config import QCConfig, QCError
-from ..files import replacing
+from ..files import json_object, replacing
 from ..host import architecture
 from ..host.distillation import Gains, detector, head_loss
 from ..host.images import read_images
@@ -190,12 +189,8 @@ def read_costs(file: Path) -> dict[str, Any]:
     Raises:
         QCError: If it holds something else.
     """
-    if not file.exists():
-        return {}
-    found = None
-    with suppress(ValueError):
-        found = json.loads(file.read_text(encoding="utf-8"))
-    if not (isinstance(found, dict) and found.keys() == {"about", "costs"}):
+    found = json_object(file)
+    if file.exists() and found.keys() != {"about", "costs"}:
         raise QCError(f"QC: {file} is no record of costs; move it, or give another folder.")
     return found
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -24,7 +23,7 @@ from ..host.checkpoints import load_checkpoint
 from ..host.record import own_record
 from ..quant.inject import remove
 from ..quant.layers import quant_convs
-from ..report.console import in_short
+from ..report.console import in_short, weights_by_widths
 from ..report.record import FIGURES, figures_of
 from .accuracy import MAIN_FIGURES
 from .evaluate import check_data, validate
@@ -121,12 +120,14 @@ def _folder(model: Path, out: str | None) -> Path:
 
 def _described(yolo: YOLO) -> str:
     """A model's architecture, widths and target."""
-    widths: Counter[str] = Counter()
-    for _, conv in quant_convs(yolo.model):
-        widths[f"W{conv.weight_quant.bits}A{conv.act_quant.bits}"] += conv.weight.numel()
+    layers = [
+        {"weights": c.weight.numel(), "weight_bits": c.weight_quant.bits, "act_bits": c.act_quant.bits}
+        for _, c in quant_convs(yolo.model)
+    ]
+    widths = in_short(weights_by_widths(layers))
     target = own_record(yolo.model).config.get("target")
     named = f", target={target}" if target else ""
-    return f"{Path(yolo.model.yaml.get('yaml_file', yolo.task)).stem} {in_short(widths)}{named}"
+    return f"{Path(yolo.model.yaml.get('yaml_file', yolo.task)).stem} {widths}{named}"
 
 
 def _version(package: str) -> str:
@@ -207,7 +208,7 @@ class _Rows:
         return [{**row, **times.get(row["file"], {})} for row in rows]
 
     def _figure(self) -> float:
-        """The main figure of the task, 0..1, all images padded as for a file of fixed size."""
+        """The main figure of the task, 0..1, all images padded as for a file of fixed size; its name is noted."""
         given = {key: self.settings[key] for key in ("data", "split", "imgsz")}
         # in this process: converters leave threads, beside which none may fork
         validator = validate(self.yolo, **given, batch=16, device="cpu", rect=False, workers=0)
