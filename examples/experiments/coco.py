@@ -103,6 +103,7 @@ PLANS = {
     **{f"budget-W4A8-{n}%": ("W4A8", {"budget": f"{n}%size", "target": "cpu"}) for n in (102, 110)},
     "budget-W4A8-tensorrt": ("W4A8", {"budget": "102%size", "target": "tensorrt"}),
     "budget-W4A8-openvino": ("W4A8", {"budget": "102%size", "target": "openvino"}),
+    "budget-W4A8-110%-openvino": ("W4A8", {"budget": "110%size", "target": "openvino"}),
     "budget-W7A8-openvino": ("W7A8", {"target": "openvino"}),
 }
 
@@ -326,7 +327,7 @@ def budgets(name: str, content: dict) -> list[str]:
     lines += [
         f"Float: {whole:.1f}. A budget is the file size of the uniform width of its name, or a share of it; -ops are "
         "its operations on bits, which count activations. Above 100% weights have two widths, as in files for a CPU; "
-        "-tensorrt and -openvino are 102% with what those targets respect. "
+        "-tensorrt and -openvino are 102%, where no share is named, with what those targets respect. "
         "BOPs, multiplications times the bits of weight and input, are in percent of 8 bits everywhere. "
         "Differences are to that uniform width, and won back is the part of its distance to float that the plan makes "
         "good. Predicted is the share of float that the run foretold.",
