@@ -88,6 +88,13 @@ def test_refusals_take_one_line(arguments, message, tmp_path, capsys, monkeypatc
     assert told.out == "" and not list(tmp_path.iterdir())
 
 
+def test_what_ultralytics_asserts_takes_one_line(tmp_path, capsys):
+    (tmp_path / "data.json").write_text("{}")
+    assert main(["eval", "model=yolov8n.yaml", f"data={tmp_path / 'data.json'}", "imgsz=32"]) == 1
+    told = capsys.readouterr().err
+    assert told.endswith("\n") and told.count("\n") == 1 and "Not a YAML file" in told
+
+
 def test_digits_and_hook(tmp_path, capsys):
     assert main(["digits", f"out={tmp_path / 'd'}", "--train=2", "val=1", "imgsz=64"]) == 0
     assert capsys.readouterr().out.endswith(f"{tmp_path / 'd' / 'digits.yaml'}\n")

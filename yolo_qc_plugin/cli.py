@@ -115,8 +115,8 @@ COMMANDS = {
     ),
 }
 
-# of which one line is shown; SyntaxError is what Ultralytics raises of a data YAML that lacks a key
-FAILURES = ValueError, OSError, ImportError, RuntimeError, SyntaxError
+# of which one line is shown; Ultralytics raises the last two of a data YAML that lacks a key or is none
+FAILURES = ValueError, OSError, ImportError, RuntimeError, SyntaxError, AssertionError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

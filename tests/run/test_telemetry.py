@@ -278,7 +278,7 @@ def test_plot_draws_all_pictures_and_says_how_smooth(trained, tmp_path, capsys):
     assert f"written to {out / 'codes.pdf'}" in capsys.readouterr().out
     (out / "report.png").write_bytes(b"a picture of the user's")
     assert main(["plot", f"runs={trained[0]}", f"out={out}"]) == 1
-    assert "report.png was not drawn by yolo-qc plot" in capsys.readouterr().err
+    assert "report.png was not made by yolo-qc plot" in capsys.readouterr().err
     assert (out / "report.png").read_bytes() == b"a picture of the user's"
 
 

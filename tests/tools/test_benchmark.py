@@ -131,14 +131,14 @@ def test_a_file_that_cannot_be_written_is_a_row(run, digits, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("change,message", [
-    (dict(model="none.pt"), "model 'none.pt' does not exist"),
+    (dict(model="none.pt"), "model=none.pt does not exist"),
     (dict(model="start"), "is not quantized; accepted: checkpoints trained with callbacks=qc"),
     (dict(model="torn.pt"), "torn.pt cannot be read as a checkpoint"),
     (dict(float="best"), "is quantized; accepted: float checkpoints"),
     (dict(float="yolov5n.yaml"), "float=yolov5n.yaml is of another task or other classes than model="),
     (dict(data="none.yaml"), "none.yaml"),
     (dict(out="closed"), "out=closed cannot be written to"),
-    (dict(out="mine"), "benchmark.md is another page than those of `yolo-qc benchmark`"),
+    (dict(out="mine"), "benchmark.md was not made by yolo-qc benchmark"),
     (dict(repeats=0), "repeats=0 is not accepted"),
     (dict(threads=0), "threads=0 is not accepted"),
     (dict(data="."), "data=. is a folder; give a data YAML"),

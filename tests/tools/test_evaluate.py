@@ -278,8 +278,10 @@ def test_a_model_keeps_its_callbacks(digits):
 
 
 def test_a_missing_or_unfit_model_is_refused(tmp_path: Path):
-    with pytest.raises(QCError, match=r"absent\.pt' does not exist"):
+    with pytest.raises(QCError, match=r"absent\.pt does not exist"):
         evaluate(tmp_path / "absent.pt", tmp_path / "absent.yaml")
+    with pytest.raises(QCError, match=r"model=.* is a folder"):
+        evaluate(tmp_path, tmp_path / "absent.yaml")
     (tmp_path / "torn.pt").write_bytes(FLOAT.read_bytes()[:20_000])
     with pytest.raises(QCError, match=r"torn\.pt cannot be read as a checkpoint"):
         evaluate(tmp_path / "torn.pt", tmp_path / "absent.yaml")

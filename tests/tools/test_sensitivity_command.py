@@ -55,7 +55,7 @@ def test_another_file_of_that_name_is_not_written_over(content, digits, tmp_path
 @pytest.mark.parametrize("arguments,message", [
     ({"bits": [1, 4]}, r"bits=\[1, 4\] is not accepted; give whole numbers from 2 to 8"),
     ({"bits": []}, r"bits=\[\] is not accepted"),
-    ({"model": "missing.pt"}, r"model 'missing.pt' does not exist"),
+    ({"model": "missing.pt"}, r"model=missing.pt does not exist"),
     ({"imgsz": 0}, r"imgsz=0 is not accepted; give a whole number of at least 32"),
     ({"images": 0}, r"images=0 is not accepted; give a whole number of at least 1"),
     ({"model": CHECKPOINTS / "quantized.pt"}, r"quantized.pt is quantized; give the float checkpoint"),

@@ -16,34 +16,27 @@ from ..quant.layers import is_quantized
 if TYPE_CHECKING:
     from ultralytics import YOLO
 
-
-def load_model(model: str | Path) -> YOLO:
-    """The model; a missing checkpoint is refused before Ultralytics asks the network for it.
-
-    Raises:
-        FileNotFoundError: If it is missing.
-    """
-    name = Path(model).name
-    known = "://" in str(model) or name in GITHUB_ASSETS_NAMES or Path(model).is_file()
-    if name.endswith(".pt") and not known:
-        raise FileNotFoundError(f"model '{model}' does not exist: pass a checkpoint, an exported model or a model YAML")
-    return ultralytics.YOLO(model)
+EXPORTED = "_model", ".mlpackage", ".aimodel"  # ends of the names of Ultralytics' folders
 
 
 def open_checkpoint(option: str, file: str | Path) -> YOLO:
-    """What an option names, as Ultralytics opens it.
+    """What an option names, as Ultralytics opens it; what is missing is refused before it asks the network.
 
     Args:
         option: For the messages.
-        file: Of the checkpoint.
+        file: A checkpoint, an exported model or a model YAML.
 
     Raises:
         QCError: If it is missing or unreadable.
     """
+    path = Path(file)
+    if path.is_dir() and not path.name.endswith(EXPORTED):
+        raise QCError(f"QC: {option}={file} is a folder; accepted: a checkpoint, an exported model or a model YAML.")
+    known = "://" in str(file) or path.name in GITHUB_ASSETS_NAMES or path.is_file()
+    if path.suffix == ".pt" and not known:
+        raise QCError(f"QC: {option}={file} does not exist; accepted: a checkpoint, an exported model or a model YAML.")
     try:
-        return load_model(file)
-    except FileNotFoundError as e:
-        raise QCError(f"QC: {e}") from None
+        return ultralytics.YOLO(file)
     except Exception as e:  # a truncated or foreign file: torch, zip and pickle errors alike
         raise QCError(f"QC: {option}={file} cannot be read as a checkpoint: {e}") from None
 

@@ -46,11 +46,11 @@ def width_along(layers: Sequence[str]) -> float:
     return max(7.0, 1 + 0.09 * len(layers))
 
 
-def refuse_to_overwrite(files: Sequence[Path]) -> None:
-    """Raise a QCError that names a file that is there and is not ours."""
+def refuse_to_overwrite(files: Sequence[Path], mark: str = MARK, by: str = MARK) -> None:
+    """Raise a QCError that names a file that is there without the mark that a command leaves in its own."""
     for file in files:
-        if file.is_file() and MARK.encode() not in file.read_bytes():
-            raise QCError(f"QC: {file} was not drawn by {MARK} and would be overwritten; give another out=.")
+        if file.is_file() and mark.encode() not in file.read_bytes():
+            raise QCError(f"QC: {file} was not made by {by} and would be overwritten; give another out=.")
 
 
 def save(figures: Mapping[str, Any], out: Path, formats: Sequence[str] = FORMATS, dpi: int = 300) -> list[Path]:

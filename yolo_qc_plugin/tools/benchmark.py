@@ -24,6 +24,7 @@ from ..host.record import own_record
 from ..quant.inject import remove
 from ..quant.layers import quant_convs
 from ..report.console import in_short, weights_by_widths
+from ..report.pictures import refuse_to_overwrite
 from ..report.record import FIGURES, figures_of
 from .accuracy import MAIN_FIGURES
 from .evaluate import check_data, validate
@@ -88,8 +89,7 @@ def benchmark(
     if not os.access(folder, os.W_OK):  # before what takes minutes
         raise QCError(f"QC: out={folder} cannot be written to; give out= another folder.")
     page = folder / "benchmark.md"
-    if page.exists() and WRITTEN not in page.read_text(encoding="utf-8", errors="replace"):
-        raise QCError(f"QC: {page} is another page than those of `yolo-qc benchmark`; give out= another folder.")
+    refuse_to_overwrite([page], WRITTEN, "yolo-qc benchmark")
     result: dict[str, Any] = {
         "model": _described(yolo),
         "checkpoint": model,
