@@ -96,7 +96,6 @@ class QCConfig:
         label_weight: Weight of Ultralytics' loss of the labels where there is a teacher, at least 0.
         bn_freeze: Keep the batch norm statistics of the start where it teaches: what is drawn to it is normalized as it
             is.
-        bn_reestimate: Measure batch norm statistics again after training, before the outputs are quantized.
         correction: QC factors per "channel", per "tensor", or "off".
         correction_scale: Learn QC's scale gamma.
         correction_shift: Learn QC's shift beta.
@@ -144,7 +143,6 @@ class QCConfig:
     distill_features: float = option(8.0, number(at_least=0, note="; 0 is off"))
     label_weight: float = option(1.0, number(at_least=0))
     bn_freeze: bool = option(True, FLAG)
-    bn_reestimate: bool = option(False, FLAG)
     correction: str = option("channel", choice("channel", "tensor", "off"))
     correction_scale: bool = option(True, FLAG)
     correction_shift: bool = option(True, FLAG)

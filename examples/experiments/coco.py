@@ -62,7 +62,6 @@ ABLATION = {  # one default changed at a time, at W4A4; what is the default is l
     "label_weight=0": {"label_weight": 0.0},
     "label_weight=1": {"label_weight": 1.0},
     "bn_freeze=False": {"bn_freeze": False},
-    "bn_freeze=False,bn_reestimate=True": {"bn_freeze": False, "bn_reestimate": True},
     "relative_steps=False": {"relative_steps": False},
     "per_channel=False": {"per_channel": False},
     "per_channel=True": {"per_channel": True},
@@ -81,6 +80,7 @@ ABLATION = {  # one default changed at a time, at W4A4; what is the default is l
     "act_bits=6": {"act_bits": 6},
     "act_bits=5": {"act_bits": 5},
 }
+GONE = ["ablation-bn_freeze=False,bn_reestimate=True"]  # whose options went, for what was measured
 TRAINING = {  # arguments of `yolo train` changed
     "lr0=1e-4": {"lr0": 1e-4},
     "lr0=9e-4": {"lr0": 9e-4},
@@ -174,18 +174,24 @@ def labelled() -> list[Cell]:
 
 def ablation(name: str, content: dict) -> list[str]:
     """What each default is worth."""
-    return against_the_first("One default changed at a time", ablated(), name, content)
+    return against_the_first("One default changed at a time", [*names(ablated()), *GONE], name, content)
 
 
 def labels(name: str, content: dict) -> list[str]:
     """What the float model's labels are worth, by the confidence that they ask for."""
-    return against_the_first("No labels, and the float model's from a confidence on", labelled(), name, content)
+    title = "No labels, and the float model's from a confidence on"
+    return against_the_first(title, names(labelled()), name, content)
 
 
-def against_the_first(title: str, made: list[Cell], name: str, content: dict) -> list[str]:
-    """A line for each cell, and how it differs from the first."""
-    runs = {cell.name: results(content["cells"], cell.name) for cell in made}
-    first, files = made[0].name, [run for found in runs.values() for run in found.values()]
+def names(made: list[Cell]) -> list[str]:
+    """Of cells."""
+    return [cell.name for cell in made]
+
+
+def against_the_first(title: str, made: list[str], name: str, content: dict) -> list[str]:
+    """A line for each cell of these names, and how it differs from the first."""
+    runs = {cell: results(content["cells"], cell) for cell in made}
+    first, files = made[0], [run for found in runs.values() for run in found.values()]
     if not runs[first]:
         return []
     gain = [f"AP: {column}" if column == "by seed" else column for column in difference_head(content)]
@@ -235,7 +241,8 @@ def searched() -> list[tuple[State, State]]:
 def compared() -> list[tuple[State, State]]:
     """All pairs of which the page shows the difference."""
     pairs = [*gains_of_qc(), *paper.ordered(), *paper.corrections(), *paper.decays()]
-    pairs += [((cell.name, "qat"), (made[0].name, "qat")) for made in (ablated(), labelled()) for cell in made]
+    for first, *others in ([*names(ablated()), *GONE], names(labelled())):
+        pairs += [((name, "qat"), (first, "qat")) for name in (first, *others)]
     pairs += searched()
     return [*pairs, *(pair for bits in NARROW for pair in granular(bits)), *map(softer, paper.WIDTHS)]
 

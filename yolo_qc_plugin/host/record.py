@@ -44,6 +44,7 @@ BEFORE = {
     "bn_freeze": False,
     "labels": "data",
 }
+GONE = {"bn_reestimate"}  # options that earlier versions had and whose work no measurement showed
 
 
 @dataclass
@@ -51,7 +52,8 @@ class QuantRecord:
     """How a model was quantized.
 
     Args:
-        config: Its options, `QCConfig.to_dict()`; those that an earlier version did not have are what it did (BEFORE).
+        config: Its options, `QCConfig.to_dict()`; those that an earlier version did not have are what it did (BEFORE),
+            and those that it alone had are left out (GONE).
         float_metrics: Figures of the float model that training began with (as report.record has them), where measured.
         format: Version of the checkpoint's form.
         plugin: Version of the plugin that wrote it.
@@ -77,7 +79,8 @@ class QuantRecord:
                 f"QC: this checkpoint was written by yolo-qc-plugin {state['plugin']} in format {state['format']}; "
                 f"version {__version__} reads formats up to {FORMAT}. Upgrade yolo-qc-plugin."
             )
-        self.__dict__.update(state, config={**BEFORE, **state["config"]})
+        config = {name: value for name, value in state["config"].items() if name not in GONE}
+        self.__dict__.update(state, config={**BEFORE, **config})
 
     @property
     def options(self) -> QCConfig:

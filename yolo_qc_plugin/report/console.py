@@ -16,7 +16,6 @@ SHOWN = 5  # layers in the summary
 STAGES = {
     "float": "float start",
     "float_outputs": "QAT, outputs in float",
-    "bn_reestimated": "QAT, batch norm measured again",
     "qat": "QAT",
     "qc": "QAT + QC",
 }

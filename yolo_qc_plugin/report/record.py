@@ -53,9 +53,8 @@ def build_report(
     Args:
         model: The model that best.pt holds, in eval mode.
         config: Options of the run.
-        metrics: Figures (see `figures_of`) of "float_outputs" (after QAT, outputs not quantized), "bn_reestimated" (the
-            same with batch norm statistics measured again, where they were), "qat" (with quantized outputs as well) and
-            "qc" (corrected, or None where that is off).
+        metrics: Figures (see `figures_of`) of "float_outputs" (after QAT, outputs not quantized), "qat" (with quantized
+            outputs as well) and "qc" (corrected, or None where that is off).
         kept: "qat" or "qc".
         images: Batches in [0, 1] on the model's device, for the share of clipped activations.
         oscillating: Layer -> share of its weights that oscillate at the end; may be empty.

@@ -22,7 +22,6 @@ from ..files import replacing
 from ..host import architecture, log
 from ..host.record import own_record, write_checkpoint
 from ..host.teacher import Teacher
-from ..qat.reestimation import BATCHES, reestimate
 from ..quant.calibrate import calibrate_outputs
 from ..quant.inject import quantize_outputs
 from ..report.card import CARD, write_card
@@ -43,10 +42,9 @@ from .validation import training_images, validate
 def finish(trainer: BaseTrainer, config: QCConfig, teacher: Teacher | None) -> dict:
     """Quantize the outputs, correct, compare and report; runs at on_train_end.
 
-    Ultralytics' final evaluation has just measured best.pt. With its outputs quantized (and its batch norm statistics
-    measured again before that, where they are to be) it becomes qat.pt; the corrected model replaces best.pt where its
-    fitness is higher than that of qat.pt, else qat.pt does, and `trainer.validator.metrics` (what `model.train()`
-    returns) are those of what best.pt holds.
+    Ultralytics' final evaluation has just measured best.pt. With its outputs quantized it becomes qat.pt; the corrected
+    model replaces best.pt where its fitness is higher than that of qat.pt, else qat.pt does, and
+    `trainer.validator.metrics` (what `model.train()` returns) are those of what best.pt holds.
 
     Returns:
         The report, as written to qc/report.json.
@@ -57,20 +55,15 @@ def finish(trainer: BaseTrainer, config: QCConfig, teacher: Teacher | None) -> d
         return {}
     qat = trainer.wdir / "qat.pt"
     metrics = {"float_outputs": figures_of(trainer.validator.metrics.results_dict)}
-    if config.output_bits is None and not config.bn_reestimate:
+    if config.output_bits is None:
         with replacing(qat) as temporary:
             shutil.copyfile(best, temporary)
         metrics["qat"] = validate(trainer, qat, coco=True) if config.coco_eval else metrics["float_outputs"]
     else:
         model, _ = load_checkpoint(best, device=trainer.device)
-        if config.bn_reestimate:
-            reestimate_norms(trainer, model)
-            log.info("measuring the model with batch norm statistics measured again")
-            metrics["bn_reestimated"] = metrics["qat"] = validate(trainer, deepcopy(model), config.coco_eval)
-        if config.output_bits is not None:
-            set_outputs(trainer, model, config)
-            log.info(f"measuring the model with {config.output_bits}-bit outputs")
-            metrics["qat"] = validate(trainer, deepcopy(model), config.coco_eval)
+        set_outputs(trainer, model, config)
+        log.info(f"measuring the model with {config.output_bits}-bit outputs")
+        metrics["qat"] = validate(trainer, deepcopy(model), config.coco_eval)
         write_like(best, model, trainer.validator.metrics.results_dict, qat)
     start = own_record(architecture.student(trainer.ema.ema)).start
     planned = planned_widths(trainer.save_dir / "qc") if config.budget else {}
@@ -204,11 +197,6 @@ def write_like(source: Path, model: nn.Module, results: dict, target: Path) -> N
     checkpoint, _ = torch_safe_load(source)
     checkpoint["train_metrics"] = {**checkpoint["train_metrics"], **results}
     write_checkpoint({**checkpoint, "model": model.cpu().half()}, target)
-
-
-def reestimate_norms(trainer: BaseTrainer, model: nn.Module) -> None:
-    """Measure a finished model's batch norm statistics again, in place; those of frozen layers stay."""
-    reestimate(model, training_images(trainer, BATCHES), model, trainer.freeze_layer_names)
 
 
 def set_outputs(trainer: BaseTrainer, model: nn.Module, config: QCConfig) -> None:
