@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import coco
 import paper
 from cells import mean_and_spread
+from measured import State
 from paper import difference, method, points
 from record import read, results, table_head
 
 DOCS = Path("docs")
+DATA = "coco", "animals", "bccd", "digits"  # in the order of the page
 TRIALS = "coco-yolov5n-auto", "coco-yolov5n-mix", "animals-yolov5n-auto"  # of another recipe, for a line in coco.md
 HEAD = """# Results
 
 Three tables, written by `examples/experiments/summary.py` from the records in [results](results/README.md), which has
-the recipes, versions, seeds and commands of every figure. W4A8 means weights of 4 bits and activations of 8. No
-accuracy was measured on a GPU.
+the recipes, versions, seeds and commands of every figure. W4A8 means weights of 4 bits and activations of 8.
 
 ## What a model keeps
 
@@ -32,18 +33,20 @@ in points, mean ± standard deviation over seeds, their number in brackets: AP b
 on animals, else Ultralytics' own. Labels say what training used beside the float model's outputs. Float is the
 checkpoint that training starts from; with true labels it is the same after as many epochs of the same recipe in float,
 where that was run. One width is that of all layers; otherwise a budget gives each layer a width of its own, with as
-much of what it names as that one width takes. Its gain is of the models without QC, in AP, in brackets the middle 95%
-of 1,000 resamples of the images. [coco.md](results/coco.md) has further budgets."""
+much of what it names as that one width takes, or as the target's default has it. Its gain is of the models without QC
+in AP, and what QC adds is of the last model in the line; in brackets the middle 95% of 1,000 resamples of the images,
+or ± the standard error over seeds. A line has the run of most seeds; [coco.md](results/coco.md) has the others, further
+budgets and what a GPU trained."""
 
 CLAIMS = """## What held of the paper
 
-The paper trains on all of COCO for 100 epochs; here it is small data for few epochs. Rounding is the paper's
-(`rounding=nearest`) except where the plugin's recipe is named, which trains as in the table above, with one width or
-by a budget. Differences in points, mean over several seeds, in brackets the middle 95% of 1,000 resamples of the
-images (coco, animals), else ± the standard error (bccd). A claim holds where all seeds agree and that interval leaves
-out 0, or the mean is at least twice that error. coco-yolov5n-constant is coco-yolov5n-orderings with a rate that does
-not fall: there the average and QC repair what a falling rate does not leave behind.
-[coco.md](results/coco.md) and [paper.md](results/paper.md) have the recipes."""
+The paper trains on all of COCO for 100 epochs; here it is small data for few epochs in its setting, without the
+plugin's own recipe. Differences of AP in points (of a segmentation model: of masks), mean over several seeds, in
+brackets the middle 95% of 1,000 resamples of the images, or ± the standard error over seeds. A claim holds where all
+seeds agree and that interval leaves out 0, or the mean is at least twice that error. coco-yolov5n-constant is
+coco-yolov5n-orderings with a rate that does not fall: the average and QC repair what such a rate leaves behind, and
+after a falling one there is nothing of it. [coco.md](results/coco.md) and [paper.md](results/paper.md) have the
+recipes."""
 
 # width of all layers -> budgets of as much, the default first
 PLANS = {
@@ -77,51 +80,54 @@ def share(runs: dict[int, dict], whole: float, figure: str) -> str:
     return f"{statistics.mean(best) / whole:.1%}: {mean_and_spread(best)} ({len(best)})"
 
 
-def row(content: dict, width: str, plans: Sequence[str] = (), figure: str = "ap") -> list[str] | None:
-    """A line of the first table, None where there is no run.
+@dataclass
+class Found:
+    """The runs of a set with one width, or with a plan of as much.
 
     Args:
-        content: Of a set.
-        width: The cell with one width for all layers.
-        plans: Cells with a budget; the first that was run is shown.
-        figure: Of which the shares are.
+        content: Of the set.
+        cell: With that width or plan; one of PLANS is a plan.
+        figure: That the set is compared by.
+        runs: Of the cell, by seed.
     """
-    cells = content["cells"]
-    plan = next((p for p in plans if results(cells, p)), "")
-    one, each = results(cells, width), results(cells, plan)
-    if not (one or each):
-        return None
-    run = next(iter((one or each).values()))
-    start, on = (points(results(cells, cell), "trained", figure) for cell in (coco.START.name, "float"))
-    longer = bool(on) and (labels(run) == "true" or not start)
-    floats = on if longer else start
-    whole = statistics.mean(floats.values())
-    config = run["config"]
-    gain = difference(content, (plan, "qat"), (width, "qat"), figure) if plan else []
-    return [
-        f"{run['model']}, {Path(run['data']).stem}",
-        f"{run['images']['train']} photographs, labels: {labels(run)}, {run['steps']} steps{apart(run)}",
-        "W{}A{}".format(*(config[f"{of}_bits"] or config["bits"] for of in ("weight", "act"))),
-        mean_and_spread(floats.values()) + " trained on" * longer,
-        share(one, whole, figure),
-        f"{share(each, whole, figure)} {chosen_by(plan)}" if plan else "",
-        f"{gain[1]} ({seeds_named(gain[3])})".replace(" (-)", "") if gain else "",
-    ]
 
+    content: dict
+    cell: str
+    figure: str
+    runs: dict[int, dict]
 
-def apart(run: dict) -> str:
-    """In words, what sets a run apart from others of its model and data: a GPU, and grids for the head's outputs.
+    @property
+    def one(self) -> dict:
+        """The first run."""
+        return next(iter(self.runs.values()))
 
-    The latter came together with edges whose width the target chooses.
-    """
-    grids = run["config"].get("edge_bits", 8) is None and run["config"]["output_bits"] is not None
-    gpu = "" if run["recipe"].get("device", "cpu") == "cpu" else f" on a GPU ({run['machine']})"
-    return gpu + ", the head's outputs on grids" * grids
+    def floats(self) -> tuple[list[float], str]:
+        """What the share is of, in points, by seed; and how it is told."""
+        cells = self.content["cells"]
+        start, on = (points(results(cells, c), "trained", self.figure) for c in (coco.START.name, "float"))
+        longer = bool(on) and (labels(self.one) == "true" or not start)
+        values = list((on if longer else start).values())
+        return values, mean_and_spread(values) + " trained on" * longer
 
+    def head(self) -> tuple[str, str, str, str]:
+        """What lines are told apart by."""
+        run, config = self.one, self.one["config"]
+        return (
+            f"{run['model']}, {Path(run['data']).stem}",
+            f"{run['images']['train']} photographs, labels: {labels(run)}",
+            "W{}A{}".format(*(config[f"{of}_bits"] or config["bits"] for of in ("weight", "act"))),
+            self.floats()[1],
+        )
 
-def seeds_named(interval: str) -> str:
-    """An interval, with the seeds in words where it is not of all."""
-    return interval.replace(" (", "; seeds ").rstrip(")")
+    def kept(self) -> str:
+        """Its share of float, after how many steps, and by what a plan's widths were chosen."""
+        by = f", {chosen_by(self.cell)}" if self.cell in coco.PLANS else ""
+        return f"{share(self.runs, statistics.mean(self.floats()[0]), self.figure)} {self.one['steps']} steps{by}"
+
+    def gain(self, first: State, second: State) -> str:
+        """The difference of two states of the set's models."""
+        columns = difference(self.content, first, second, self.figure)
+        return sure(columns) if columns else ""
 
 
 def chosen_by(plan: str) -> str:
@@ -130,19 +136,40 @@ def chosen_by(plan: str) -> str:
     return options.get("budget", f"target={options.get('target')}")
 
 
+def found_in(records: dict[str, dict]) -> list[Found]:
+    """All cells that the first table may show."""
+    cells = [cell for width, plans in PLANS.items() for cell in (width, *plans)]
+    made = [(content, cell, "ap") for name, content in records["coco"].items() if name not in TRIALS for cell in cells]
+    for content in records["presets"].values():
+        made += [(content, f"{p}-{bits}bit", "map50_95") for p in ("best", "per-channel") for bits in (4, 3)]
+    return [Found(*of, runs) for of in made if (runs := results(of[0]["cells"], of[1]))]
+
+
 def table_kept(records: dict[str, dict]) -> list[str]:
-    """The first table."""
-    head = ["model, data", "trained with", "bits", "float", "one width", "a width for each layer", "its gain"]
-    sets = [name for name in records["coco"] if name not in TRIALS]
-    sets.sort(key=lambda name: name.partition("-")[0] != "coco")  # then as recorded
-    rows = [row(records["coco"][name], width, plans) for name in sets for width, plans in PLANS.items()]
-    rows += [
-        row(content, f"{preset}-{bits}bit", figure="map50_95")
-        for content in records["presets"].values()
-        for preset in ("best", "per-channel")
-        for bits in (4, 3)
-    ]
-    return [*table_head(head), *(f"| {' | '.join(row)} |" for row in rows if row)]
+    """The first table: a line for each model, data, labels and width."""
+    head = "model, data; trained with; bits; float; one width; a width for each layer; its gain; QC adds".split("; ")
+    lines: dict[tuple, list[Found]] = {}
+    for found in found_in(records):
+        lines.setdefault(found.head(), []).append(found)
+    plans = [plan for plans in PLANS.values() for plan in plans]  # of a line, the default first
+    rows = []
+    for told, of_line in sorted(lines.items(), key=place):
+        one = max((f for f in of_line if f.cell not in plans), key=lambda f: len(f.runs), default=None)
+        planned = [f for f in of_line if f.cell in plans]
+        each = max(planned, key=lambda f: (-plans.index(f.cell), len(f.runs)), default=None)
+        last = each or one
+        gain = each.gain((each.cell, "qat"), (told[2], "qat")) if each else ""
+        added = last.gain((last.cell, "qc"), (last.cell, "qat"))
+        columns = [*told, *(found.kept() if found else "" for found in (one, each)), gain, added]
+        rows.append(f"| {' | '.join(columns)} |")
+    return [*table_head(head), *rows]
+
+
+def place(line: tuple[tuple, list[Found]]) -> tuple:
+    """Of a line among others: by data, labels, generation of the model and widths."""
+    (model, trained, bits, _), _ = line
+    name, _, data = model.partition(", ")
+    return DATA.index(data), trained, name.replace("yolov", "yolo0"), list(PLANS).index(bits)
 
 
 def claims() -> dict[str, tuple]:
@@ -160,22 +187,27 @@ def claims() -> dict[str, tuple]:
 
 
 def table_of_claims(records: dict[str, dict]) -> list[str]:
-    """The second table."""
+    """The second table: a line for each claim, a column for each set that has several seeds of some."""
     sets = [("map50_95", *of) for of in records["paper"].items()] + [("ap", *of) for of in records["coco"].items()]
-    both = [(claim, pair, f"{first - second:+.1f}") for claim, (pair, (first, second)) in claims().items()]
-    ours = {width: width for width in coco.UNIFORM}
-    for plan, (width, options) in coco.PLANS.items():
-        ours[plan] = ", ".join([width, *(f"target={v}" if k == "target" else v for k, v in options.items())])
-    both += [(f"QC gains in the plugin's recipe, {bits}", ((c, "qc"), (c, "qat")), "") for c, bits in ours.items()]
-    rows = []
-    for claim, pair, theirs in both:
-        for figure, name, content in sets:
-            columns = difference(content, *pair, figure)
-            if columns and "," in columns[0]:  # several seeds
-                _, mean, error, *interval, reading = columns
-                sure = f"({seeds_named(interval[0])})" if interval else f"± {error}"
-                rows.append(f"| {claim} | {theirs} | {name} | {mean} {sure} | {reading} |")
-    return [*table_head(["claim", "paper, YOLOv5n", "here, data and model", "difference", "reading"]), *rows]
+    columns: dict[str, dict[str, str]] = {}
+    for figure, name, content in sets:
+        for claim, (pair, _) in claims().items():
+            by_seed, *others = difference(content, *pair, figure) or [""]
+            if "," in by_seed:  # several seeds
+                columns.setdefault(name, {})[claim] = f"{sure([by_seed, *others])}: {others[-1]}"
+    rows = [
+        f"| {claim} | {first - second:+.1f} | {' | '.join(of.get(claim, '') for of in columns.values())} |"
+        for claim, (_, (first, second)) in claims().items()
+    ]
+    return [*table_head(["claim", "paper, YOLOv5n", *columns]), *rows]
+
+
+def sure(columns: list[str]) -> str:
+    """The mean of what `difference` gives, and how sure it is; seeds in words where the interval is not of all."""
+    _, mean, error, *interval, _ = columns
+    if interval and interval[0] != "-":
+        return f"{mean} ({interval[0].replace(' (', '; seeds ').rstrip(')')})"
+    return mean if error == "-" else f"{mean} ± {error}"
 
 
 def table_everywhere(benchmarks: list[dict]) -> list[str]:
