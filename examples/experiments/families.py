@@ -40,7 +40,6 @@ RUN = {"imgsz": 64, "batch": 8, "nbs": 8, "epochs": 1, "device": "cpu", "plots":
 RUN |= {"optimizer": "AdamW", "lr0": 2e-4, "mosaic": 0, "warmup_epochs": 0}
 OF_START = {"lr0": 2e-3, "epochs": 50, "warmup_epochs": 1, "val": False}
 QC = {"bits": 4, "target": "cpu", "budget": None}  # costs of a budget take longer than these runs
-CONF = 1e-6  # the detections of a model that knows little count too
 IMAGES = 4  # over which outputs and codes are compared
 
 
@@ -68,16 +67,18 @@ def images_of(data: Path, split: str):
 
 
 def start(name: str, data: Path, out: Path) -> Path:
-    """The checkpoint of a float model trained from scratch by stock Ultralytics."""
+    """The checkpoint of a float model trained from scratch by stock Ultralytics, in this call or an earlier one."""
     from ultralytics import YOLO
 
     from yolo_qc_plugin.cfg import MODELS, model_yaml
 
-    yolo = YOLO(model_yaml(name) if name in MODELS else f"{name}.yaml")
     run = out / "runs" / f"{name}-start"
-    yolo.train(data=str(data), project=str(run.parent), name=run.name, exist_ok=True, **(RUN | OF_START))
     file = run / f"{name}-start.pt"  # Ultralytics takes a yolov5n.pt for its own
-    return Path(yolo.trainer.last).replace(file)
+    if not file.exists():
+        yolo = YOLO(model_yaml(name) if name in MODELS else f"{name}.yaml")
+        yolo.train(data=str(data), project=str(run.parent), name=run.name, exist_ok=True, **(RUN | OF_START))
+        Path(yolo.trainer.last).replace(file)
+    return file
 
 
 def train(name: str, out: Path) -> dict:
@@ -92,7 +93,7 @@ def train(name: str, out: Path) -> dict:
     yolo = YOLO(start(name, data, out))
     convs = sum(isinstance(m, nn.Conv2d) for m in yolo.model.modules())
     add_qc_callbacks(yolo, **QC)
-    metrics = yolo.train(data=str(data), project=str(out / "runs"), name=name, exist_ok=True, conf=CONF, **RUN)
+    metrics = yolo.train(data=str(data), project=str(out / "runs"), name=name, exist_ok=True, **RUN)
     report = json.loads((yolo.trainer.save_dir / "qc" / "report.json").read_text())
     returned = {k: float(v) for k, v in metrics.results_dict.items()}
     *_, epoch, _ = csv.DictReader((yolo.trainer.save_dir / "results.csv").open())  # then what best.pt holds in the end
@@ -115,14 +116,14 @@ def measure(run: dict) -> dict:
 
     yolo = YOLO(run["file"])
     settings = {k: RUN[k] for k in ("imgsz", "batch", "device", "plots", "workers", "verbose")}
-    found = yolo.val(data=run["data"], conf=CONF, project=str(Path(run["file"]).parents[1]), **settings)
+    found = yolo.val(data=run["data"], project=str(Path(run["file"]).parents[1]), **settings)
     result = {"val": {k: float(v) for k, v in found.results_dict.items()}}
     result |= compare_deployed(run)
     file = YOLO(run["file"]).export(format="onnx", imgsz=RUN["imgsz"], device="cpu")
 
     from yolo_qc_plugin.tools.check import check
 
-    checked = check(run["file"], file, run["data"], images=IMAGES, conf=CONF)
+    checked = check(run["file"], file, run["data"], images=IMAGES)
     return result | {k: checked[k] for k in ("weights", "checkpoint", "pytorch", "runtimes", "passed")}
 
 
