@@ -10,14 +10,15 @@
     python examples/experiments/coco.py table2 ... --qc preset=paper
     python examples/experiments/coco.py table3 ... --qc preset=paper
     python examples/experiments/coco.py granularity ... --qc preset=paper
+    python examples/experiments/coco.py rates ... --qc preset=paper
 
 `recipe` is what a model keeps with the plugin's defaults and the same widths in all layers; `ablation` changes one
 default at a time; `labels` has the float model label photographs that have no labels, from several confidences on;
 `budget` is the same widths against widths by a budget of as much; `length` trains for a CPU for fewer epochs; table1 to
 table3 are the paper's, made by the same functions as paper.py's; `granularity` is a scale per tensor against one per
-channel, narrow edges ("4-bit*") and soft rounding. Runs are shared between the kinds, and what is done or begun is not
-repeated (see cells.py); give the last four the same options. OUT/coco.json holds all cells and their paired
-differences, OUT/coco.npz the resamples that these come from; OUT/coco.md is made from the first alone:
+channel, narrow edges ("4-bit*") and soft rounding; `rates` are QC's. Runs are shared between the kinds, and what is
+done or begun is not repeated (see cells.py); give the last five the same options. OUT/coco.json holds all cells and
+their paired differences, OUT/coco.npz the resamples that these come from; OUT/coco.md is made from the first alone:
 
     python examples/experiments/coco.py recipe --assemble
 """
@@ -109,6 +110,7 @@ PLANS = {
 
 LENGTHS = 1, 3, 10, 20  # epochs, beside those of the cell of `budget` that has the default of `target=cpu`
 
+RATES = 1e-3, 3e-3, 1e-2  # of QC; the paper's is 1e-4
 NARROW = {"4": {"bits": 4}, "3": {"bits": 3}, "4*": {"bits": 4, "edge_bits": 4}}
 # mAP on COCO in the paper's main text: per tensor, per channel, per tensor with QC; all with EMA
 PAPER = {
@@ -135,6 +137,12 @@ def rounded(bits: int) -> Cell:
     return Cell(f"rounded-LSQ-{bits}bit", None, "round", source=method("LSQ", bits).name)
 
 
+def at_rate(rate: float) -> Cell:
+    """The finished 4-bit EMA run, corrected again at a rate of its own."""
+    options = {"correction": "channel", "correction_lr": rate}
+    return Cell(f"QC-lr{rate:g}", options, "correct", source=method("EMA", 4).name)
+
+
 def calibrated(width: str) -> Cell:
     """What a row of the recipe starts from, without training."""
     return Cell(f"calibrated-{width}", RECIPE[width], "start")
@@ -155,6 +163,8 @@ def cells(kind: str) -> list[Cell]:
     if kind == "granularity":
         made = [averaged(bits, per_channel) for bits in NARROW for per_channel in (False, True)]
         return [START, *made, *(method("LSQ", bits) for bits in paper.WIDTHS), *map(rounded, paper.WIDTHS)]
+    if kind == "rates":
+        return [START, method("EMA", 4), *map(at_rate, RATES)]
     return [START, *paper.cells(kind, paper.WIDTHS)]
 
 
@@ -244,6 +254,7 @@ def compared() -> list[tuple[State, State]]:
     for first, *others in ([*names(ablated()), *GONE], names(labelled())):
         pairs += [((name, "qat"), (first, "qat")) for name in (first, *others)]
     pairs += searched()
+    pairs += [((at_rate(rate).name, "qc"), (method("EMA", 4).name, "qat")) for rate in RATES]
     return [*pairs, *(pair for bits in NARROW for pair in granular(bits)), *map(softer, paper.WIDTHS)]
 
 
@@ -431,6 +442,28 @@ def granularity(name: str, content: dict) -> list[str]:
     return [*lines, "", *table_of_differences(content, pairs, figure)]
 
 
+def rates(name: str, content: dict) -> list[str]:
+    """QC's learning rate."""
+    before = method("EMA", 4).name
+    runs = list(results(content["cells"], before).values())
+    if not any(results(content["cells"], at_rate(rate).name) for rate in RATES):
+        return []
+    figure, title = main_figure(runs)
+    lines = [
+        *header("QC's learning rate", name, runs),
+        "Each run of the 4-bit EMA model, corrected at other rates of Adam; the first is that of the runs themselves. "
+        "The last columns are the gain over the model without QC.",
+        "",
+        *table_head(["rate", "seeds", title, *difference_head(content)]),
+    ]
+    shown = {runs[0]["config"]["correction_lr"]: before, **{rate: at_rate(rate).name for rate in RATES}}
+    for rate, cell in shown.items():
+        if after := points(results(content["cells"], cell), "qc", figure):
+            gains = difference(content, (cell, "qc"), (before, "qat"), figure)
+            lines.append(f"| {rate:g} | {len(after)} | {mean_and_spread(after.values())} | {' | '.join(gains)} |")
+    return lines
+
+
 def soft_rounding(name: str, content: dict) -> list[str]:
     """Finished LSQ runs by hard and by soft rounding."""
     from yolo_qc_plugin.quant.soft_rounding import SOFT
@@ -459,9 +492,9 @@ def soft_rounding(name: str, content: dict) -> list[str]:
 
 TABLES = (
     *(recipe, ablation, labels, budgets, lengths),
-    *(paper.table1, paper.table2, paper.table3, granularity, soft_rounding),
+    *(paper.table1, paper.table2, rates, paper.table3, granularity, soft_rounding),
 )
-KINDS = "recipe", "ablation", "labels", "budget", "length", "table1", "table2", "table3", "granularity"
+KINDS = "recipe", "ablation", "labels", "budget", "length", "table1", "table2", "table3", "granularity", "rates"
 
 
 def main() -> None:
