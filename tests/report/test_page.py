@@ -242,10 +242,10 @@ def test_the_command_is_read_as_the_options(options):
     config = QCConfig.from_options(options)
     planned = {"model.4.conv": "W3A8"}
     full = replace(config, layer_bits={**config.layer_bits, **planned})
-    arguments = {"data": "my data.yaml", "epochs": 7, "lr0": 0.001, "classes": [0, 2], "name": "run", "batch": 16}
+    arguments = {"data": "my data.yaml", "epochs": 7, "lr0": 0.001, "classes": [0], "name": "run", "batch": 16}
     told = train_command(arguments, full, "yolo11n.pt", planned)
     assert told.startswith(
-        "yolo train model=yolo11n.pt 'data=my data.yaml' epochs=7 classes=0,2 lr0=0.001 callbacks=qc"
+        "yolo train model=yolo11n.pt 'data=my data.yaml' epochs=7 'classes=[0]' lr0=0.001 callbacks=qc"
     )
     read, rest = split_arguments(shlex.split(told)[1:])
     assert read == config and "name=run" not in rest

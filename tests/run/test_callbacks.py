@@ -97,11 +97,12 @@ def test_what_a_run_was_refused_for_can_be_mended(digits, tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     ({"quantize": 8}, "quantize=8"), ({"compile": True}, "compile=True"), ({"model": "best.pt"}, "already quantized"),
+    ({"pretrained": "best.pt"}, "pretrained=.* is already quantized"),
     ({"device": "mps"}, "device='mps' is not accepted: it lacks"),
 ])  # fmt: skip
 def test_callbacks_added_to_a_trainer_are_refused_as_early(train, digits, tmp_path, arguments, message):
-    if "model" in arguments:
-        arguments = {"model": str(train(QUICK).trainer.best)}
+    if "best.pt" in arguments.values():
+        arguments = dict.fromkeys(arguments, str(train(QUICK).trainer.best))
     overrides = {"model": "yolov5n.yaml", **TINY, "data": str(digits), "project": str(tmp_path), **arguments}
     device = overrides.pop("device") if arguments.get("device") else None
     trainer = DetectionTrainer(overrides=overrides)

@@ -19,7 +19,7 @@ from conftest import TINY, TINY_YAML, steps_of
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
-from yolo_qc_plugin import add_qc_callbacks
+from yolo_qc_plugin import add_qc_callbacks, compose
 from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.files import AtomicPath
 from yolo_qc_plugin.qat.ema import ConstantEMA
@@ -263,6 +263,26 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = json.loads((tmp_path / "resume.json").read_text())["runs"]
     assert len(run["kills"]) == 1 and run["kills"][0]["went on from"] == "last.pt" and run["different"] == []
+
+
+def test_a_classifier_has_the_same_images_after_its_loader_was_restarted(train, tmp_path):
+    """Which Ultralytics does where it closes the mosaic of others, in the first of these epochs."""
+    data = compose(tmp_path / "digits", train=24, val=8, imgsz=64, seed=0, task="classify")
+    options = {"teacher": "off", "correction": "off", "output_bits": None, "telemetry": False}
+    arguments = {"model": "yolov8n-cls.yaml", "data": str(data), "epochs": 3}
+    train(options, name="whole", **arguments)
+
+    def kill(trainer):
+        if trainer.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(options, {"on_train_batch_end": kill}, name="killed", **arguments)
+    YOLO(tmp_path / "killed" / "weights" / "last.pt").train(resume=True)
+    whole, resumed = (
+        load_checkpoint(tmp_path / n / "weights" / "last.pt")[0].state_dict() for n in ("whole", "killed")
+    )
+    assert all(torch.equal(v, resumed[k]) for k, v in whole.items())
 
 
 def test_a_loss_of_nan_goes_back_to_the_last_checkpoint(train, monkeypatch, caplog):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
 from yolo_qc_plugin.config import QCError
+from yolo_qc_plugin.host.architecture import scores_as
 from yolo_qc_plugin.quant.layers import is_quantized
 
 OPTIONS = {"output_bits": None, "correction": "off", "telemetry": False}
@@ -72,10 +74,16 @@ def test_without_labels_and_a_teacher_nothing_is_trained(train, tmp_path, option
     assert not (tmp_path / "run" / "results.csv").exists()
 
 
-@pytest.mark.parametrize("case", ["untrained", "off"])
-def test_nothing_is_left_where_nobody_teaches(train, tmp_path, case):
-    options = {**OPTIONS, "teacher": "off"} if case == "off" else OPTIONS
-    yolo = train(options, model=FLOAT if case == "off" else "yolov5n.yaml")
+@pytest.mark.parametrize("options,arguments", [
+    ({}, {"model": "yolov5n.yaml"}),
+    ({"teacher": "off"}, {}),
+    ({"distill_outputs": 0, "distill_features": 0}, {}),
+    ({}, {"single_cls": True}),
+])  # fmt: skip
+def test_nothing_is_left_where_nobody_teaches(train, tmp_path, monkeypatch, options, arguments):
+    """Untrained, not asked for, without any weight, and with a head that begins anew, whatever such a start scores."""
+    monkeypatch.setattr("yolo_qc_plugin.run.start.MIN_FITNESS", 0.0)
+    yolo = train({**OPTIONS, **options}, **{"model": FLOAT, **arguments})
     assert steps_of(yolo.trainer).distillation is None
     assert "train/teacher_loss" not in last_epoch(tmp_path / "run")
     assert not (tmp_path / "run" / "weights" / "teacher.pt").exists()
@@ -95,8 +103,23 @@ def test_batch_norm_keeps_the_statistics_of_a_start_that_teaches(train, tmp_path
     assert not same("running_mean", teacher="off")
 
 
-def test_a_resumed_run_has_the_same_teacher(train, tmp_path):
-    """Killed in its second epoch, it ends as the uninterrupted one does, whatever became of the start's own file."""
+@pytest.mark.parametrize("yaml,known", [(None, True), ("yolov8n.yaml", False), ("yolov8n-cls.yaml", False)])
+def test_class_scores_are_known_by_their_weights(yaml, known):
+    """In another order too; those of another model's head, or of the same begun anew, are not."""
+    model = load_checkpoint(FLOAT)[0] if known else YOLO(yaml).model
+    other = deepcopy(model)
+    for layer in [other.model[-1].linear] if "cls" in str(yaml) else [branch[-1] for branch in other.model[-1].cv3]:
+        layer.weight.data = layer.weight.data.flip(0) if known else torch.randn_like(layer.weight)
+    assert scores_as(model, other) == known and scores_as(model, deepcopy(model))
+    assert not scores_as(load_checkpoint(FLOAT)[0], YOLO("yolov8n.yaml").model)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_resumed_run_has_the_same_teacher(train, tmp_path, moved):
+    """Killed in its second epoch, it ends as the uninterrupted one does, whatever became of the start's own file.
+
+    The folder may have been moved; without the teacher's file, a run that has one is refused.
+    """
     start = tmp_path / "start.pt"
     start.write_bytes(FLOAT.read_bytes())
     train(OPTIONS, model=start, name="whole", epochs=2)
@@ -108,6 +131,13 @@ def test_a_resumed_run_has_the_same_teacher(train, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(OPTIONS, {"on_train_batch_end": kill}, model=start, name="killed", epochs=2)
     start.unlink()
-    YOLO(tmp_path / "killed" / "weights" / "last.pt").train(resume=True)
+    last = tmp_path / ("moved" if moved else "killed") / "weights" / "last.pt"
+    if moved:
+        (tmp_path / "killed").rename(tmp_path / "moved")
+        (tmp_path / "moved" / "weights" / "teacher.pt").rename(tmp_path / "teacher.pt")
+        with pytest.raises(QCError, match=r"moved/weights/teacher\.pt is missing"):
+            YOLO(last).train(resume=True)
+        (tmp_path / "teacher.pt").rename(tmp_path / "moved" / "weights" / "teacher.pt")
+    YOLO(last).train(resume=True)
     whole, resumed = (weights(tmp_path / name) for name in ("whole", "killed"))
     assert all(torch.equal(v, resumed[k]) for k, v in whole.items())

@@ -76,6 +76,29 @@ def head_outputs(model: nn.Module) -> dict[QuantConv2d, HeadOutput]:
     return {of[-1]: HeadOutput(low) for of, low in branches if isinstance(of[-1], QuantConv2d)}
 
 
+def scores_as(model: nn.Module, other: nn.Module) -> bool:
+    """Whether the class scores of a model come from another's, maybe in another order.
+
+    Each class's weights in the last layers of the one are then among those of the other: Ultralytics takes them over as
+    they are, or begins them anew where the number of classes is another and the names tell of no kinship.
+    """
+    ours, theirs = _class_layers(model), _class_layers(other)
+    if len(ours) != len(theirs) or any(a.weight[0].shape != b.weight[0].shape for a, b in zip(ours, theirs)):
+        return False
+    known = [{tuple(row.flatten().tolist()) for row in layer.weight.detach().float().cpu()} for layer in theirs]
+    return all(
+        tuple(row.flatten().tolist()) in of
+        for layer, of in zip(ours, known)
+        for row in layer.weight.detach().float().cpu()
+    )
+
+
+def _class_layers(model: nn.Module) -> list[nn.Conv2d | nn.Linear]:
+    """The layers that give class scores: of each size of feature map one, of a classifier one."""
+    head = getattr(model, "model", [None])[-1]
+    return [head.linear] if isinstance(head, Classify) else [branch[-1] for branch in head.cv3]
+
+
 def normed_blocks(model: nn.Module) -> list[Conv]:
     """Blocks whose convolution's output, after batch norm, can be quantized: those of a quantized convolution alone.
 

@@ -59,6 +59,7 @@ class QuantRecord:
         plugin: Version of the plugin that wrote it.
         run: Id of the training run.
         start: What training began with, as the user named it; empty in checkpoints of earlier versions.
+        taught: Whether what training began with teaches; None in checkpoints of earlier versions.
     """
 
     __module__ = "yolo_qc_plugin"  # by which checkpoints name it
@@ -69,6 +70,7 @@ class QuantRecord:
     plugin: str = __version__
     run: str = field(default_factory=lambda: uuid4().hex)
     start: str = ""
+    taught: bool | None = None
 
     def __post_init__(self) -> None:
         self.format = FORMAT

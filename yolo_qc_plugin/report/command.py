@@ -30,12 +30,12 @@ def train_command(args: Mapping[str, Any], config: QCConfig, start: str, planned
     options["layer_bits"] = {k: v for k, v in options["layer_bits"].items() if k not in planned}
     told = {"model": start, **{key: args[key] for key in keys}, "callbacks": "qc"}
     told |= {"qc_target": config.target} if config.target else {}
-    told |= {f"qc_{name}": value for name, value in options.items() if value != usual[name]}
-    return shlex.join(["yolo", "train", *(f"{key}={_text(value)}" for key, value in told.items())])
+    told |= {f"qc_{name}": _text(value) for name, value in options.items() if value != usual[name]}
+    return shlex.join(["yolo", "train", *(f"{key}={value}" for key, value in told.items())])
 
 
 def _text(value: Any) -> str:
-    """A value as the command line takes it."""
+    """A value of an option of ours as the command line takes it; Ultralytics takes its lists as Python writes them."""
     if isinstance(value, Mapping):
         return ",".join(f"{key}:{width}" for key, width in value.items())
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

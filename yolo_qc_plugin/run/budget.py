@@ -29,6 +29,7 @@ from ..report.costs import FILE
 from ..report.record import FIGURES, model_size
 from .allocation import BITS_OF_INPUTS, PERCENT_OF_USUAL, Layer, Plan, Problem
 from .sensitivity import IMAGES, Probe, Wanted, completed, measure, prepare, size_for, to_measure
+from .start import is_untrained
 
 PLAN = "plan.json"  # in a run's qc/
 
@@ -47,7 +48,7 @@ def with_plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig) -> QCCon
         QCError: If the budget is out of reach; the message names the range.
     """
     budget = config.chosen_budget
-    if budget and config.budget == AUTO and _is_untrained(trainer):
+    if budget and config.budget == AUTO and is_untrained(trainer):
         log.info("all layers have the same widths: only of a trained model one can see where bits are needed")
         budget = None
     config = replace(config, budget=budget)
@@ -55,13 +56,6 @@ def with_plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig) -> QCCon
         return config
     plan = from_rank_0(_plan(trainer, model, config, budget) if RANK in {-1, 0} else None)
     return replace(config, layer_bits={**config.layer_bits, **plan})
-
-
-def _is_untrained(trainer: BaseTrainer) -> bool:
-    """Whether the run starts from no weights: of a YAML or with pretrained=False, and of no other file."""
-    args = trainer.args
-    from_scratch = str(args.model).endswith((".yaml", ".yml")) or args.pretrained is False
-    return from_scratch and not isinstance(args.pretrained, (str, Path))
 
 
 def _plan(trainer: BaseTrainer, model: BaseModel, config: QCConfig, budget: str) -> dict[str, str]:

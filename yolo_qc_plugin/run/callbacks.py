@@ -128,7 +128,7 @@ class QCCallbacks:
         if trainer.resume and checkpoint:
             earlier = self.state.take_average(checkpoint, model, trainer)
             model.qc.float_metrics, model.qc.run = earlier.float_metrics, earlier.run
-            model.qc.start = earlier.start
+            model.qc.start, model.qc.taught = earlier.start, earlier.taught
         start.write_atomically(trainer)
         log.info(f"{injection}; {shared} read an input that another one quantizes")
         return None if self.state.resumed else checkpoint

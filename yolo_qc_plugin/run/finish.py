@@ -52,6 +52,7 @@ def finish(trainer: BaseTrainer, config: QCConfig, teacher: Teacher | None) -> d
     best = trainer.best if trainer.best.exists() else trainer.last
     if not best.exists():  # stopped early
         log.warning("save=False left no checkpoint to correct.")
+        trainer.last.with_name(FILE).unlink(missing_ok=True)
         return {}
     qat = trainer.wdir / "qat.pt"
     metrics = {"float_outputs": figures_of(trainer.validator.metrics.results_dict)}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.nn.tasks import BaseModel, load_checkpoint
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -35,7 +35,7 @@ from .allocation import BITS_OF_INPUTS
 from .validation import training_images, validate
 
 DEVICES = "cpu", "cuda"  # torch.segment_reduce and FP64 are missing elsewhere
-MIN_FITNESS = 0.05  # of a float start that can teach; new heads and untrained models have about 0
+MIN_FITNESS = 0.05  # of a float start that can teach
 
 
 def check_arguments(trainer: BaseTrainer, config: QCConfig) -> None:
@@ -75,11 +75,13 @@ def check_arguments(trainer: BaseTrainer, config: QCConfig) -> None:
             f"QC: label_weight={config.label_weight} weighs labels against a teacher, and with teacher='off', or with "
             "distill_outputs=0 and distill_features=0, nothing of one counts; accepted: label_weight=1, or a teacher."
         )
-    if not args.resume and str(args.model).endswith(".pt") and is_quantized(load_checkpoint(args.model)[0]):
-        raise QCError(
-            f"QC: model={args.model} is already quantized. Start callbacks=qc from a float checkpoint, or train "
-            "it without callbacks=qc."
-        )
+    for name in ("model", "pretrained") if not args.resume else ():
+        file = str(getattr(args, name))
+        if file.endswith(".pt") and is_quantized(load_checkpoint(file)[0]):
+            raise QCError(
+                f"QC: {name}={file} is already quantized. Start callbacks=qc from a float checkpoint, or train "
+                "it without callbacks=qc."
+            )
 
 
 def warn_of_options(config: QCConfig) -> None:
@@ -139,6 +141,32 @@ def write_atomically(trainer: BaseTrainer) -> None:
     trainer.last, trainer.best = trainer.wdir / trainer.last.name, trainer.wdir / trainer.best.name
 
 
+def why_no_teacher(trainer: BaseTrainer, model: BaseModel, fitness: float) -> str:
+    """Why the float model that a run starts from cannot teach, after "it"; empty where it can.
+
+    Args:
+        trainer: Of the run.
+        model: The float model, with a head for the data's classes.
+        fitness: What it has on the validation set.
+    """
+    if fitness < MIN_FITNESS:
+        return f"has a fitness of {fitness:.3f} on data={trainer.args.data}, under {MIN_FITNESS}"
+    if is_untrained(trainer):
+        return "is untrained"
+    args = trainer.args
+    file = Path(args.pretrained if isinstance(args.pretrained, (str, Path)) else args.model)
+    if file.is_file() and not architecture.scores_as(model, load_checkpoint(file)[0]):
+        return f"does not know all classes of data={args.data}"
+    return ""
+
+
+def is_untrained(trainer: BaseTrainer) -> bool:
+    """Whether the run starts from no weights: of a YAML or with pretrained=False, and of no other file."""
+    args = trainer.args
+    from_scratch = str(args.model).endswith((".yaml", ".yml")) or args.pretrained is False
+    return from_scratch and not isinstance(args.pretrained, (str, Path))
+
+
 def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> Teacher | None:
     """Measure the float model that training starts from, start all scales from data, and clear what a run left here.
 
@@ -149,19 +177,20 @@ def begin_from_float(trainer: BaseTrainer, config: QCConfig) -> Teacher | None:
     log.info("measuring the float model that training starts from")
     float_model = architecture.student(deepcopy(model))
     remove(float_model)
-    teacher = Teacher(float_model) if config.teacher == "start" and not trainer.args.distill_model else None
+    asked = config.teacher == "start" and bool(config.distill_outputs or config.distill_features)
+    teacher = Teacher(float_model) if asked and not trainer.args.distill_model else None
     record = own_record(model)
     record.float_metrics = validate(trainer, float_model, config.coco_eval)
     fitness = from_rank_0(record.float_metrics["fitness"])  # the other ranks measure nothing
-    if teacher and fitness < MIN_FITNESS:
+    if teacher and (obstacle := why_no_teacher(trainer, float_model, fitness)):
         if not config.label_weight:
             raise QCError(
-                f"QC: label_weight=0.0 needs a teacher, and model={trainer.args.model} has a fitness of {fitness:.3f} "
-                f"on data={trainer.args.data}, under {MIN_FITNESS}; give a label_weight above 0, or a start that knows "
-                "the classes."
+                f"QC: label_weight=0.0 needs a teacher, and model={trainer.args.model} {obstacle}; give a label_weight "
+                "above 0, or a start that knows the classes."
             )
-        log.info(f"the start is no teacher: its fitness is {fitness:.3f}, under {MIN_FITNESS}")
+        log.info(f"the start is no teacher: it {obstacle}")
         teacher = None
+    record.taught = teacher is not None
     if RANK in {-1, 0}:
         folder = trainer.save_dir / "qc"
         written = RECORD, TELEMETRY, TABLE, CARD, PAGE, f"plots/{PREDICTIONS}"

@@ -27,6 +27,7 @@ from ..files import AtomicPath
 from ..host import log
 from ..host.architecture import student
 from ..host.record import QuantRecord, own_record, record_of, write_checkpoint
+from ..host.teacher import FILE as TEACHER
 from ..host.teacher import Teacher, teacher_of
 from ..quant.layers import scale_parameters
 from .randomness import random_state, set_random_state
@@ -95,8 +96,19 @@ class RunState:
             )
 
     def find_teacher(self, trainer: BaseTrainer) -> None:
-        """Take the teacher of the resumed run from its folder; none is there where nobody taught."""
-        self.teacher = teacher_of(trainer.wdir, self.config, trainer.device)
+        """Take the teacher of the resumed run from beside its checkpoint, which may have been moved; to be in the run's
+        folder too.
+
+        Raises:
+            QCError: If it is missing, and the run is known to have one.
+        """
+        beside = Path(trainer.args.resume).parent
+        if own_record(student(unwrap_model(trainer.model))).taught:
+            self.teacher = Teacher.read(beside, trainer.device)
+        else:  # of an earlier version there is a file where the start taught
+            self.teacher = teacher_of(beside, self.config, trainer.device)
+        if self.teacher and RANK in {-1, 0} and not (trainer.wdir / TEACHER).exists():
+            self.teacher.write(trainer.wdir)
 
     def take_average(self, checkpoint: dict, model: nn.Module, trainer: BaseTrainer) -> QuantRecord:
         """Load the checkpoint's averaged model into the injected `model`; returns its record.
@@ -143,7 +155,7 @@ class RunState:
         trainer.scheduler.last_epoch = trainer.start_epoch - 1
         state["close_mosaic"] = trainer.args.close_mosaic
         if state["mosaic_closed"]:
-            self._mosaic_is_closed(trainer)  # takes note of the transforms before
+            self._mosaic_is_closed(trainer, trainer.start_epoch)  # takes note of the transforms before
             trainer._close_dataloader_mosaic()
             trainer.train_loader.reset()
             # until `_rewind`: Ultralytics would close it again and restart the loader, whose place is restored
@@ -197,7 +209,7 @@ class RunState:
             "optimizer": trainer.optimizer.state_dict(),
             "scaler": trainer.scaler.state_dict(),
             "accumulate": trainer.accumulate,
-            "mosaic_closed": self._mosaic_is_closed(trainer),
+            "mosaic_closed": self._mosaic_is_closed(trainer, trainer.epoch),
             "gradients": {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
             "best_fitness": None if trainer.best_fitness is None else float(trainer.best_fitness),
             "stopper": {
@@ -233,13 +245,16 @@ class RunState:
         if RANK in {-1, 0}:  # whose state it is
             set_random_state(trainer, state["random"])
 
-    def _mosaic_is_closed(self, trainer: BaseTrainer) -> bool:
-        """Whether the data set has other transforms than it had at first: closing the mosaic makes new ones.
+    def _mosaic_is_closed(self, trainer: BaseTrainer, epoch: int) -> bool:
+        """Whether, at the start of an epoch, the mosaic has been closed, which restarts the loader of images too.
 
-        Versions of Ultralytics differ in when they close it where a run is shorter than close_mosaic.
+        A data set has other transforms then than it had at first: versions of Ultralytics differ in when they close it
+        where a run is shorter than close_mosaic. A classifier's has none to change, but its loader is restarted.
         """
-        dataset = trainer.train_loader.dataset
-        transforms = getattr(dataset, "transforms", None)
+        dataset, last = trainer.train_loader.dataset, trainer.args.close_mosaic
+        if not hasattr(dataset, "transforms"):
+            return bool(last) and epoch > max(0, trainer.epochs - last)
+        transforms = dataset.transforms
         if self._transforms is None or self._transforms[0] is not dataset:  # a loader is made anew with a smaller batch
             self._transforms = dataset, transforms
         return self._transforms[1] is not transforms
