@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import FLOAT
 from torch import nn
 
 from yolo_qc_plugin.qat.dampening import Dampening, dampening_loss
@@ -124,3 +125,15 @@ def test_weights_come_nearer_to_their_grid_points_in_a_run(train):
     away, added = zip(*seen)
     assert away[:2] == pytest.approx([12**-0.5] * 2, rel=0.01) and away[-1] < 0.9 * away[1]  # at random, then not
     assert max(map(abs, added[:2])) < 1e-2 and min(added[2:]) > 10
+
+
+def test_it_counts_beside_a_teacher_whatever_labels_weigh(train):
+    seen = []
+
+    def look(trainer):
+        seen.append(trainer.loss.item() - 8 * trainer.loss_items["teacher_loss"].item())
+
+    options = {"bits": 4, "rounding": "nearest", "dampening_weight": 10.0, "label_weight": 0.0}
+    options |= {"correction": "off", "output_bits": None}
+    train(options, {"on_train_batch_end": look}, model=FLOAT, epochs=2, nbs=8, optimizer="SGD", lr0=0.02, val=False)
+    assert max(map(abs, seen[:2])) < 1e-3 and min(seen[2:]) > 0.1

@@ -119,10 +119,10 @@ class Steps:
             quantized = self._annealed.hand_out(softness, dtype)
         else:
             quantized = self._weights.hand_out(dtype)
+        if self.distillation:  # first: it weighs what the model returns, which is the labels' loss alone then
+            self.distillation.prepare()
         if self._dampening:
             self._dampening.prepare(annealed(0.0, self.config.dampening_weight, self._progress), quantized)
-        if self.distillation:
-            self.distillation.prepare()
 
     def end_batch(self, trainer: BaseTrainer) -> None:
         """Count the micro-batch, and do what is due after the step that it may have ended in."""
