@@ -25,6 +25,7 @@ from yolo_qc_plugin.report.record import model_size
 from yolo_qc_plugin.run import budget
 from yolo_qc_plugin.run.allocation import BITS_OF_INPUTS, DROP, PERCENT_OF_USUAL, Layer, Problem
 from yolo_qc_plugin.run.sensitivity import Probe
+from yolo_qc_plugin.run.start import is_untrained
 
 WIDTHS = (2, 4, 8)
 
@@ -242,7 +243,7 @@ def test_a_trained_start_is_planned_of_itself(train):
 ])  # fmt: skip
 def test_what_counts_as_untrained(model, pretrained, untrained):
     """What starts from no weights, as Ultralytics reads these arguments."""
-    assert budget._is_untrained(SimpleNamespace(args=SimpleNamespace(model=model, pretrained=pretrained))) is untrained
+    assert is_untrained(SimpleNamespace(args=SimpleNamespace(model=model, pretrained=pretrained))) is untrained
 
 
 def test_a_start_that_is_not_trained_has_the_same_width_everywhere(train, monkeypatch):
