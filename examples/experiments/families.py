@@ -51,7 +51,8 @@ def data_of(out: Path, task: str) -> Path:
     if data.is_dir():
         return data
     learned = out / "data" / f"{task}.yaml"
-    learned.write_text(data.read_text().replace("val: images/val", "val: images/train"))
+    if not learned.exists():  # which another process may be reading
+        learned.write_text(data.read_text().replace("val: images/val", "val: images/train"))
     return learned
 
 

@@ -40,13 +40,13 @@ budgets and what a GPU trained."""
 
 CLAIMS = """## What held of the paper
 
-The paper trains on all of COCO for 100 epochs; here it is small data for few epochs in its setting, without the
-plugin's own recipe. Differences of AP in points (of a segmentation model: of masks), mean over several seeds, in
-brackets the middle 95% of 1,000 resamples of the images, or ± the standard error over seeds. A claim holds where all
-seeds agree and that interval leaves out 0, or the mean is at least twice that error. coco-yolov5n-constant is
-coco-yolov5n-orderings with a rate that does not fall: the average and QC repair what such a rate leaves behind, and
-after a falling one there is nothing of it. [coco.md](results/coco.md) and [paper.md](results/paper.md) have the
-recipes."""
+The paper trains on all of COCO for 100 epochs; here it is small data for few epochs in its setting, on COCO with what
+the float start gives in place of labels. Differences of AP in points (of a segmentation model: of masks), mean over
+several seeds, in brackets the middle 95% of 1,000 resamples of the images, or ± the standard error over seeds. A claim
+holds where all seeds agree and that interval leaves out 0, or the mean is at least twice that error.
+coco-yolov5n-constant is coco-yolov5n-orderings with a rate that does not fall: the average and QC repair what such a
+rate leaves behind, and after a falling one there is nothing of it. [coco.md](results/coco.md) and
+[paper.md](results/paper.md) have the recipes."""
 
 # width of all layers -> budgets of as much, the default first
 PLANS = {
