@@ -183,7 +183,7 @@ def write_row(name: str, out: Path) -> None:
         )
         row = {"model": name, **run, **json.loads(fresh.stdout.splitlines()[-1])}
         row = {k: v for k, v in row.items() if k not in {"file", "data"}}
-    row["seconds"] = round(time.time() - began)
+    row |= {"seconds": round(time.time() - began), **made()}
     temporary = out / f".{name}.tmp"
     temporary.write_text(json.dumps(row, indent=1))
     temporary.replace(out / f"{name}.json")
@@ -216,7 +216,7 @@ def page(record: dict) -> str:
         "- training: what the run reports; val: `yolo val` of the file in a fresh process (it deploys the model), "
         "images padded as Ultralytics does for checkpoints",
         "- checkpoint, deployed, ONNX Runtime (optimised and not), OpenVINO: `yolo-qc check`, square images, as "
-        "Ultralytics feeds exported files; detection by pycocotools",
+        "Ultralytics feeds exported files; boxes, masks and keypoints by pycocotools",
         f"- outputs: largest difference over {IMAGES} images, deployed to checkpoint (of the outputs' spread) and ONNX "
         "Runtime to deployed (in the outputs' own units, pixels for boxes; end-to-end heads sort theirs, and equals "
         "may change places); codes: share that differs from the deployed form, end to end",
@@ -251,7 +251,7 @@ MAIN = {  # our name -> Ultralytics'
 def cells(row: dict, keys: list[str]) -> list[str]:
     """A row of the table."""
     points = lambda values: " / ".join(f"{100 * (v or 0):.4f}" for v in values)  # noqa: E731
-    square = ["AP"] if "AP" in row["pytorch"] else keys
+    square = [k.replace("map50_95", "AP") for k in keys] if "AP" in row["pytorch"] else keys
     runtimes = {r["name"]: r for r in row["runtimes"]}
     ort = [r for name, r in runtimes.items() if name.startswith("onnxruntime")]
     shown = dict.fromkeys(points(r[k] for k in square) for r in ort)
@@ -318,7 +318,7 @@ def main() -> None:
         for line in pool.map(lambda name: start_row(name, out), args.only or names):
             print(line, flush=True)
     rows = [json.loads(f.read_text()) for name in names if (f := out / f"{name}.json").exists()]
-    record = {"versions": versions(), **made(), "rows": rows, "untrainable": untrainable()}
+    record = {"versions": versions(), "rows": rows, "untrainable": untrainable()}
     file.write_text(json.dumps(record, indent=1) + "\n")
     file.with_suffix(".md").write_text(page(record))
     if missing := [name for name in names if not (out / f"{name}.json").exists()]:

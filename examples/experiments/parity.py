@@ -62,7 +62,7 @@ def page(record: dict) -> str:
                 continue
             figures.append(row["AP"])
             cells.append(f"{100 * row['AP']:.2f} [{row['changed']:.0e}]")
-        above = [entry for entry in (result["checkpoint"], *result["runtimes"]) if "interval" in entry]
+        above = [entry for entry in (result["checkpoint"], *result["runtimes"]) if "intervals" in entry]
         reading = f" ({'chance' if all(map(is_chance, above)) else 'more than chance'})" if above else ""
         lines.append(f"| {' | '.join([*cells, f'{100 * (max(figures) - min(figures)):.2f}{reading}'])} |")
     return "\n".join([*lines, ""])

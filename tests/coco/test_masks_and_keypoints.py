@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -18,9 +19,10 @@ from ultralytics import YOLO
 from ultralytics.utils.metrics import OKS_SIGMA
 
 from yolo_qc_plugin.cli import main
-from yolo_qc_plugin.coco.metrics import coco_metrics
+from yolo_qc_plugin.coco.metrics import RESULT, coco_metrics
 from yolo_qc_plugin.coco.truth import coco_ground_truth, encode
 from yolo_qc_plugin.data.digits import compose
+from yolo_qc_plugin.tools.accuracy import held_against, is_as_accurate, measure
 from yolo_qc_plugin.tools.evaluate import detect, evaluate
 
 KEYS = {
@@ -228,3 +230,25 @@ def test_labels_of_masks_and_keypoints(tmp_path):
         assert of_points["num_keypoints"] == 4 and seen.all()
         left, top, width, _ = of_points["bbox"]
         assert (x > left - 1).all() and (x < left + width + 1).all() and (y > top - 1).all()
+
+
+def test_chance_is_judged_of_what_a_task_is_for(of_task):
+    """Its masks or keypoints alone are another's: that is no chance, and boxes are as they were."""
+    task, model, data = of_task
+    expected = measure(YOLO(model), {"data": data, "imgsz": 96, "batch": 8, "device": "cpu"})
+    kind, name = TASKS[task], {"segment": "mask_AP", "pose": "pose_AP"}[task]
+    assert list(expected.figures) == [name, f"{name}50", "AP", "AP50"] and expected.figures[name] > 0.05
+    evaluated = evaluate(model, data, batch=8, device="cpu")["coco"]
+    assert (expected.figures[name], expected.figures["AP"]) == (evaluated[kind]["AP"], evaluated["bbox"]["AP"])
+
+    def held(change):
+        found = [{**d, **change(d, other)} for d, other in zip(expected.detections, expected.detections[1:])]
+        figures = {of: coco_metrics(expected.truth, found, k)["AP"] for of, k in ((name, kind), ("AP", "bbox"))}
+        return held_against(expected, replace(expected, detections=found, figures=figures), 0.01)
+
+    exchanged = held(lambda d, other: {RESULT[kind]: other[RESULT[kind]]})
+    assert exchanged["intervals"].keys() == {name} and exchanged["intervals"][name][1] < 0
+    assert exchanged["points"] > 1 and not is_as_accurate(exchanged, 0.1)
+    rng = np.random.default_rng(0)
+    moved = held(lambda d, other: {"score": d["score"] * (1 + 0.05 * rng.normal())})
+    assert moved["points"] > 0.01 and moved["intervals"] and is_as_accurate(moved, 0.01)

@@ -20,18 +20,18 @@ def test_what_the_images_cannot_tell_is_chance():
     expected, rng = measured(truth, detections), np.random.default_rng(1)
     moved = measured(truth, [{**d, "score": d["score"] + 0.05 * rng.normal()} for d in detections])
     entry = held_against(expected, moved, 0.0)
-    low, high = entry["interval"]
+    low, high = entry["intervals"]["AP"]
     assert entry["points"] > 0.1 and low < 0 < high and is_chance(entry) and is_as_accurate(entry, 0.1)
-    assert not is_as_accurate({k: v for k, v in entry.items() if k != "interval"}, 0.1)
-    assert "interval" not in held_against(expected, moved, entry["points"])
+    assert not is_as_accurate({k: v for k, v in entry.items() if k != "intervals"}, 0.1)
+    assert "intervals" not in held_against(expected, moved, entry["points"])
 
     whole = measured(truth, perfect(truth))
     halved = held_against(whole, measured(truth, whole.detections[::2]), 0.1)
-    assert halved["interval"][1] < 0 and not is_as_accurate(halved, 0.1)
+    assert halved["intervals"]["AP"][1] < 0 and not is_as_accurate(halved, 0.1)
     assert not is_chance({**halved, "changed_end_to_end": 0.1})
 
     first = min(image["id"] for image in truth["images"])
     one = held_against(whole, measured(truth, [d for d in whole.detections if d["image_id"] != first]), 0.1)
-    assert one["points"] > 0.1 and one["interval"][1] == 0 and not is_as_accurate(one, 0.1)
+    assert one["points"] > 0.1 and one["intervals"]["AP"][1] == 0 and not is_as_accurate(one, 0.1)
     assert is_as_accurate({**one, "changed_end_to_end": 0.1}, 0.1)  # flips, of which one image shows something
     assert not is_as_accurate({**one, "changed_end_to_end": 0.0}, 0.1)

@@ -82,7 +82,7 @@ def test_a_checkpoint_that_computes_something_else_fails(trained, digits, monkey
     )
     assert all(r.get("steps", 0) == 0 for r in result["runtimes"])
     assert result["checkpoint"]["steps"] > 1 and result["checkpoint"]["changed_end_to_end"] > 0.01
-    assert result["checkpoint"]["interval"][1] < 0 and "points are more than chance" in format_check(result)
+    assert result["checkpoint"]["intervals"]["AP"][1] < 0 and "points are more than chance" in format_check(result)
     assert len(devices) > 2 and set(devices) == {"cpu"}
 
 
@@ -103,9 +103,9 @@ def test_an_image_that_finds_nothing_is_not_chance(trained, digits, monkeypatch)
 
     monkeypatch.setattr(checking, "measure", without_one_image)
     result = check(checkpoint, file, digits, images=1)
-    low, high = result["checkpoint"]["interval"]
+    low, high = result["checkpoint"]["intervals"]["AP"]
     assert result["checkpoint"]["points"] > 0.1 and low < 0 == high and not result["passed"], result["checkpoint"]
-    assert all("interval" not in r for r in result["runtimes"])
+    assert all("intervals" not in r for r in result["runtimes"])
     found = format_check(result)
     assert f"checkpoint: {result['checkpoint']['points']:.2f} points are more than chance: 95% of" in found
     assert "FAILED (accepted: 1 step layer by layer over 1 images, 0.1 points of the main figures, or chance)" in found

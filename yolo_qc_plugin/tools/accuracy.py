@@ -3,19 +3,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from ultralytics import YOLO
 
-from ..coco.metrics import coco_metrics
+from ..coco.metrics import IouType, coco_metrics
+from ..coco.records import COMPARED
 from ..report.record import figures_of
 from .evaluate import detect, validate
 from .intervals import interval, resampled_ap
 
-MAIN_FIGURES = ("AP", "mask_map50_95", "pose_map50_95", "map50_95", "top1")  # a task's first is what it is for
+OF_KIND: dict[IouType, str] = {
+    "segm": "mask_",
+    "keypoints": "pose_",
+    "bbox": "",
+}  # what the names of figures begin with
+SHOWN = "AP", "AP50"  # of each kind
+# what is judged; a task's first is what it is for
+MAIN_FIGURES = (*(f"{of}AP" for of in OF_KIND.values()), "mask_map50_95", "pose_map50_95", "map50_95", "top1")
 
 
 @dataclass(frozen=True)
@@ -23,30 +31,36 @@ class Accuracy:
     """Of one validation.
 
     Attributes:
-        figures: By name, in 0..1; None where there is no ground truth. AP and AP50 by pycocotools of detection, those
-            of `report.figures_of` of other tasks.
-        truth: Of detection the ground truth in COCO form, else None.
-        detections: Of detection COCO results, else empty.
+        figures: By name, in 0..1; None where there is no ground truth. Of boxes, masks and keypoints AP and AP50 by
+            pycocotools, of other tasks those of `report.figures_of`.
+        truth: The ground truth in COCO form, where pycocotools measures, else None.
+        detections: COCO results then, else empty.
+        sigmas: Of keypoints; see `coco_metrics`.
     """
 
     figures: dict[str, float | None]
-    truth: dict[str, Any] | None
-    detections: list[dict[str, Any]]
+    truth: dict[str, Any] | None = None
+    detections: list[dict[str, Any]] = field(default_factory=list)
+    sigmas: Sequence[float] | None = None
 
-    @cached_property
-    def resampled(self) -> np.ndarray:
-        """Of detection, AP in points of each resample of the images, the same resamples for all models."""
-        return 100 * resampled_ap(self.truth or {}, self.detections)[1:]
+    def resampled(self, kind: IouType) -> np.ndarray:
+        """AP of a kind, in points, of each resample of the images, the same resamples for all models."""
+        return 100 * resampled_ap(self.truth or {}, self.detections, iou_type=kind, sigmas=self.sigmas)[1:]
 
 
-def measure(yolo: YOLO, settings: dict[str, Any]) -> Accuracy:
+def measure(yolo: YOLO, settings: Mapping[str, Any]) -> Accuracy:
     """Validate what computes the model's outputs now; settings as of `evaluate`."""
-    if yolo.task == "detect":
-        truth, detections, _ = detect(yolo, **settings)
-        coco = coco_metrics(truth, detections)
-        return Accuracy({name: coco[name] for name in ("AP", "AP50")}, truth, detections)
-    found = figures_of(validate(yolo, **settings).metrics.results_dict)
-    return Accuracy({name: value for name, value in found.items() if name != "fitness"}, None, [])
+    if yolo.task not in COMPARED:
+        found = figures_of(validate(yolo, **settings).metrics.results_dict)
+        return Accuracy({name: value for name, value in found.items() if name != "fitness"})
+    truth, detections, validator = detect(yolo, **settings)
+    sigmas = getattr(validator, "sigma", None)
+    figures: dict[str, float | None] = {}
+    for kind, of in OF_KIND.items():
+        if kind in COMPARED[yolo.task]:
+            coco = coco_metrics(truth, detections, kind, sigmas=sigmas)
+            figures |= {f"{of}{name}": coco[name] for name in SHOWN}
+    return Accuracy(figures, truth, detections, sigmas)
 
 
 def held_against(expected: Accuracy, found: Accuracy, limit: float) -> dict[str, Any]:
@@ -55,31 +69,33 @@ def held_against(expected: Accuracy, found: Accuracy, limit: float) -> dict[str,
     Args:
         expected: The others.
         found: Those to be judged.
-        limit: In points; of detection, what is farther off gets an interval.
+        limit: In points; what is farther off gets an interval, where pycocotools measures.
 
     Returns:
-        The figures; "points", the largest difference of the main ones, where no ground truth at all counts as 0; and
-        "interval" of the difference of AP in points (see `intervals`), where it was asked for.
+        The figures; "points", the largest difference of the main ones, where no ground truth at all counts as 0; and,
+        if any is beyond the limit, "intervals" of their differences in points, by name (see `intervals`).
     """
     a, b = found.figures, expected.figures
-    points = max(100 * abs((a[name] or 0.0) - (b[name] or 0.0)) for name in a if name in MAIN_FIGURES)
-    if points <= limit or found.truth is None:
-        return {**a, "points": points}
-    return {**a, "points": points, "interval": interval(found.resampled - expected.resampled)}
+    points = {name: 100 * abs((a[name] or 0.0) - (b[name] or 0.0)) for name in a if name in MAIN_FIGURES}
+    entry: dict[str, Any] = {**a, "points": max(points.values())}
+    if found.truth is not None and entry["points"] > limit:
+        far = {f"{of}AP": kind for kind, of in OF_KIND.items() if points.get(f"{of}AP", 0.0) > limit}
+        entry["intervals"] = {
+            name: interval(found.resampled(kind) - expected.resampled(kind)) for name, kind in far.items()
+        }
+    return entry
 
 
-def is_chance(entry: dict[str, Any]) -> bool:
-    """Whether a difference is none that the images can tell: 0 lies within the interval of what `held_against` gave.
+def is_chance(entry: Mapping[str, Any]) -> bool:
+    """Whether differences are none that the images can tell: 0 lies within each interval of what `held_against` gave.
 
     At its end 0 lies where few images make all of a difference, whatever its cause. That passes where the entry tells
     of codes that have flipped, as "changed_end_to_end".
     """
-    if "interval" not in entry:
-        return False
-    low, high = entry["interval"]
-    return low < 0 < high or (low <= 0 <= high and entry.get("changed_end_to_end", 0) > 0)
+    found, flipped = entry.get("intervals", {}).values(), entry.get("changed_end_to_end", 0) > 0
+    return bool(found) and all(low < 0 < high or (low <= 0 <= high and flipped) for low, high in found)
 
 
-def is_as_accurate(entry: dict[str, Any], limit: float) -> bool:
+def is_as_accurate(entry: Mapping[str, Any], limit: float) -> bool:
     """Whether figures are within a limit, in points, or differ by chance; without figures too."""
     return entry.get("points", 0) <= limit or is_chance(entry)

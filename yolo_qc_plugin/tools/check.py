@@ -9,9 +9,9 @@ Three comparisons for each runtime, the last two also of the checkpoint as it wa
    for bit: a value at a rounding threshold moves by a step, and later values move with it. So the share of codes that
    differ end to end is reported, and not judged. OpenVINO's folders and TorchScript show no codes.
 3. Accuracy on the same images, padded to the file's size: of the checkpoint as it was trained (fake-quantized), of its
-   deployed form in PyTorch, and of the runtime. For detection that is mAP by pycocotools, for other tasks Ultralytics'
-   own figures. Where codes may flip, few images show it in mAP: for detection a larger difference passes where it is
-   chance, i.e. where 0 lies within the middle 95% of resamples of the images (see `accuracy`).
+   deployed form in PyTorch, and of the runtime. Of boxes, masks and keypoints that is mAP by pycocotools, for other
+   tasks Ultralytics' own figures. Where codes may flip, few images show it in mAP: by pycocotools a larger difference
+   passes where it is chance, i.e. where 0 lies within the middle 95% of resamples of the images (see `accuracy`).
 """
 
 from __future__ import annotations
@@ -166,12 +166,10 @@ def format_check(result: dict[str, Any]) -> str:
     if result["cost"]:
         lines.append(", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in result["cost"].items()))
     for name, entry in {"checkpoint": trained, **{r["name"]: r for r in result["runtimes"]}}.items():
-        if "interval" in entry:
+        if found := entry.get("intervals"):
             of = "chance" if is_chance(entry) else "more than chance"
-            low, high = entry["interval"]
-            lines.append(
-                f"{name}: {entry['points']:.2f} points are {of}: 95% of resamples in [{low:+.2f}, {high:+.2f}]"
-            )
+            within = ", ".join(f"{figure} in [{low:+.2f}, {high:+.2f}]" for figure, (low, high) in found.items())
+            lines.append(f"{name}: {entry['points']:.2f} points are {of}: 95% of resamples have {within}")
     if all(value is None for value in result["pytorch"].values()):
         lines.append(f"no object in the labels of {result['data']}: accuracy was not compared")
     verdict = "passed" if result["passed"] else "FAILED"
@@ -191,7 +189,7 @@ def _accepted(result: dict[str, Any]) -> str:
     runtimes = result["runtimes"]
     steps = f"{MAX_STEPS} step layer by layer over {result['images']} images, "
     litert = f" ({MAX_POINTS_LITERT} in LiteRT)" if any(r["name"] in LITERT_RUNTIMES for r in runtimes) else ""
-    chance = ", or chance" if "AP" in result["pytorch"] else ""
+    chance = ", or chance" if "AP" in result["pytorch"] else ""  # as pycocotools names it
     return f"{steps}{MAX_POINTS} points{litert} of the main figures{chance}"
 
 
