@@ -21,8 +21,8 @@ class Target:
         widths: Those that a budget chooses from: others take no less of the file than the next of these.
         narrow: Whether weights of 8 bits leave out the code -128.
         budget: What `budget="auto"` is there: some layers then have more bits than others, at little or no cost.
-        symmetric: Whether activations are to be signed and symmetric, the inputs of residual sums quantized, and what
-            is concatenated on one grid.
+        symmetric: Whether activations are to be signed and symmetric, and the inputs of residual sums quantized.
+        joined: Whether what is concatenated, split, pooled or enlarged is to be on one grid, so that codes can be.
         body_weights: The widest weights that `bits` gives to layers other than edges.
         edge_weights: The width of edges' weights where `edge_bits` is not given.
         widest_edge_weights: The widest that `edge_bits` gives to them.
@@ -36,6 +36,7 @@ class Target:
     budget: str = "110%size"  # docs/results/coco.md, "Widths by a budget"
     narrow: bool = False
     symmetric: bool = False
+    joined: bool = False
     body_weights: int = MAX_BITS
     edge_weights: int = MAX_BITS
     widest_edge_weights: int = MAX_BITS
@@ -50,7 +51,7 @@ TARGETS: dict[str, Target] = {
     # 8 bits are UINT8 in a file, which OpenVINO computes in float (deploy/qdq.py), so wide layers and edges have 7.
     "cpu": Target({"per_channel": True, "act_bits": 8}, onnx="packed", widths=(4, 7), body_weights=7, edge_weights=7),
     # It computes a convolution, its output's grid, SiLU and the next grid in one node, of integers where weights have 7
-    # bits at most.
+    # bits at most; and where codes are split or pooled, in place of values, it quantizes once, in such a node.
     "openvino": Target(
         {"per_channel": True, "act_bits": 8},
         onnx="openvino",
@@ -59,6 +60,7 @@ TARGETS: dict[str, Target] = {
         body_weights=7,
         edge_weights=7,
         widest_edge_weights=7,
+        joined=True,
         rounded_silu=True,
     ),
     "tensorrt": Target(
@@ -67,6 +69,7 @@ TARGETS: dict[str, Target] = {
         bears={"act_offset": (False,), "output_bits": (None,)},
         narrow=True,
         symmetric=True,
+        joined=True,
     ),
     "litert": Target({"per_channel": True, "act_bits": 8}, onnx="packed", narrow=True),
     # every bit is logic there, of activations too; FINN takes no zero points, which outputs' grids have

@@ -17,6 +17,7 @@ from yolo_qc_plugin.config import QCConfig, QCError
 from yolo_qc_plugin.deploy.codes import compare_codes
 from yolo_qc_plugin.deploy.exported import RUNTIMES, ExportedONNX
 from yolo_qc_plugin.deploy.fold import FixedQuantizer
+from yolo_qc_plugin.deploy.nodes import MOVING, links
 from yolo_qc_plugin.quant.activations import HeadOutput, RoundedSiLU
 
 pytest.importorskip("onnx")
@@ -91,6 +92,48 @@ def test_openvino_computes_grids_and_silu_in_the_convolution(exported, yaml):
     within, apart, integers = rounds_in_openvino(file)
     assert apart == 0 and within > 1.9 * len(ExportedONNX(file).outputs) > 100
     assert integers == len(ExportedONNX(file).codes)
+
+
+@pytest.mark.parametrize("yaml", FAMILIES)
+def test_what_moves_values_moves_codes(exported, yaml):
+    """Behind a quantizer, and none follows; but for what is added up, or is on the way to the head's outputs."""
+    import onnx
+
+    path, file = exported(yaml)
+    graph = onnx.load(file).graph
+    sources, readers = links(graph)
+    pools = [n for n in graph.node if n.op_type in {"MaxPool", "Resize"}]
+    read = {out: [n.op_type for n in found] for out, found in readers.items()}
+    joins = [n for n in graph.node if n.op_type == "Concat" and "Conv" in read.get(n.output[0], [])]
+    splits = [n for n in graph.node if n.op_type == "Split" and all(out in readers for out in n.output)]
+    residuals = [n for n in splits if any("Add" in read[out] for out in n.output)]
+    assert len(pools) == 5 and len(joins) == 13 and (len(splits), len(residuals)) == ((8, 4) if "8" in yaml else (0, 0))
+    for node in (*pools, *joins, *(n for n in splits if n not in residuals)):
+        for x in node.input if node.op_type == "Concat" else node.input[:1]:
+            assert sources[x].op_type in {"DequantizeLinear", *MOVING}, (node.name, x)
+    of_packed = copy_as(path, "packed")
+    assert quantizers(file) < quantizers(of_packed) and subgraphs(file) < subgraphs(of_packed)
+
+
+def copy_as(path, kind):
+    """A file of another kind."""
+    copy = shutil.copy(path, path.with_name(f"{kind}.pt"))
+    yolo = YOLO(copy)
+    choose_onnx_kind(yolo, kind)
+    return Path(yolo.export(format="onnx", imgsz=64, device="cpu"))
+
+
+def quantizers(file):
+    """Of an ONNX file."""
+    import onnx
+
+    return sum(n.op_type == "QuantizeLinear" for n in onnx.load(file).graph.node)
+
+
+def subgraphs(file):
+    """What OpenVINO computes in passes of its own: elementwise, behind no convolution."""
+    ops = ov.compile_model(str(file), "CPU", F32).get_runtime_model().get_ordered_ops()
+    return sum(node.rt_info["layerType"].astype(str) == "Subgraph" for node in ops)
 
 
 @pytest.mark.parametrize("edge_bits,floats", [(None, 0), (8, 7)])

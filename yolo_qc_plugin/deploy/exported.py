@@ -14,7 +14,7 @@ import numpy as np
 from ..config import QCError
 from .fold import DeployedConv2d
 from .kinds import check_runtime
-from .nodes import links
+from .nodes import MOVING, links
 
 RUNTIMES = ("onnxruntime", "onnxruntime, not optimised", "openvino")
 NOT_IN_OPENVINO = {  # kind -> why
@@ -139,6 +139,7 @@ class ExportedONNX(Exported):
 
         self.values = {i.name: numpy_helper.to_array(i) for i in self.model.graph.initializer}
         self.codes, self.outputs, self.weights = {}, {}, {}
+        self.moved: dict[str, list[str]] = {}  # tensor of values on a grid -> that grid's scale and zero point
         self.lowest: dict[str, str] = {}  # tensor of an output's codes as steps from 0, in floats -> that of the lowest
         self._read(*links(self.model.graph))
         if not self.codes:
@@ -148,12 +149,17 @@ class ExportedONNX(Exported):
         """Find the convolutions' tensors."""
         for conv in (n for n in self.model.graph.node if n.op_type == "Conv"):
             weight, dequantize = sources.get(conv.input[1]), sources.get(conv.input[0])
+            while dequantize is not None and dequantize.op_type in MOVING:
+                dequantize = sources.get(dequantize.input[0])
             if weight is None or dequantize is None or {weight.op_type, dequantize.op_type} != {"DequantizeLinear"}:
                 continue
             layer = weight.input[0].removesuffix(".weight_codes")
             cast = sources.get(weight.input[0])  # of the packed kind
             self.weights[layer] = weight.input[0] if cast is None else cast.input[0]
-            self.codes[layer] = dequantize.input[0], int(self.values[dequantize.input[2]])
+            moved = dequantize.output[0] != conv.input[0]
+            if moved:
+                self.moved[conv.input[0]] = list(dequantize.input[1:])
+            self.codes[layer] = (conv if moved else dequantize).input[0], int(self.values[dequantize.input[2]])
             for n in readers.get(conv.output[0], []):
                 if n.op_type == "QuantizeLinear":
                     scale, zero_point = (self.values[name] for name in n.input[1:3])
@@ -201,14 +207,14 @@ class ExportedONNX(Exported):
         names = list(dict.fromkeys([t for t, _ in self.codes.values()] + [t for t, *_ in self.outputs.values()]))
         if self.kind == "int4":  # NumPy has no 4-bit type: read such codes as floats
             model.graph.initializer.append(onnx.helper.make_tensor("one", onnx.TensorProto.FLOAT, [], [1.0]))
+        how = {name: ("Sub", [lowest]) for name, lowest in self.lowest.items()}
+        how |= {name: ("QuantizeLinear", grid) for name, grid in self.moved.items()}
+        how |= {name: ("DequantizeLinear", ["one"]) for name in names} if self.kind == "int4" else {}
         for name in names:
             shown = name
-            if self.kind == "int4":
-                shown = f"{name}_shown"
-                model.graph.node.append(onnx.helper.make_node("DequantizeLinear", [name, "one"], [shown]))
-            elif name in self.lowest:
-                shown = f"{name}_shown"
-                model.graph.node.append(onnx.helper.make_node("Sub", [name, self.lowest[name]], [shown]))
+            if name in how:
+                (op, more), shown = how[name], f"{name}_shown"
+                model.graph.node.append(onnx.helper.make_node(op, [name, *more], [shown]))
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(shown))
         return onnx.shape_inference.infer_shapes(model).SerializeToString(), names
 

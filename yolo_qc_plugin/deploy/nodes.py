@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor, as_tensor
 
+# of those that give values of their first input alone, of Concat of all, and no others: the ones between convolutions
+MOVING = {"Concat", "MaxPool", "Resize", "Split"}
+
 
 def links(graph) -> tuple[dict, dict[str, list]]:
     """Tensor -> the node that writes it, and tensor -> the nodes that read it, of an ONNX graph."""

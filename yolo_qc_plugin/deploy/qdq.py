@@ -6,7 +6,9 @@ lists the kinds of such graphs; packed ones are written as int8 here, and `pack`
 output is quantized too, runtimes fuse Q/DQ and convolution into one integer convolution; its bias is INT32 for that.
 
 OpenVINO fuses what is elementwise behind a convolution into it, but takes Q -> DQ there apart. In its kind the grid of
-an output is a product, a Round, a Clip and a product: the same values, as its step is a power of two.
+an output is a product, a Round, a Clip and a product: the same values, as its step is a power of two. And what only
+moves values moves codes there, where quantizers of one grid read all that it moves: they are then computed within the
+convolution before it, in place of in a pass of their own behind it. (ONNX Runtime wants a quantizer there.)
 
 Activation codes of a grid narrower than its container are shifted to the container's top (4 bits in UINT8: 240 to 255),
 so that saturation cuts off values above the grid. A Max before Q cuts off those below. It is left out where the input
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 
 from .fold import DeployedConv2d
+from .nodes import MOVING, attributes
 from .rewrite import Rewriter
 from .trace import CONVOLVE, DOMAIN, QUANTIZE
 
@@ -36,6 +39,7 @@ class QDQ(Rewriter):
     def __init__(self, *args):
         super().__init__(*args)
         self.act_scale: dict[str, float] = {}  # fake-quantized tensor -> scale
+        self.given = {out.name for out in self.graph.output}
         self.unsigned: set[str] = set()  # layers
         self.clips = 0
 
@@ -58,6 +62,37 @@ class QDQ(Rewriter):
         beside = [*self.readers.get(node.output[0], []), *filter(None, [self.sources.get(node.input[0])])]
         wide = any((n.op_type == CONVOLVE and self.layer(n).bits > 4) or n.op_type == "MaxPool" for n in beside)
         return self.kind == "int4" and a["quant_max"] - a["quant_min"] < 16 and not wide
+
+    def keep(self, node) -> None:
+        """Write a node that tracing did not mark."""
+        if self.kind == "openvino" and node.op_type in MOVING:
+            grids = self._grids_behind(node)
+            if len(grids) == 1 and (grid := dict(grids.pop())):
+                self._move_codes(node, grid)
+        super().keep(node)
+
+    def _grids_behind(self, node) -> set[tuple]:
+        """The grids on which a node's outputs are read, also through others that move them; () for values."""
+        found: set[tuple] = {() for out in node.output if out in self.given}
+        for reader in (n for out in node.output for n in self.readers.get(out, [])):
+            if reader.op_type in MOVING:
+                found |= self._grids_behind(reader)
+            else:
+                found.add(tuple(attributes(reader).items()) if reader.op_type == QUANTIZE else ())
+        return found
+
+    def _move_codes(self, node, a: dict) -> None:
+        """Quantize what a node moves, so that its outputs are quantized."""
+        same = self.grid(node, a)
+        for i, x in enumerate(node.input if node.op_type == "Concat" else node.input[:1]):
+            if (x, same) not in self._quantized:
+                self.quantizers += 1
+                name = self._quantize_at_the_top(f"{node.output[0]}_of_{i}", x, a, narrow=False)
+                self.is_on_grid(name, same, of=x)
+            node.input[i] = self._quantized[x, same]
+        for out in node.output:
+            self.is_on_grid(out, same)
+            self.act_scale[out] = a["scale"]
 
     def quantize(self, name: str, node, a: dict) -> str:
         """Q -> DQ in a container, behind what bounds the values where the container is wider."""

@@ -41,7 +41,7 @@ class Rewriter(ABC):
             for i, name in enumerate(node.input):
                 node.input[i] = self._renamed.get(name, name)
             if node.domain != DOMAIN:
-                self.writer.nodes.append(node)
+                self.keep(node)
             elif node.op_type == QUANTIZE:
                 self._renamed[node.output[0]] = self._once(node)
             else:
@@ -53,15 +53,22 @@ class Rewriter(ABC):
         del self.graph.value_info[:]
         self.graph.value_info.extend(v for name, v in stale.items() if name in written)
 
+    def keep(self, node) -> None:
+        """Write a node that tracing did not mark."""
+        self.writer.nodes.append(node)
+
     def _once(self, node) -> str:
         """The name of the quantized tensor; one that is on the grid already is not quantized again."""
         x, grid = node.input[0], attributes(node)
         same = self.grid(node, grid)
         if (x, same) not in self._quantized:
             self.quantizers += 1
-            name = self._quantized[x, same] = self.quantize(node.output[0], node, grid)
-            self._quantized[name, same] = name
+            self.is_on_grid(self.quantize(node.output[0], node, grid), same, of=x)
         return self._quantized[x, same]
+
+    def is_on_grid(self, name: str, same: tuple, of: str | None = None) -> None:
+        """Note that a tensor has values of a grid (`grid`) alone: those of another tensor, or its own."""
+        self._quantized[of or name, same] = self._quantized[name, same] = name
 
     def layer(self, node) -> DeployedConv2d:
         """The convolution that a marker stands for."""

@@ -123,7 +123,7 @@ class QCCallbacks:
         if config.symmetric:
             sums = tap_sums(model, image, config.body_bits[1], architecture.sums_of_branches(model))
             log.info(f"{sums} residual sums with quantized inputs")
-        shared = share_quantizers(model, image, joined=config.symmetric)
+        shared = share_quantizers(model, image, joined=config.runs_on.joined)
         model.qc = QuantRecord(config.to_dict(), start=str(trainer.args.model))
         if trainer.resume and checkpoint:
             earlier = self.state.take_average(checkpoint, model, trainer)
