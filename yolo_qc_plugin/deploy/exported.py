@@ -14,7 +14,7 @@ import numpy as np
 from ..config import QCError
 from .fold import DeployedConv2d
 from .kinds import check_runtime
-from .nodes import MOVING, links
+from .nodes import links, moves
 
 RUNTIMES = ("onnxruntime", "onnxruntime, not optimised", "openvino")
 NOT_IN_OPENVINO = {  # kind -> why
@@ -149,7 +149,7 @@ class ExportedONNX(Exported):
         """Find the convolutions' tensors."""
         for conv in (n for n in self.model.graph.node if n.op_type == "Conv"):
             weight, dequantize = sources.get(conv.input[1]), sources.get(conv.input[0])
-            while dequantize is not None and dequantize.op_type in MOVING:
+            while dequantize is not None and moves(dequantize):
                 dequantize = sources.get(dequantize.input[0])
             if weight is None or dequantize is None or {weight.op_type, dequantize.op_type} != {"DequantizeLinear"}:
                 continue

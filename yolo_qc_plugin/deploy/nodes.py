@@ -8,9 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor, as_tensor
 
-# of those that give values of their first input alone, of Concat of all, and no others: the ones between convolutions
-MOVING = {"Concat", "MaxPool", "Resize", "Split"}
-
 
 def links(graph) -> tuple[dict, dict[str, list]]:
     """Tensor -> the node that writes it, and tensor -> the nodes that read it, of an ONNX graph."""
@@ -27,6 +24,12 @@ def attributes(node) -> dict:
     from onnx import helper
 
     return {p.name: helper.get_attribute_value(p) for p in node.attribute}
+
+
+def moves(node) -> bool:
+    """Whether a node gives values of its first input (of Concat all) and no others; of those between convolutions."""
+    nearest = node.op_type == "Resize" and attributes(node).get("mode") == b"nearest"
+    return nearest or node.op_type in {"Concat", "MaxPool", "Split"}
 
 
 class Writer:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from .fold import DeployedConv2d
-from .nodes import MOVING, attributes
+from .nodes import attributes, moves
 from .rewrite import Rewriter
 from .trace import CONVOLVE, DOMAIN, QUANTIZE
 
@@ -65,7 +65,7 @@ class QDQ(Rewriter):
 
     def keep(self, node) -> None:
         """Write a node that tracing did not mark."""
-        if self.kind == "openvino" and node.op_type in MOVING:
+        if self.kind == "openvino" and moves(node):
             grids = self._grids_behind(node)
             if len(grids) == 1 and (grid := dict(grids.pop())):
                 self._move_codes(node, grid)
@@ -75,7 +75,7 @@ class QDQ(Rewriter):
         """The grids on which a node's outputs are read, also through others that move them; () for values."""
         found: set[tuple] = {() for out in node.output if out in self.given}
         for reader in (n for out in node.output for n in self.readers.get(out, [])):
-            if reader.op_type in MOVING:
+            if moves(reader):
                 found |= self._grids_behind(reader)
             else:
                 found.add(tuple(attributes(reader).items()) if reader.op_type == QUANTIZE else ())
