@@ -217,7 +217,7 @@ def start(request: dict, threads: int) -> bool:
         return False
     folder = Path(request["run"])
     folder.mkdir(parents=True, exist_ok=True)
-    file, log = folder / "request.json", folder.with_suffix(".log")
+    file, log = folder / "request.json", folder.with_name(f"{folder.name}.log")
     begun = file.exists() and identity(json.loads(file.read_text())) == identity(request)
     if not begun:
         (folder / "weights" / "resume.pt").unlink(missing_ok=True)  # of another experiment
