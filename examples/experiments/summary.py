@@ -213,16 +213,17 @@ def sure(columns: list[str]) -> str:
 def table_everywhere(benchmarks: list[dict]) -> list[str]:
     """The third table: a row for each file in each runtime, and a column for each model."""
     shown: dict[tuple[str, str], dict[str, str]] = {}
-    for found in benchmarks:
+    titles = [f"{found['model']}, {found['cpu']}" for found in benchmarks]
+    for title, found in zip(titles, benchmarks):
         for row in found["rows"]:
             if "figure" in row:
                 ratio = [f"{row['ratio']:.2f}x"] if row.get("ratio") else []
                 cell = ", ".join([f"{row['mb']:.2f} MB", f"{100 * row['figure']:.2f}", *ratio])
-                shown.setdefault((row["runtime"], row["file"]), {})[found["model"]] = cell
+                shown.setdefault((row["runtime"], row["file"]), {})[title] = cell
     runtimes = [runtime for runtime, _ in shown]
-    head = ["runtime", "file", *(found["model"] for found in benchmarks)]
+    head = ["runtime", "file", *titles]
     rows = [
-        f"| {runtime} | {file} | {' | '.join(of.get(found['model'], '') for found in benchmarks)} |"
+        f"| {runtime} | {file} | {' | '.join(of.get(title, '') for title in titles)} |"
         for (runtime, file), of in sorted(shown.items(), key=lambda item: runtimes.index(item[0][0]))
     ]
     return [*table_head(head), *rows]
@@ -233,7 +234,7 @@ def summary(folder: Path) -> str:
     records = {name: read(folder / f"{name}.json") for name in ("coco", "presets", "paper")}
     benchmarks = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/benchmark.json"))]
     benchmarks.sort(key=lambda found: found["model"].replace("yolov", "yolo0"))  # by generation
-    where = "; ".join(dict.fromkeys(f"{b['data']} at {b['imgsz'][0]} px, {b['cpu']}" for b in benchmarks))
+    where = "; ".join(dict.fromkeys(f"{b['data']} at {b['imgsz'][0]} px" for b in benchmarks))
     parts = [
         [HEAD], table_kept(records), [CLAIMS], table_of_claims(records),
         [EVERYWHERE.format(where=where)], table_everywhere(benchmarks),
