@@ -115,6 +115,13 @@ def test_what_moves_values_moves_codes(exported, yaml):
     assert quantizers(file) < quantizers(of_packed) and subgraphs(file) < subgraphs(of_packed)
 
 
+@pytest.mark.parametrize("mode,moved", [("nearest", True), ("linear", False), ("cubic", False)])
+def test_what_is_enlarged_by_new_values_is_not_moved(mode, moved):
+    from onnx import helper
+
+    assert moves(helper.make_node("Resize", ["x", "", "scales"], ["y"], mode=mode)) is moved
+
+
 def copy_as(path, kind):
     """A file of another kind."""
     copy = shutil.copy(path, path.with_name(f"{kind}.pt"))

@@ -139,7 +139,7 @@ class ExportedONNX(Exported):
 
         self.values = {i.name: numpy_helper.to_array(i) for i in self.model.graph.initializer}
         self.codes, self.outputs, self.weights = {}, {}, {}
-        self.moved: dict[str, list[str]] = {}  # tensor of values on a grid -> that grid's scale and zero point
+        self.moved: dict[str, list[str]] = {}  # of `codes` those of values on a grid -> its scale and zero point
         self.lowest: dict[str, str] = {}  # tensor of an output's codes as steps from 0, in floats -> that of the lowest
         self._read(*links(self.model.graph))
         if not self.codes:
@@ -156,10 +156,11 @@ class ExportedONNX(Exported):
             layer = weight.input[0].removesuffix(".weight_codes")
             cast = sources.get(weight.input[0])  # of the packed kind
             self.weights[layer] = weight.input[0] if cast is None else cast.input[0]
-            moved = dequantize.output[0] != conv.input[0]
-            if moved:
-                self.moved[conv.input[0]] = list(dequantize.input[1:])
-            self.codes[layer] = (conv if moved else dequantize).input[0], int(self.values[dequantize.input[2]])
+            codes, *grid = dequantize.input
+            if dequantize.output[0] != conv.input[0]:
+                codes = conv.input[0]
+                self.moved[codes] = grid
+            self.codes[layer] = codes, int(self.values[grid[1]])
             for n in readers.get(conv.output[0], []):
                 if n.op_type == "QuantizeLinear":
                     scale, zero_point = (self.values[name] for name in n.input[1:3])

@@ -21,6 +21,7 @@ overflows; with UINT8 weights they compute exactly.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,15 +84,12 @@ class QDQ(Rewriter):
 
     def _move_codes(self, node, a: dict) -> None:
         """Quantize what a node moves, so that its outputs are quantized."""
-        same = self.grid(node, a)
+        grid = self.grid(node, a)
         for i, x in enumerate(node.input if node.op_type == "Concat" else node.input[:1]):
-            if (x, same) not in self._quantized:
-                self.quantizers += 1
-                name = self._quantize_at_the_top(f"{node.output[0]}_of_{i}", x, a, narrow=False)
-                self.is_on_grid(name, same, of=x)
-            node.input[i] = self._quantized[x, same]
+            write = partial(self._quantize_at_the_top, f"{node.output[0]}_of_{i}", x, a, narrow=False)
+            node.input[i] = self.once(x, grid, write)
         for out in node.output:
-            self.is_on_grid(out, same)
+            self._quantized[out, grid] = out
             self.act_scale[out] = a["scale"]
 
     def quantize(self, name: str, node, a: dict) -> str:

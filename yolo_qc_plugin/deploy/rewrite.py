@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from .bounds import LowerBounds
 from .fold import DeployedConv2d
@@ -33,7 +34,7 @@ class Rewriter(ABC):
         self.bounds = LowerBounds(self.sources)
         self.quantizers = 0
         self._renamed: dict[str, str] = {}
-        self._quantized: dict[tuple, str] = {}  # (tensor, grid) -> fake-quantized tensor, shared by all who read it
+        self._quantized: dict[tuple, str] = {}  # (tensor, grid) -> the same on the grid, shared by all who read it
 
     def rewrite(self) -> None:
         """Replace every marker, in order."""
@@ -43,7 +44,9 @@ class Rewriter(ABC):
             if node.domain != DOMAIN:
                 self.keep(node)
             elif node.op_type == QUANTIZE:
-                self._renamed[node.output[0]] = self._once(node)
+                grid = attributes(node)
+                write = partial(self.quantize, node.output[0], node, grid)
+                self._renamed[node.output[0]] = self.once(node.input[0], self.grid(node, grid), write)
             else:
                 self.convolve(node, self.layer(node))
         stale = {v.name: v for v in self.graph.value_info}
@@ -57,18 +60,13 @@ class Rewriter(ABC):
         """Write a node that tracing did not mark."""
         self.writer.nodes.append(node)
 
-    def _once(self, node) -> str:
-        """The name of the quantized tensor; one that is on the grid already is not quantized again."""
-        x, grid = node.input[0], attributes(node)
-        same = self.grid(node, grid)
-        if (x, same) not in self._quantized:
+    def once(self, x: str, grid: tuple, write: Callable[[], str]) -> str:
+        """The name of a tensor on a grid (`grid`); `write` quantizes it and returns that name, unless there is one."""
+        if (x, grid) not in self._quantized:
             self.quantizers += 1
-            self.is_on_grid(self.quantize(node.output[0], node, grid), same, of=x)
-        return self._quantized[x, same]
-
-    def is_on_grid(self, name: str, same: tuple, of: str | None = None) -> None:
-        """Note that a tensor has values of a grid (`grid`) alone: those of another tensor, or its own."""
-        self._quantized[of or name, same] = self._quantized[name, same] = name
+            name = write()
+            self._quantized[x, grid] = self._quantized[name, grid] = name
+        return self._quantized[x, grid]
 
     def layer(self, node) -> DeployedConv2d:
         """The convolution that a marker stands for."""

@@ -10,17 +10,14 @@ from typing import Any
 import numpy as np
 from ultralytics import YOLO
 
-from ..coco.metrics import IouType, coco_metrics
-from ..coco.records import COMPARED
+from ..coco.metrics import IouType
+from ..coco.records import COMPARED, all_metrics
 from ..report.record import figures_of
 from .evaluate import detect, validate
 from .intervals import interval, resampled_ap
 
-OF_KIND: dict[IouType, str] = {
-    "segm": "mask_",
-    "keypoints": "pose_",
-    "bbox": "",
-}  # what the names of figures begin with
+# what is compared -> what the names of its figures begin with
+OF_KIND: dict[IouType, str] = {"segm": "mask_", "keypoints": "pose_", "bbox": ""}
 SHOWN = "AP", "AP50"  # of each kind
 # what is judged; a task's first is what it is for
 MAIN_FIGURES = (*(f"{of}AP" for of in OF_KIND.values()), "mask_map50_95", "pose_map50_95", "map50_95", "top1")
@@ -42,10 +39,14 @@ class Accuracy:
     truth: dict[str, Any] | None = None
     detections: list[dict[str, Any]] = field(default_factory=list)
     sigmas: Sequence[float] | None = None
+    _resampled: dict[IouType, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def resampled(self, kind: IouType) -> np.ndarray:
-        """AP of a kind, in points, of each resample of the images, the same resamples for all models."""
-        return 100 * resampled_ap(self.truth or {}, self.detections, iou_type=kind, sigmas=self.sigmas)[1:]
+        """AP of a kind, in points, of each resample of the images, the same resamples for all models; computed once."""
+        if kind not in self._resampled:
+            found = resampled_ap(self.truth or {}, self.detections, iou_type=kind, sigmas=self.sigmas)
+            self._resampled[kind] = 100 * found[1:]
+        return self._resampled[kind]
 
 
 def measure(yolo: YOLO, settings: Mapping[str, Any]) -> Accuracy:
@@ -54,13 +55,9 @@ def measure(yolo: YOLO, settings: Mapping[str, Any]) -> Accuracy:
         found = figures_of(validate(yolo, **settings).metrics.results_dict)
         return Accuracy({name: value for name, value in found.items() if name != "fitness"})
     truth, detections, validator = detect(yolo, **settings)
-    sigmas = getattr(validator, "sigma", None)
-    figures: dict[str, float | None] = {}
-    for kind, of in OF_KIND.items():
-        if kind in COMPARED[yolo.task]:
-            coco = coco_metrics(truth, detections, kind, sigmas=sigmas)
-            figures |= {f"{of}{name}": coco[name] for name in SHOWN}
-    return Accuracy(figures, truth, detections, sigmas)
+    coco = all_metrics(validator, truth, detections)
+    figures = {f"{of}{name}": coco[kind][name] for kind, of in OF_KIND.items() if kind in coco for name in SHOWN}
+    return Accuracy(figures, truth, detections, getattr(validator, "sigma", None))
 
 
 def held_against(expected: Accuracy, found: Accuracy, limit: float) -> dict[str, Any]:
