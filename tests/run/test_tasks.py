@@ -86,7 +86,7 @@ def test_a_run_of_each_task(train, tmp_path, monkeypatch, task, name):
 
     if task == "segment":  # two outputs
         checked = check(yolo.trainer.best, YOLO(yolo.trainer.best).export(format="onnx", imgsz=64), data, images=2)
-        assert checked["passed"] and checked["pytorch"].keys() == FIGURES[task]
+        assert checked["passed"] and checked["pytorch"].keys() == {"AP", "AP50", "mask_AP", "mask_AP50"}
         assert all(r["changed_end_to_end"] == 0 and r["output"] < 1e-2 for r in checked["runtimes"] if "steps" in r)
 
 
