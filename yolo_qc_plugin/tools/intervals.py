@@ -11,7 +11,7 @@ order of scores change. AP needs precision at true positives alone, for precisio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,26 @@ def matches(
         yield ClassMatches(truth, image, (match != 0) & ~ignored, ignored)
 
 
+def own_matches(stats: Mapping[str, Sequence[np.ndarray]]) -> list[ClassMatches]:
+    """What Ultralytics found of each class, where pycocotools knows no such objects, as boxes that are turned.
+
+    Args:
+        stats: "tp", "conf", "pred_cls" and "target_cls" of its metrics, in each an array for every image.
+    """
+    truth, conf, predicted = (np.concatenate(stats[key]) for key in ("target_cls", "conf", "pred_cls"))
+    of_truth, of_found = (
+        np.repeat(np.arange(len(stats[key])), [len(a) for a in stats[key]]) for key in ("target_cls", "conf")
+    )
+    hit, images = np.concatenate(stats["tp"]).astype(bool), len(stats["conf"])
+    found = []
+    for name in np.unique(truth):
+        rows = np.flatnonzero(predicted == name)
+        rows = rows[np.argsort(-conf[rows], kind="mergesort")]
+        objects = np.bincount(of_truth[truth == name], minlength=images)
+        found.append(ClassMatches(objects, of_found[rows], hit[rows].T, np.zeros_like(hit[rows].T)))
+    return found
+
+
 def weighted_ap(
     annotations: dict[str, Any] | str | Path, detections: list[dict] | str | Path, weights: np.ndarray, **rules
 ) -> np.ndarray:
@@ -96,9 +116,18 @@ def weighted_ap(
         **rules: `iou_type` and `sigmas` of `coco_metrics`.
 
     Returns:
+        As of `mean_ap`.
+    """
+    return mean_ap(list(matches(annotations, detections, **rules)), weights)
+
+
+def mean_ap(classes: Sequence[ClassMatches], weights: np.ndarray) -> np.ndarray:
+    """AP of each row of image weights, by COCO's interpolation.
+
+    Returns:
         (rows,), in 0..1: the mean over the classes that have ground truth in a row; NaN where none has.
     """
-    classes, recalls = list(matches(annotations, detections, **rules)), np.linspace(0.0, 1.0, 101)
+    recalls = np.linspace(0.0, 1.0, 101)
     if not classes:
         return np.full(len(weights), np.nan)
     parts = [weights[i : i + ROWS] for i in range(0, len(weights), ROWS)]
@@ -119,8 +148,7 @@ def resampled_ap(
     images = len(annotations.get("images", [])) if isinstance(annotations, dict) else 0
     if not images:
         raise ValueError("the ground truth has no images: COCO form has images, annotations, categories")
-    weights = np.concatenate([np.ones((1, images), int), image_weights(images, resamples, seed)])
-    found = weighted_ap(annotations, detections, weights, **rules)
+    found = weighted_ap(annotations, detections, image_weights(images, resamples, seed), **rules)
     if np.isnan(found[0]):
         raise ValueError("the ground truth has no objects: there is no AP to compare")
     return found
@@ -133,8 +161,9 @@ def check_resamples(resamples: int) -> None:
 
 
 def image_weights(images: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each image is drawn in each resample: (resamples, images), rows of sum `images`."""
-    return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
+    """How often each image counts: once, then as often as each resample draws it: (1 + resamples, images)."""
+    drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
+    return np.concatenate([np.ones((1, images), int), drawn])
 
 
 def interval(differences: np.ndarray) -> list[float]:
