@@ -11,14 +11,16 @@
     python examples/experiments/coco.py table3 ... --qc preset=paper
     python examples/experiments/coco.py granularity ... --qc preset=paper
     python examples/experiments/coco.py rates ... --qc preset=paper
+    python examples/experiments/coco.py rates ... --of budget-W4A4-ops
 
 `recipe` is what a model keeps with the plugin's defaults and the same widths in all layers; `ablation` changes one
 default at a time; `labels` has the float model label photographs that have no labels, from several confidences on;
 `budget` is the same widths against widths by a budget of as much; `length` trains for a CPU for fewer epochs; table1 to
 table3 are the paper's, made by the same functions as paper.py's; `granularity` is a scale per tensor against one per
-channel, narrow edges ("4-bit*") and soft rounding; `rates` are QC's. Runs are shared between the kinds, and what is
-done or begun is not repeated (see cells.py); give the last five the same options. OUT/coco.json holds all cells and
-their paired differences, OUT/coco.npz the resamples that these come from; OUT/coco.md is made from the first alone:
+channel, narrow edges ("4-bit*") and soft rounding; `rates` are QC's, of a cell's finished run. Runs are shared between
+the kinds, and what is done or begun is not repeated (see cells.py); give the paper's five the same options.
+OUT/coco.json holds all cells and their paired differences, OUT/coco.npz the resamples that these come from; OUT/coco.md
+is made from the first alone:
 
     python examples/experiments/coco.py recipe --assemble
 """
@@ -111,6 +113,7 @@ PLANS = {
 LENGTHS = 1, 3, 10, 20  # epochs, beside those of the cell of `budget` that has the default of `target=cpu`
 
 RATES = 1e-3, 3e-3, 1e-2  # of QC; the paper's is 1e-4
+RATED = method("EMA", 4).name, *UNIFORM, *PLANS  # cells whose finished runs can be corrected again
 NARROW = {"4": {"bits": 4}, "3": {"bits": 3}, "4*": {"bits": 4, "edge_bits": 4}}
 # mAP on COCO in the paper's main text: per tensor, per channel, per tensor with QC; all with EMA
 PAPER = {
@@ -137,10 +140,10 @@ def rounded(bits: int) -> Cell:
     return Cell(f"rounded-LSQ-{bits}bit", None, "round", source=method("LSQ", bits).name)
 
 
-def at_rate(rate: float) -> Cell:
-    """The finished 4-bit EMA run, corrected again at a rate of its own."""
-    options = {"correction": "channel", "correction_lr": rate}
-    return Cell(f"QC-lr{rate:g}", options, "correct", source=method("EMA", 4).name)
+def at_rate(rate: float, source: str) -> Cell:
+    """A finished run, corrected again at a rate of its own."""
+    options, of = {"correction": "channel", "correction_lr": rate}, "" if source == RATED[0] else f"{source}-"
+    return Cell(f"{of}QC-lr{rate:g}", options, "correct", source=source)
 
 
 def calibrated(width: str) -> Cell:
@@ -148,8 +151,8 @@ def calibrated(width: str) -> Cell:
     return Cell(f"calibrated-{width}", RECIPE[width], "start")
 
 
-def cells(kind: str) -> list[Cell]:
-    """The cells of a table."""
+def cells(kind: str, rated: str = "") -> list[Cell]:
+    """The cells of a table; `rated` is the cell whose run `rates` corrects."""
     if kind == "recipe":
         return [START, TRAINED_ON, *map(calibrated, RECIPE), *(Cell(width, RECIPE[width]) for width in TRAINED)]
     if kind == "ablation":
@@ -164,7 +167,8 @@ def cells(kind: str) -> list[Cell]:
         made = [averaged(bits, per_channel) for bits in NARROW for per_channel in (False, True)]
         return [START, *made, *(method("LSQ", bits) for bits in paper.WIDTHS), *map(rounded, paper.WIDTHS)]
     if kind == "rates":
-        return [START, method("EMA", 4), *map(at_rate, RATES)]
+        source = next(cell for cell in (method("EMA", 4), *budgeted()) if cell.name == rated)
+        return [START, source, *(at_rate(rate, rated) for rate in RATES)]
     return [START, *paper.cells(kind, paper.WIDTHS)]
 
 
@@ -254,7 +258,7 @@ def compared() -> list[tuple[State, State]]:
     for first, *others in ([*names(ablated()), *GONE], names(labelled())):
         pairs += [((name, "qat"), (first, "qat")) for name in (first, *others)]
     pairs += searched()
-    pairs += [((at_rate(rate).name, "qc"), (method("EMA", 4).name, "qat")) for rate in RATES]
+    pairs += [((at_rate(rate, source).name, "qc"), (source, "qat")) for source in RATED for rate in RATES]
     return [*pairs, *(pair for bits in NARROW for pair in granular(bits)), *map(softer, paper.WIDTHS)]
 
 
@@ -444,23 +448,27 @@ def granularity(name: str, content: dict) -> list[str]:
 
 def rates(name: str, content: dict) -> list[str]:
     """QC's learning rate."""
-    before = method("EMA", 4).name
-    runs = list(results(content["cells"], before).values())
-    if not any(results(content["cells"], at_rate(rate).name) for rate in RATES):
+    corrected = {source: {rate: at_rate(rate, source).name for rate in RATES} for source in RATED}
+    corrected = {s: of for s, of in corrected.items() if any(results(content["cells"], cell) for cell in of.values())}
+    runs = [run for source in corrected for run in results(content["cells"], source).values()]
+    if not runs:
         return []
     figure, title = main_figure(runs)
     lines = [
         *header("QC's learning rate", name, runs),
-        "Each run of the 4-bit EMA model, corrected at other rates of Adam; the first is that of the runs themselves. "
-        "The last columns are the gain over the model without QC.",
+        "Finished runs, corrected at several rates of Adam, among them that of the run itself. The last columns are the "
+        "gain over the model without QC.",
         "",
-        *table_head(["rate", "seeds", title, *difference_head(content)]),
+        *table_head(["run", "rate", "seeds", title, *difference_head(content)]),
     ]
-    shown = {runs[0]["config"]["correction_lr"]: before, **{rate: at_rate(rate).name for rate in RATES}}
-    for rate, cell in shown.items():
-        if after := points(results(content["cells"], cell), "qc", figure):
-            gains = difference(content, (cell, "qc"), (before, "qat"), figure)
-            lines.append(f"| {rate:g} | {len(after)} | {mean_and_spread(after.values())} | {' | '.join(gains)} |")
+    for source, of in corrected.items():
+        (run, *_) = results(content["cells"], source).values()
+        own = {run["config"]["correction_lr"]: source} if "qc" in run["metrics"] else {}
+        for rate, cell in sorted({**of, **own}.items()):
+            if after := points(results(content["cells"], cell), "qc", figure):
+                gains = difference(content, (cell, "qc"), (source, "qat"), figure)
+                spread = mean_and_spread(after.values())
+                lines.append(f"| {source} | {rate:g} | {len(after)} | {spread} | {' | '.join(gains)} |")
     return lines
 
 
@@ -501,9 +509,10 @@ def main() -> None:
     """Parse the command line and run."""
     p = parser(__doc__, KINDS)
     p.set_defaults(runs=Path("runs/coco"), coco=True)
+    p.add_argument("--of", default=RATED[0], choices=RATED, help="cell whose run `rates` corrects again")
     args = p.parse_args()
     file = args.out / "coco.json"
-    record, done = measure(cells(args.kind), file, args)
+    record, done = measure(cells(args.kind, args.of), file, args)
     if args.name and record[args.name]["cells"]:
         kept = keep_resampled(file.with_suffix(".npz"), args.name, args.runs)
         record[args.name]["differences"] = differences(record[args.name], args.name, kept, args.runs, compared())
