@@ -456,8 +456,8 @@ def rates(name: str, content: dict) -> list[str]:
     figure, title = main_figure(runs)
     lines = [
         *header("QC's learning rate", name, runs),
-        "Finished runs, corrected at several rates of Adam, among them that of the run itself. The last columns are the "
-        "gain over the model without QC.",
+        "Finished runs, corrected at several rates of Adam, among them that of the run itself. The last columns are "
+        "the gain over the model without QC.",
         "",
         *table_head(["run", "rate", "seeds", title, *difference_head(content)]),
     ]
