@@ -1,6 +1,7 @@
 # yolo_qc_plugin, AGPL-3.0
 """The qonnx kind: the trained widths are in the graph, its codes are the model's, and the qonnx package runs it."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,9 @@ FAMILIES = {"yolov5n.yaml": {"act_bits": 8}, "yolov8n.yaml": {"bits": 3}, "yolov
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Export a family: exported(name) -> (model in the deployed form, file)."""
+    """Export a family, once: exported(name) -> (model in the deployed form, file)."""
 
+    @cache
     def write(name, imgsz=64):
         yaml = model_yaml(name) if name == "yolov7-tiny" else name
         model = build(yaml, **TARGETS["fpga"].fills, **FAMILIES[name])
@@ -62,9 +64,26 @@ def test_widths_and_codes(exported, name):
     assert zero_points and not any(zero_points)  # which FINN would refuse
 
 
-def test_the_qonnx_package_runs_cleans_and_counts(exported, tmp_path):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_clean_up_of_the_qonnx_package_keeps_every_quantizer(exported, tmp_path, name):
+    """It infers all shapes once more and folds what it can; grids and widths stay."""
     pytest.importorskip("qonnx", reason="qonnx, of the extra fpga, is missing")
     from qonnx.util.cleanup import cleanup
+
+    _, file = exported(name)
+    cleanup(str(file), out_file=str(tmp_path / "clean.onnx"))
+    before, after = (onnx.load(path).graph for path in (file, tmp_path / "clean.onnx"))
+    grids = []
+    for graph in (before, after):  # whose tensors have other names
+        values = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+        quants = [n for n in graph.node if n.op_type == "Quant"]
+        grids.append(sorted(str([values[name].tolist() for name in n.input[1:]]) for n in quants))
+    assert len(grids[0]) > 100 and grids[0] == grids[1]
+    assert len(after.node) <= len(before.node)
+
+
+def test_the_qonnx_package_runs_and_counts(exported):
+    pytest.importorskip("qonnx", reason="qonnx, of the extra fpga, is missing")
 
     model, file = exported("yolov7-tiny", (64, 96))
     x = torch.rand(1, 3, 64, 96)
@@ -73,9 +92,6 @@ def test_the_qonnx_package_runs_cleans_and_counts(exported, tmp_path):
     found = compare_codes(model, open_onnx(file), "qonnx", x)
     assert found["steps"] <= 1 and found["changed"] < FLIPPED
     assert found["changed_end_to_end"] or found["output"] < OUTPUT * largest
-    clean = tmp_path / "clean.onnx"
-    cleanup(str(file), out_file=str(clean))
-    assert len(onnx.load(clean).graph.node) <= len(onnx.load(file).graph.node)
     cost = open_onnx(file).cost()
     layers = deployed_convs(model).values()
     assert cost["weight_bits"] == sum(m.weight_codes.numel() * m.bits for m in layers) + 32 * 16  # DFL's in float
