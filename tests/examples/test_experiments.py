@@ -309,6 +309,32 @@ def test_cells_against_the_first():
         assert all(QCConfig.from_options(cell.options) for cell in made)
 
 
+def test_rates_are_of_any_finished_run():
+    """Beside the rate that a run had itself, in order; a run without QC has none of its own."""
+    one = {"data": "d.yaml", "weights": "w.pt", "model": "yolov5n", "steps": 6, "versions": {}, "options": {}}
+    one |= {"images": {"train": 24, "val": 8}, "config": {"correction_lr": 1e-3}}
+    states = {
+        "W4A4": {"qat": 0.3, "qc": 0.31},
+        "W4A4-QC-lr0.01": {"qc": 0.32},
+        "labels-none": {"qat": 0.5},
+        "labels-none-QC-lr0.003": {"qc": 0.49},
+    }
+    recorded = {f"{name}-seed0": {**one, **cell_of(0, **of)} for name, of in states.items()}
+    page = coco.rates("d", {"cells": recorded, "notes": [], "differences": {}})
+    (rows,) = page_tables(page)
+    assert [row.rsplit(" | ", 4)[0] for row in rows[2:]] == [
+        "| W4A4 | 0.001 | 1 | 31.0 | +1.0",
+        "| W4A4 | 0.01 | 1 | 32.0 | +2.0",
+        "| labels-none | 0.003 | 1 | 49.0 | -1.0",
+    ]
+    assert (("W4A4-QC-lr0.01", "qc"), ("W4A4", "qat")) in coco.compared()
+    made = {cell.name: cell for cell in coco.cells("rates", "budget-W4A4-ops")}
+    assert made["budget-W4A4-ops-QC-lr0.01"].source == "budget-W4A4-ops" and made["budget-W4A4-ops"].work == "train"
+    for source in coco.RATED:
+        assert coco.cells("rates", source)[1].name == source
+    assert coco.rates("d", {"cells": {}}) == []
+
+
 def test_a_budget_is_what_its_name_says():
     options = {cell.name: cell.options for cell in coco.budgeted()}
     for name, (width, more) in coco.PLANS.items():
