@@ -56,9 +56,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 class QCConfig:
     """What to quantize, how to average, how to correct.
 
-    docs/results/defaults.md records how most defaults were chosen. `rounding`, `per_channel`, `relative_steps`,
-    `scale_lr`, `bn_freeze` and `distill_features` have been set since, on photographs of COCO: "One default changed at
-    a time" in docs/results/coco.md has each against what it was.
+    "One default changed at a time" in docs/results/coco.md has the defaults against what they could be, on photographs
+    of COCO, and "QC's learning rate" that of `correction_lr`.
 
     Args:
         target: What the model is to run on: "cpu", "openvino", "tensorrt", "litert" or "fpga". `from_options` fills the
