@@ -113,7 +113,7 @@ PLANS = {
 LENGTHS = 1, 3, 10, 20  # epochs, beside those of the cell of `budget` that has the default of `target=cpu`
 
 RATES = 1e-3, 3e-3, 1e-2  # of QC; the paper's is 1e-4
-RATED = method("EMA", 4).name, *UNIFORM, *PLANS, *LABELS  # cells whose finished runs can be corrected again
+RATED = method("EMA", 4).name, *UNIFORM, *PLANS  # cells whose finished runs can be corrected again
 NARROW = {"4": {"bits": 4}, "3": {"bits": 3}, "4*": {"bits": 4, "edge_bits": 4}}
 # mAP on COCO in the paper's main text: per tensor, per channel, per tensor with QC; all with EMA
 PAPER = {
@@ -167,7 +167,7 @@ def cells(kind: str, rated: str = "") -> list[Cell]:
         made = [averaged(bits, per_channel) for bits in NARROW for per_channel in (False, True)]
         return [START, *made, *(method("LSQ", bits) for bits in paper.WIDTHS), *map(rounded, paper.WIDTHS)]
     if kind == "rates":
-        source = next(cell for cell in (method("EMA", 4), *budgeted(), *labelled()) if cell.name == rated)
+        source = next(cell for cell in (method("EMA", 4), *budgeted()) if cell.name == rated)
         return [START, source, *(at_rate(rate, rated) for rate in RATES)]
     return [START, *paper.cells(kind, paper.WIDTHS)]
 

@@ -316,8 +316,8 @@ def test_rates_are_of_any_finished_run():
     states = {
         "W4A4": {"qat": 0.3, "qc": 0.31},
         "W4A4-QC-lr0.01": {"qc": 0.32},
-        "labels-none": {"qat": 0.5},
-        "labels-none-QC-lr0.003": {"qc": 0.49},
+        "budget-W4A4": {"qat": 0.5},
+        "budget-W4A4-QC-lr0.003": {"qc": 0.49},
     }
     recorded = {f"{name}-seed0": {**one, **cell_of(0, **of)} for name, of in states.items()}
     page = coco.rates("d", {"cells": recorded, "notes": [], "differences": {}})
@@ -325,7 +325,7 @@ def test_rates_are_of_any_finished_run():
     assert [row.rsplit(" | ", 4)[0] for row in rows[2:]] == [
         "| W4A4 | 0.001 | 1 | 31.0 | +1.0",
         "| W4A4 | 0.01 | 1 | 32.0 | +2.0",
-        "| labels-none | 0.003 | 1 | 49.0 | -1.0",
+        "| budget-W4A4 | 0.003 | 1 | 49.0 | -1.0",
     ]
     assert (("W4A4-QC-lr0.01", "qc"), ("W4A4", "qat")) in coco.compared()
     made = {cell.name: cell for cell in coco.cells("rates", "budget-W4A4-ops")}
