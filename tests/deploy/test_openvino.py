@@ -20,9 +20,9 @@ from yolo_qc_plugin.deploy.fold import FixedQuantizer
 from yolo_qc_plugin.deploy.nodes import links, moves
 from yolo_qc_plugin.quant.activations import HeadOutput, RoundedSiLU
 
-pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
-ov = pytest.importorskip("openvino")
+pytest.importorskip("onnx", reason="needs the extra export")
+pytest.importorskip("onnxruntime", reason="needs the extra export")
+ov = pytest.importorskip("openvino", reason="needs the extra export")
 
 FAMILIES = ("yolov5n.yaml", "yolov8n.yaml")
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}

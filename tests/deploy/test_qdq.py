@@ -37,8 +37,8 @@ from yolo_qc_plugin.quant.inject import inject, quantize_outputs
 from yolo_qc_plugin.quant.layers import quant_convs
 from yolo_qc_plugin.startup.command import wrap_entrypoint
 
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx", reason="needs the extra export")
+ort = pytest.importorskip("onnxruntime", reason="needs the extra export")
 
 KINDS = ("packed", "int8", "int4")  # what CPUs run; the others have files of their own
 
@@ -544,7 +544,7 @@ def test_exported_families(family, yaml, kind):
 def test_all_codes_agree_end_to_end(family, yaml, kind, runtime):
     """Of snapped models, whose activation function is SiLU, without attention: no code differs from PyTorch's."""
     if runtime == "openvino":
-        pytest.importorskip("openvino")
+        pytest.importorskip("openvino", reason="needs the extra export")
         if kind == "int4":
             pytest.skip("OpenVINO has no 4-bit activations")
     path, file = family(yaml, kind)

@@ -19,8 +19,8 @@ from yolo_qc_plugin.deploy.fold import deployed_convs
 from yolo_qc_plugin.report.record import described, operations
 from yolo_qc_plugin.targets import TARGETS
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx", reason="needs the extra export")
+pytest.importorskip("onnxruntime", reason="needs the extra export")
 
 OUTPUT = 1e-4  # of the largest output: FP32 rounding of decoded boxes
 OPTIONS = QCConfig.from_options({"target": "fpga"})
@@ -67,7 +67,7 @@ def test_widths_and_codes(exported, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_clean_up_of_the_qonnx_package_keeps_every_quantizer(exported, tmp_path, name):
     """It infers all shapes once more and folds what it can; grids and widths stay."""
-    pytest.importorskip("qonnx", reason="qonnx, of the extra fpga, is missing")
+    pytest.importorskip("qonnx", reason="needs the extra fpga")
     from qonnx.util.cleanup import cleanup
 
     _, file = exported(name)
@@ -83,7 +83,7 @@ def test_the_clean_up_of_the_qonnx_package_keeps_every_quantizer(exported, tmp_p
 
 
 def test_the_qonnx_package_runs_and_counts(exported):
-    pytest.importorskip("qonnx", reason="qonnx, of the extra fpga, is missing")
+    pytest.importorskip("qonnx", reason="needs the extra fpga")
 
     model, file = exported("yolov7-tiny", (64, 96))
     x = torch.rand(1, 3, 64, 96)

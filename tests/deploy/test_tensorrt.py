@@ -28,8 +28,8 @@ from yolo_qc_plugin.quant.inject import inject, remove
 from yolo_qc_plugin.quant.share import share_quantizers
 from yolo_qc_plugin.quant.taps import tap_sums, taps
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx", reason="needs the extra export")
+pytest.importorskip("onnxruntime", reason="needs the extra export")
 
 # residual sums by the modules that add (Bottleneck, RepBottleneck, CIB, SPPF, PSA, ABlock), less one for each block of
 # attention: what its second sum adds to is itself a sum, which no block gave

@@ -107,7 +107,7 @@ def test_a_model_for_openvino_with_outputs_in_floats(caplog):
 
 def test_an_onnx_runtime_of_another_name(monkeypatch):
     """As onnxruntime-gpu, of which the package onnxruntime comes too."""
-    runtime = pytest.importorskip("onnxruntime")
+    runtime = pytest.importorskip("onnxruntime", reason="needs the extra export")
 
     def version(name):
         raise kinds.metadata.PackageNotFoundError(name)
@@ -122,7 +122,7 @@ def test_an_onnx_runtime_of_another_name(monkeypatch):
 @pytest.mark.parametrize("kind", ONNX_KINDS)
 def test_an_older_onnx_runtime(kind, monkeypatch, caplog):
     """It is told of at the export, where another machine may run the file, and refused where it is to run here."""
-    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime", reason="needs the extra export")
     assert runtime_obstacle(kind) is None
     monkeypatch.setattr(kinds.metadata, "version", lambda name: "1.22.0")
     if kind not in {"packed", "openvino"}:

@@ -108,7 +108,7 @@ def test_a_run_from_the_command_line(tmp_path, monkeypatch):
         torch.testing.assert_close(plain[key], fused[key], rtol=1e-3, atol=1e-3)
     assert remove(model) == 70 and {m.act.negative_slope for m in model.modules() if isinstance(m, Conv)} == {0.1}
 
-    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime", reason="needs the extra export")
     from yolo_qc_plugin.tools.check import check
 
     checked = check(best, YOLO(best).export(format="onnx", imgsz=64, device="cpu"), data, images=2)

@@ -56,3 +56,11 @@ def test_what_pycocotools_does_not_know_is_resampled_by_ultralytics_matches(digi
     entry = held_against(own, doubt, 0.1)  # the least certain first
     assert entry["intervals"]["map50_95"][1] < 0 and not is_as_accurate(entry, 0.1)
     assert is_as_accurate(held_against(own, own, 0.1), 0.1)
+
+
+def test_what_a_task_is_for_is_its_main_figure():
+    """By Ultralytics too, of which benchmark shows one."""
+    of = {"mask_map50_95": {"map50_95", "mask_map50_95"}, "pose_map50_95": {"map50_95", "pose_map50_95"}}
+    of |= {"map50_95": {"map50_95", "map50"}, "top1": {"top5", "top1"}, "mask_AP": {"AP", "mask_AP"}}
+    for main, found in of.items():
+        assert next(name for name in accuracy.MAIN_FIGURES if name in found) == main

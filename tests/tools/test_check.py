@@ -18,6 +18,7 @@ from yolo_qc_plugin import add_qc_callbacks, choose_litert_kind, choose_onnx_kin
 from yolo_qc_plugin.cli import main
 from yolo_qc_plugin.coco.metrics import coco_metrics
 from yolo_qc_plugin.config import QCError
+from yolo_qc_plugin.deploy import kinds
 from yolo_qc_plugin.deploy.fold import FixedQuantizer, deployed_convs
 from yolo_qc_plugin.deploy.nodes import pack4
 from yolo_qc_plugin.deploy.snap import MULTIPLIER_BITS
@@ -26,8 +27,8 @@ from yolo_qc_plugin.tools.accuracy import Accuracy, is_as_accurate, measure
 from yolo_qc_plugin.tools.check import check, format_check
 from yolo_qc_plugin.tools.evaluate import evaluate, takes_oblong
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx", reason="needs the extra export")
+pytest.importorskip("onnxruntime", reason="needs the extra export")
 
 checking = importlib.import_module("yolo_qc_plugin.tools.check")  # of the package it is the function
 
@@ -36,7 +37,7 @@ FINDS = 0.05  # AP of a model that finds digits: below, all figures could be 0 a
 
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
-    """A quantized checkpoint of one short epoch that finds digits, and its file of the int8 kind."""
+    """A quantized checkpoint of one short epoch that finds digits, and its file of the packed kind."""
     folder = tmp_path_factory.mktemp("trained")
     model = YOLO(FLOAT)
     add_qc_callbacks(model, bits=4, budget=None)
@@ -161,7 +162,7 @@ def test_the_int4_kind_passes_without_openvino(trained, digits, tmp_path):
 
 def test_openvino_gets_the_integer_graph(trained, digits, tmp_path):
     """`format=openvino` as Ultralytics names it: all but 8-bit edges and DFL run on 8-bit codes, and it predicts."""
-    openvino = pytest.importorskip("openvino")
+    openvino = pytest.importorskip("openvino", reason="needs the extra export")
     checkpoint = tmp_path / "best.pt"
     shutil.copy(trained[0], checkpoint)
     folder = YOLO(checkpoint).export(format="openvino", imgsz=64, device="cpu")
@@ -264,7 +265,7 @@ def test_a_model_for_openvino_passes_with_the_same_codes(digits, tmp_path, small
 @pytest.fixture(params=["openvino", "torchscript"])
 def whole(request, trained, tmp_path, small_files):
     """A checkpoint and what a format without codes makes of it."""
-    pytest.importorskip("openvino" if request.param == "openvino" else "torch")
+    pytest.importorskip("openvino" if request.param == "openvino" else "torch", reason="needs the extra export")
     checkpoint = shutil.copy(trained[0], tmp_path / "best.pt")
     return checkpoint, Path(YOLO(checkpoint).export(format=request.param, imgsz=64, device="cpu"))
 
@@ -328,11 +329,18 @@ def bad_files(trained, tmp_path):
         [onnx.helper.make_tensor_value_info("y", 1, [1])],
     )
     onnx.save(onnx.helper.make_model(graph), other)
+    theirs = tmp_path / "theirs.onnx"  # whose zero points are left out, as ONNX allows
+    model = onnx.load(file)
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear":
+            del node.input[2:]
+    onnx.save(model, theirs)
     return {
         "missing": (checkpoint, tmp_path / "none.onnx"),
         "truncated": (checkpoint, cut),
         "text": (checkpoint, text),
         "foreign": (checkpoint, other),
+        "another exporter's": (checkpoint, theirs),
         "another format": (checkpoint, tmp_path / "best.engine"),
         "empty folder": (checkpoint, empty),
         "torn TorchScript": (checkpoint, shutil.copy(cut, tmp_path / "cut.torchscript")),
@@ -342,14 +350,22 @@ def bad_files(trained, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [
-    "missing", "truncated", "text", "foreign", "another format", "empty folder", "torn TorchScript", "torn checkpoint",
-    "missing checkpoint",
+    "missing", "truncated", "text", "foreign", "another exporter's", "another format", "empty folder",
+    "torn TorchScript", "torn checkpoint", "missing checkpoint",
 ])  # fmt: skip
 def test_files_that_cannot_be_compared_get_one_message(trained, digits, tmp_path, capsys, kind):
     checkpoint, file = bad_files(trained, tmp_path)[kind]
     assert main(["check", f"model={checkpoint}", f"file={file}", f"data={digits}"]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "yolo-qc check" in line]
     assert len(lines) == 1 and str(checkpoint if "checkpoint" in kind else file) in lines[0]
+
+
+def test_an_older_onnx_runtime_is_refused_before_any_work(trained, digits, monkeypatch):
+    checkpoint, file = trained
+    monkeypatch.setattr(kinds.metadata, "version", lambda name: "1.22.0")
+    monkeypatch.setattr(checking, "measure", lambda *_: pytest.fail("validated"))
+    with pytest.raises(QCError, match=r"ONNX Runtime 1\.22\.0 is too old for the packed kind"):
+        check(checkpoint, file, digits)
 
 
 def test_float_models_are_refused(trained, digits, tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config import QCError
 from .fold import DeployedConv2d
-from .kinds import check_runtime
+from .kinds import check_runtime, runtime_obstacle
 from .nodes import links, moves
 
 RUNTIMES = ("onnxruntime", "onnxruntime, not optimised", "openvino")
@@ -104,7 +104,7 @@ class ExportedONNX(Exported):
         path: Of the file.
 
     Raises:
-        QCError: If the file cannot be read, or was not exported from a quantized checkpoint.
+        QCError: If the file cannot be read, or was not exported from a quantized checkpoint by this plugin.
     """
 
     runtimes: tuple[str, ...] = RUNTIMES
@@ -141,7 +141,10 @@ class ExportedONNX(Exported):
         self.codes, self.outputs, self.weights = {}, {}, {}
         self.moved: dict[str, list[str]] = {}  # of `codes` those of values on a grid -> its scale and zero point
         self.lowest: dict[str, str] = {}  # tensor of an output's codes as steps from 0, in floats -> that of the lowest
-        self._read(*links(self.model.graph))
+        try:
+            self._read(*links(self.model.graph))
+        except (KeyError, IndexError):  # another exporter's: scales that are computed, or no zero point
+            raise QCError(f"QC: file={path} has Q/DQ nodes of another exporter; accepted: ours.") from None
         if not self.codes:
             raise QCError(f"QC: file={path} has no quantized convolution; accepted: exports of a quantized checkpoint.")
 
@@ -190,7 +193,7 @@ class ExportedONNX(Exported):
     def obstacle(self, name: str) -> str | None:
         """Why a runtime is not tried, or None."""
         if name != "openvino":
-            return None
+            return runtime_obstacle(self.kind)
         if not find_spec("openvino"):
             return "not installed"
         return NOT_IN_OPENVINO.get(self.kind)

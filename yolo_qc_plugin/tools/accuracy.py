@@ -22,7 +22,8 @@ from .intervals import RESAMPLES, image_weights, interval, mean_ap, own_matches,
 OF_KIND: dict[IouType, str] = {"segm": "mask_", "keypoints": "pose_", "bbox": ""}
 SHOWN = "AP", "AP50"  # of each kind
 KINDS = {f"{of}AP": kind for kind, of in OF_KIND.items()}
-MAIN_FIGURES = *KINDS, "map50_95", "top1"  # what is judged; a task's first is what it is for
+# what is judged, by pycocotools or by Ultralytics; a task's first is what it is for
+MAIN_FIGURES = *KINDS, "mask_map50_95", "pose_map50_95", "map50_95", "top1"
 
 
 @dataclass(frozen=True)

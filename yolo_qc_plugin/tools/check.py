@@ -26,9 +26,10 @@ from ultralytics import YOLO
 
 from ..config import QCError
 from ..deploy.codes import compare_codes, compare_trained
-from ..deploy.exported import Exported, batched
+from ..deploy.exported import Exported, ExportedONNX, batched
 from ..deploy.exported_qonnx import open_onnx
 from ..deploy.fold import deployed_convs
+from ..deploy.kinds import check_runtime
 from ..deploy.litert.exported import LITERT_RUNTIMES, ExportedLiteRT
 from ..host import log
 from ..host.checkpoints import load_checkpoint
@@ -85,6 +86,8 @@ def check(
     graph = _open(Path(file))
     yolo, fake_quantized = _load_quantized(model, graph)
     graph.match(deployed_convs(yolo.model))
+    if isinstance(graph, ExportedONNX):
+        check_runtime(graph.kind)
     stash = _Stash(images)
     settings = dict(data=data, imgsz=graph.imgsz, batch=graph.batch, split=split, conf=conf, iou=iou, rect=False)
     settings["device"] = "cpu"  # where the runtimes compute, and the model
