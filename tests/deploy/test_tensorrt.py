@@ -187,7 +187,8 @@ def test_narrow_grids_are_bounded_within_int8(exported, bits):
     graph, model = Graph(file), load_checkpoint(path)[0]
     narrow = {q.scale.item(): q for q in act_quantizers(model).values() if q.bits < 8}
     clips = graph.of("Clip")
-    assert len(clips) == len(narrow) > 20 or len(clips) > len(narrow)
+    quantize = [q for q in graph.of("QuantizeLinear") if float(graph.values[q.input[1]]) in narrow]
+    assert len(quantize) >= len(narrow) > 20 and {q.input[0] for q in quantize} == {clip.output[0] for clip in clips}
     for clip in clips:
         (q,) = graph.readers[clip.output[0]]
         scale = float(graph.values[q.input[1]])
