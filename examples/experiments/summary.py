@@ -35,7 +35,7 @@ checkpoint that training starts from; with true labels it is the same after as m
 where that was run. One width is that of all layers; otherwise a budget gives each layer a width of its own, with as
 much of what it names as that one width takes, or as the target's default has it. Its gain is of the models without QC
 in AP, and what QC adds is of the last model in the line; in brackets the middle 95% of 1,000 resamples of the images,
-or ± the standard error over seeds. A line has the run of most seeds; [coco.md](results/coco.md) has the others, further
+or ± the standard error over seeds. A line has the run of most seeds, of those the longest; [coco.md](results/coco.md) has the others, further
 budgets and what a GPU trained."""
 
 CLAIMS = """## What held of the paper
@@ -101,6 +101,11 @@ class Found:
         """The first run."""
         return next(iter(self.runs.values()))
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """How many seeds it has, and how many steps."""
+        return len(self.runs), self.one["steps"]
+
     def floats(self) -> tuple[list[float], str]:
         """What the share is of, in points, by seed; and how it is told."""
         cells = self.content["cells"]
@@ -154,9 +159,9 @@ def table_kept(records: dict[str, dict]) -> list[str]:
     plans = [plan for plans in PLANS.values() for plan in plans]  # of a line, the default first
     rows = []
     for told, of_line in sorted(lines.items(), key=place):
-        one = max((f for f in of_line if f.cell not in plans), key=lambda f: len(f.runs), default=None)
+        one = max((f for f in of_line if f.cell not in plans), key=lambda f: f.size, default=None)
         planned = [f for f in of_line if f.cell in plans]
-        each = max(planned, key=lambda f: (-plans.index(f.cell), len(f.runs)), default=None)
+        each = max(planned, key=lambda f: (-plans.index(f.cell), f.size), default=None)
         last = each or one
         gain = each.gain((each.cell, "qat"), (told[2], "qat")) if each else ""
         added = last.gain((last.cell, "qc"), (last.cell, "qat"))
