@@ -35,8 +35,8 @@ checkpoint that training starts from; with true labels it is the same after as m
 where that was run. One width is that of all layers; otherwise a budget gives each layer a width of its own, with as
 much of what it names as that one width takes, or as the target's default has it. Its gain is of the models without QC
 in AP, and what QC adds is of the last model in the line; in brackets the middle 95% of 1,000 resamples of the images,
-or ± the standard error over seeds. A line has the run of most seeds, of those the longest; [coco.md](results/coco.md) has the others, further
-budgets and what a GPU trained."""
+or ± the standard error over seeds. A line has the run of most seeds, of those the longest;
+[coco.md](results/coco.md) has the others, further budgets and what a GPU trained."""
 
 CLAIMS = """## What held of the paper
 
