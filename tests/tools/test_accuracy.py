@@ -45,7 +45,7 @@ def test_what_the_images_cannot_tell_is_chance():
 def test_what_pycocotools_does_not_know_is_resampled_by_ultralytics_matches(digits, monkeypatch):
     """Of boxes, which both know: its own mAP but for how the curve is interpolated, and the same intervals."""
     by_coco = accuracy.measure(YOLO(FLOAT), {"data": digits})
-    monkeypatch.setattr(accuracy, "COMPARED", {})  # as of turned boxes
+    monkeypatch.setattr(accuracy, "COMPARED", {})  # as of rotated boxes
     own = accuracy.measure(YOLO(FLOAT), {"data": digits})
     (ap,) = mean_ap(own_matches(own.stats), np.ones((1, 8), int))
     assert own.truth is None and ap == pytest.approx(own.figures["map50_95"], abs=0.01) and ap > 0.05

@@ -3,6 +3,7 @@
 
 import importlib
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from yolo_qc_plugin.cli import main
 from yolo_qc_plugin.coco.metrics import coco_metrics
 from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.deploy import kinds
+from yolo_qc_plugin.deploy.exported_qonnx import open_onnx
 from yolo_qc_plugin.deploy.fold import FixedQuantizer, deployed_convs
 from yolo_qc_plugin.deploy.nodes import pack4
 from yolo_qc_plugin.deploy.snap import MULTIPLIER_BITS
@@ -364,8 +366,10 @@ def test_an_older_onnx_runtime_is_refused_before_any_work(trained, digits, monke
     checkpoint, file = trained
     monkeypatch.setattr(kinds.metadata, "version", lambda name: "1.22.0")
     monkeypatch.setattr(checking, "measure", lambda *_: pytest.fail("validated"))
-    with pytest.raises(QCError, match=r"ONNX Runtime 1\.22\.0 is too old for the packed kind"):
+    reason = r"ONNX Runtime 1\.22\.0 is too old for the packed kind"
+    with pytest.raises(QCError, match=reason):
         check(checkpoint, file, digits)
+    assert re.match(reason, open_onnx(Path(file)).obstacle("onnxruntime"))  # for which benchmark leaves the file out
 
 
 def test_float_models_are_refused(trained, digits, tmp_path):

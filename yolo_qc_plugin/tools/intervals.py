@@ -85,7 +85,7 @@ def matches(
 
 
 def own_matches(stats: Mapping[str, Sequence[np.ndarray]]) -> list[ClassMatches]:
-    """What Ultralytics found of each class, where pycocotools knows no such objects, as boxes that are turned.
+    """What Ultralytics found of each class, where pycocotools knows no such objects, as rotated boxes.
 
     Args:
         stats: "tp", "conf", "pred_cls" and "target_cls" of its metrics, in each an array for every image.
