@@ -17,8 +17,9 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils.export import engine
 
-from yolo_qc_plugin import choose_litert_kind, choose_onnx_kind
+from yolo_qc_plugin import choose_litert_kind, choose_onnx_kind, model_yaml
 from yolo_qc_plugin.config import QCConfig, QCError
+from yolo_qc_plugin.deploy import kinds
 from yolo_qc_plugin.deploy.codes import compare_codes
 from yolo_qc_plugin.deploy.fold import deployed_convs
 from yolo_qc_plugin.deploy.litert import exported
@@ -64,8 +65,13 @@ TASKS = {
     "obb": "yolov8n-obb.yaml",
     "classify": "yolov8n-cls.yaml",
 }
+OTHERS = {  # what they compute in floats between convolutions, sums of branches and attention, may lie at thresholds
+    name: (name if "tiny" in name else f"{name}.yaml", dict(outputs=True))
+    for name in ("yolov6n", "yolov7-tiny", "yolov9t", "yolov10n", "yolo12n")
+}
 FAMILIES_OF_INT8 = FAMILIES | {task: (yaml, dict(outputs=True, task=task)) for task, yaml in TASKS.items()}
 SNAPPED = [name for name in FAMILIES_OF_INT8 if "float" not in name]
+FLIPPED = 1e-4  # share of codes
 # Shares of codes that LiteRT's built-in kernels may move by one step. Twice rounded, a multiplier below 1 / 2^s errs in
 # 2^-(s + 1) of all sums at most; those of YOLOs are some hundredths.
 MOVED = 0.05
@@ -80,8 +86,9 @@ def checkpoint(tmp_path_factory):
 
     @cache
     def write(name):
-        yaml, options = FAMILIES_OF_INT8[name]
-        model = build(str(folder / "small.yaml") if yaml == "small" else yaml, **options)
+        yaml, options = (FAMILIES_OF_INT8 | OTHERS)[name]
+        files = {"small": folder / "small.yaml", "yolov7-tiny": model_yaml("yolov7-tiny")}
+        model = build(str(files.get(yaml, yaml)), **options)
         path = folder / f"model{len(list(folder.iterdir()))}.pt"  # Ultralytics renames a yolov5n.pt
         return write_trained(model, path, QCConfig(), half=False, task=options.get("task", "detect"))
 
@@ -124,8 +131,15 @@ def test_xnnpack_gives_pytorchs_codes(family, name):
     assert found["output"] < DECODED
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families(family, name):
+    path, file = family(name, "int8")
+    found = compare_codes(deployed(path), ExportedLiteRT(file), LITERT_RUNTIMES[0], images(2))
+    assert found["steps"] <= 1 and found["changed"] < FLIPPED, found
+
+
 @pytest.mark.parametrize("name,kind,runtime", [
-    *((name, "int4", LITERT_RUNTIMES[0]) for name in FAMILIES), ("yolov5n", "int8", LITERT_RUNTIMES[1]),
+    *((name, "int4", LITERT_RUNTIMES[0]) for name in FAMILIES_OF_INT8), ("yolov5n", "int8", LITERT_RUNTIMES[1]),
 ])  # fmt: skip
 def test_built_in_kernels_are_a_step_off_at_most(family, name, kind, runtime):
     path, file = family(name, kind)
@@ -298,9 +312,13 @@ def test_files_that_are_refused(family, tmp_path, content, message):
         ExportedLiteRT(bad)
 
 
-def test_a_file_without_its_runtime(tmp_path, monkeypatch):
-    monkeypatch.setattr(exported, "find_spec", lambda name: None)
-    with pytest.raises(QCError, match=r"needs ai_edge_litert; pip install 'yolo-qc-plugin\[litert\]'"):
+@pytest.mark.parametrize("found", [None, "2.1.3"])
+def test_a_file_without_its_runtime_or_with_an_older_one(tmp_path, monkeypatch, found):
+    if found:
+        monkeypatch.setattr(kinds.metadata, "version", lambda name: found)
+    else:
+        monkeypatch.setattr(exported, "find_spec", lambda name: None)
+    with pytest.raises(QCError, match=r"needs ai-edge-litert>=2\.1\.4: pip install 'yolo-qc-plugin\[litert\]'"):
         ExportedLiteRT(tmp_path / "best.tflite")
 
 

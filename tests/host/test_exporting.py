@@ -17,6 +17,7 @@ from yolo_qc_plugin.host.exporting import in_one_line, prepare_export
 from yolo_qc_plugin.host.record import QuantRecord
 from yolo_qc_plugin.quant.calibrate import calibrate
 from yolo_qc_plugin.quant.inject import inject
+from yolo_qc_plugin.tools.exported_whole import ExportedOpenVINO
 
 
 def exporter(format, **arguments):
@@ -139,6 +140,16 @@ def test_an_older_onnx_runtime(kind, monkeypatch, caplog):
         check_runtime(kind)
     prepare_export(exporter("onnx"), quantized(target="cpu"))
     assert f"{message} qc_onnx=int8" in caplog.text
+
+
+def test_an_older_openvino(monkeypatch):
+    """It is not tried, with a reason: `check` shows it, and `benchmark` leaves the file out."""
+    pytest.importorskip("openvino", reason="needs the extra export")
+    assert runtime_obstacle("packed", "openvino") is None
+    monkeypatch.setattr(kinds.metadata, "version", lambda name: "2024.6.0")
+    reason = "OpenVINO 2024.6.0 is too old for the packed kind; install openvino>=2025.0"
+    assert runtime_obstacle("packed", "openvino") == reason
+    assert ExportedOpenVINO.obstacle(None, "openvino") == "openvino>=2025.0: pip install 'yolo-qc-plugin[export]'"
 
 
 @pytest.mark.parametrize("program,raised", [("yolo", SystemExit), ("C:/yolo.exe", SystemExit), ("train.py", QCError)])

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -216,6 +217,24 @@ def test_a_litert_file_passes(trained, digits, tmp_path, small_files, imgsz):
     assert built_in["steps"] <= 1 and built_in["changed"] < 0.05, built_in
     assert result["passed"] == is_as_accurate(built_in, 0.3)
     assert evaluate(file, digits)["coco"]["bbox"]["AP"] == xnnpack["AP"]  # Ultralytics' own validation of the file
+
+
+def test_a_qonnx_file_passes(digits, tmp_path, small_files):
+    """Trained for FPGAs; where the qonnx package is, it runs the first images, and their outputs are the model's."""
+    model = YOLO(FLOAT)
+    add_qc_callbacks(model, target="fpga", budget=None)
+    options = {**TINY, "nbs": 8, "optimizer": "Adam", "lr0": 1e-3, "mosaic": 0.0}
+    model.train(data=str(digits), project=str(tmp_path), name="run", **options)
+    best = tmp_path / "run" / "weights" / "best.pt"
+    result = check(best, YOLO(best).export(format="onnx", imgsz=64, device="cpu"), digits, images=2)
+    assert result["passed"] and result["weights"] == [] and result["pytorch"]["AP"] > FINDS
+    own, *others = result["runtimes"]
+    assert own["name"] == "onnxruntime" and own["AP"] == pytest.approx(result["pytorch"]["AP"], abs=1e-3)
+    judged = [r for r in (own, *others) if "skipped" not in r]
+    assert len(judged) == 1 + (find_spec("qonnx") is not None) and bool(result["cost"]) == (len(judged) == 2)
+    for runtime in judged:
+        flipped = runtime["changed_end_to_end"] > 0  # outputs are float, so that a value may lie at a threshold
+        assert runtime["steps"] <= 1 and (flipped or runtime["output"] < 1e-4 * 64), runtime
 
 
 def test_a_changed_litert_file_fails(trained, digits, tmp_path, small_files):

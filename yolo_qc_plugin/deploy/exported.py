@@ -196,7 +196,7 @@ class ExportedONNX(Exported):
             return runtime_obstacle(self.kind)
         if not find_spec("openvino"):
             return "not installed"
-        return NOT_IN_OPENVINO.get(self.kind)
+        return NOT_IN_OPENVINO.get(self.kind) or runtime_obstacle(self.kind, name)
 
     def open(self, runtime: str, content: bytes | None = None) -> Run:
         """The file, or what `with_codes` made of it, in a runtime."""

@@ -69,6 +69,8 @@ class ExportedQONNX(ExportedONNX):
 
     def obstacle(self, name: str) -> str | None:
         """Why a runtime is not tried, or None."""
+        if name not in self.runtimes:
+            return "not tried: made for FINN and hls4ml"
         missing = name == "qonnx" and not find_spec("qonnx")
         return "not installed: pip install 'yolo-qc-plugin[fpga]'" if missing else None
 

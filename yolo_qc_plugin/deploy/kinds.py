@@ -14,7 +14,7 @@ Kinds of graph, by their containers (deploy.qdq and deploy.qonnx write them):
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 
 from ..config import TARGETS, QCError
@@ -45,6 +45,7 @@ ONNX_KINDS = {
     "tensorrt": Kind(),
     "qonnx": Kind(),
 }
+OLDEST = {"openvino": (2025, 0), "ai_edge_litert": (2, 1, 4)}  # the first that runs what is written for it
 # format of `yolo export` -> the kinds of graph that it can be made from, the target's own or else the first; none where
 # no ONNX graph is on the way
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -116,24 +117,38 @@ def check_runtime(kind: str) -> None:
         raise QCError(f"QC: {reason}.")
 
 
-def runtime_obstacle(kind: str) -> str | None:
-    """Why the ONNX Runtime that is installed does not run a kind as it is meant, and what helps; None where it does."""
-    if not find_spec("onnxruntime"):
-        return None
-    found, needed = _runtime_version(), ONNX_KINDS[kind].runtime
-    if not found or tuple(map(int, found.split(".")[:2])) >= needed:
+def runtime_obstacle(kind: str, runtime: str = "onnxruntime") -> str | None:
+    """Why a runtime that is installed does not run a kind as it is meant, and what helps; None where it does.
+
+    Args:
+        kind: One of ONNX_KINDS.
+        runtime: Its package, "onnxruntime" or "openvino".
+    """
+    needed = ONNX_KINDS[kind].runtime if runtime == "onnxruntime" else OLDEST[runtime]
+    if not is_older(runtime, needed):
         return None
     older = "; or export with callbacks=qc qc_onnx=int8, which older ones run" if kind == "packed" else ""
+    named = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}[runtime]
     return (
-        f"ONNX Runtime {found} is too old for the {kind} kind; install onnxruntime>={'.'.join(map(str, needed))}{older}"
+        f"{named} {_version(runtime)} is too old for the {kind} kind; install {at_least(runtime, needed)}"
+        f"{older if runtime == 'onnxruntime' else ''}"
     )
 
 
-def _runtime_version() -> str:
-    """ONNX Runtime's version, empty where it cannot tell; its packages have several names, such as onnxruntime-gpu."""
-    try:
-        return metadata.version("onnxruntime")  # without loading it
-    except metadata.PackageNotFoundError:
-        import onnxruntime
+def is_older(package: str, needed: tuple[int, ...]) -> bool:
+    """Whether a package is installed in a version before the one that is needed."""
+    found = _version(package) if find_spec(package) else ""
+    return bool(found) and tuple(map(int, found.split(".")[: len(needed)])) < needed
 
-        return getattr(onnxruntime, "__version__", "")
+
+def at_least(package: str, version: tuple[int, ...]) -> str:
+    """A package's requirement, as pip takes it."""
+    return f"{package.replace('_', '-')}>={'.'.join(map(str, version))}"
+
+
+def _version(package: str) -> str:
+    """A package's version, empty where it cannot tell; ONNX Runtime has several names, such as onnxruntime-gpu."""
+    try:
+        return metadata.version(package)  # without loading it
+    except metadata.PackageNotFoundError:
+        return getattr(import_module(package), "__version__", "")

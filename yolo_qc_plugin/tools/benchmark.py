@@ -17,7 +17,9 @@ from ultralytics.utils import TQDM
 from ultralytics.utils.checks import check_imgsz
 
 from ..config import QCError
-from ..deploy.exported import ExportedONNX, batched
+from ..deploy.exported import batched
+from ..deploy.exported_qonnx import open_onnx
+from ..deploy.litert.exported import litert_obstacle
 from ..host import log
 from ..host.checkpoints import load_checkpoint
 from ..host.record import own_record
@@ -195,12 +197,15 @@ class _Rows:
             if file.path is None or reason:
                 row["skipped"] = reason
                 continue
-            run = runs[file.name] = runtime.open(file.path, self.settings["threads"])
             row["mb"] = file.mb
+            if file.is_timed:
+                run = runs[file.name] = runtime.open(file.path, self.settings["threads"])
+            else:
+                run = open_onnx(file.path).open(runtime.package)
             if self.settings["float"] or file.kind:
                 with computed_by(self.yolo.model, on_runtime(batched(run, 1))):
                     row["figure"] = self._figure()
-            if name == "ONNX Runtime":
+            if name == "ONNX Runtime" and file.is_timed:
                 row["integer"] = integer_convolutions(file.path)
         step(f"{name}: time")
         channels = self.yolo.model.yaml.get("channels", 3)
@@ -220,7 +225,9 @@ class _Rows:
 
 def _obstacle(file: File, path: Path, package: str) -> str | None:
     """Why a runtime is not given a file, or None."""
-    return ExportedONNX(path).obstacle(package) if file.kind and file.format == "onnx" else None
+    if not file.kind:
+        return None
+    return open_onnx(path).obstacle(package) if file.format == "onnx" else litert_obstacle()
 
 
 def format_benchmark(result: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from ultralytics.utils import YAML
 
 from ..config import QCError
 from ..deploy.exported import Exported, Run
+from ..deploy.kinds import OLDEST, at_least, is_older
 from ..deploy.nodes import unpack4
 
 MARK = ".weight_codes"  # in the name of what holds a layer's integer weights
@@ -84,7 +85,10 @@ class ExportedOpenVINO(ExportedWhole):
 
     def obstacle(self, name: str) -> str | None:
         """Why the runtime is not tried, or None."""
-        return None if find_spec("openvino") else "openvino: pip install 'yolo-qc-plugin[export]'"
+        needed = OLDEST["openvino"]
+        if find_spec("openvino") and not is_older("openvino", needed):
+            return None
+        return f"{at_least('openvino', needed)}: pip install 'yolo-qc-plugin[export]'"
 
     def open(self, runtime: str, content: bytes | None = None) -> Run:
         """The model in OpenVINO, its float layers in FP32 as for ONNX files."""

@@ -19,14 +19,14 @@ from ..deploy.litert.graph import LITERT_KINDS
 from ..run.export import choose_kinds
 
 FP32 = "FP32"
-RUN_HERE = [kind for kind in ONNX_KINDS if kind != "qonnx"]  # whose nodes no runtime that is timed here knows
+UNTIMED = {"onnx": "qonnx"}  # whose nodes no runtime here knows: it computes what they mean, by several of its own
 # format -> packages that Ultralytics' exporter needs, and further ones for its INT8; and those that ours needs
 STOCK = {
     "onnx": (("onnx", "onnxruntime"), ()),
     "openvino": (("openvino",), ("nncf",)),
     "litert": (("litert_torch", "ai_edge_litert"), ("ai_edge_quantizer",)),
 }
-OURS = {"onnx": (RUN_HERE, ("onnx", "onnxruntime")), "litert": (LITERT_KINDS, ("onnx", "ai_edge_litert"))}
+OURS = {"onnx": (ONNX_KINDS, ("onnx", "onnxruntime")), "litert": (LITERT_KINDS, ("onnx", "ai_edge_litert"))}
 
 
 @dataclass
@@ -58,6 +58,11 @@ class File:
         """Its size in 1e6 bytes, once it is written."""
         parts = [self.path, *self.path.rglob("*")] if self.path else []
         return sum(part.stat().st_size for part in parts if part.is_file()) / 1e6
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether its time is that of what it was written for."""
+        return self.kind.items().isdisjoint(UNTIMED.items())
 
     def write(self, folder: Path, imgsz: int | list[int]) -> None:
         """Export it into a folder of its own, or find out why not.

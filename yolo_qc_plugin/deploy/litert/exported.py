@@ -13,6 +13,7 @@ import numpy as np
 
 from ...config import QCError
 from ..exported import Exported, Run
+from ..kinds import OLDEST, at_least, is_older
 from ..nodes import unpack4
 from .flatbuffer import pack
 
@@ -32,8 +33,8 @@ class ExportedLiteRT(Exported):
     runtimes = LITERT_RUNTIMES
 
     def __init__(self, path: Path):
-        if not find_spec("ai_edge_litert"):
-            raise QCError(f"QC: file={path} needs ai_edge_litert; pip install 'yolo-qc-plugin[litert]'.")
+        if reason := litert_obstacle():
+            raise QCError(f"QC: file={path} needs {reason}.")
         from ai_edge_litert import schema_py_generated as schema
 
         self.path, self.schema = path, schema
@@ -109,6 +110,14 @@ def _follow(before: dict[int, int], tensor: int) -> int:
     while tensor in before:
         tensor = before[tensor]
     return tensor
+
+
+def litert_obstacle() -> str | None:
+    """What has to be installed to run a file, or None: it is."""
+    needed = OLDEST["ai_edge_litert"]
+    if find_spec("ai_edge_litert") and not is_older("ai_edge_litert", needed):
+        return None
+    return f"{at_least('ai_edge_litert', needed)}: pip install 'yolo-qc-plugin[litert]'"
 
 
 def litert_metadata(path: Path) -> dict[str, str]:
