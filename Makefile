@@ -44,7 +44,7 @@ clean:
 	    echo "make: $(PYTHON) must be Python 3.10 or later with the venv module (Debian, Ubuntu: apt install" \
 	    "python3-venv); another interpreter: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(PIP) install '.[dev]'
+	$(PIP) install '.[dev,nvidia]'
 	@touch $@
 
 .venv-matrix/oldest/.dependencies: pyproject.toml

@@ -3,6 +3,9 @@
 
 import copy
 import io
+import json
+import re
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from ultralytics.engine.exporter import Exporter
 from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 from ultralytics.utils import torch_utils
+from ultralytics.utils.export import engine
 
 from yolo_qc_plugin import choose_onnx_kind, model_yaml
 from yolo_qc_plugin.config import QCConfig, QCError
@@ -22,7 +26,7 @@ from yolo_qc_plugin.deploy.codes import compare_codes
 from yolo_qc_plugin.deploy.exported import ExportedONNX
 from yolo_qc_plugin.deploy.fold import deployed_convs
 from yolo_qc_plugin.deploy.symmetric import obstacles
-from yolo_qc_plugin.host import architecture
+from yolo_qc_plugin.host import architecture, exporting
 from yolo_qc_plugin.quant.calibrate import act_quantizers, calibrate
 from yolo_qc_plugin.quant.inject import inject, remove
 from yolo_qc_plugin.quant.share import share_quantizers
@@ -172,12 +176,64 @@ def places(graph):
 @pytest.mark.parametrize("yaml", ["yolov5n.yaml", "yolov8n.yaml", "yolo11n.yaml"])
 def test_places_beside_those_of_ultralytics_own(exported, yaml, tmp_path, monkeypatch):
     """Ours quantize the head's bare convolutions and residual sums besides; all else in the same places."""
-    pytest.importorskip("modelopt", reason="nvidia-modelopt, with which Ultralytics trains for TensorRT, is missing")
+    pytest.importorskip("modelopt", reason="needs the extra nvidia")
     path, file, sums = exported(yaml)
     ours, theirs = places(Graph(file)), places(Graph(ultralytics_own(yaml, tmp_path, monkeypatch)))
     bare = architecture.edge_convs(load_checkpoint(path)[0]) - {"model.0.conv"}
     assert ours["Conv"] - theirs["Conv"] == bare and theirs["Conv"] < ours["Conv"]
     assert ours.pop("Conv") and theirs.pop("Conv") and len(ours.pop("Add")) == sums and ours == theirs
+
+
+class OnGPU:
+    """An exporter's example image, as if it lay on a GPU."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, image):
+        self.image, self.shape = image, image.shape
+
+
+@pytest.mark.parametrize("yaml", ["yolov5n.yaml", "yolo11n.yaml"])
+def test_engine_by_ultralytics_own_builder(exported, yaml, monkeypatch):
+    """NVIDIA's builder for RTX, which needs no GPU to build, in TensorRT's place: weights stay INT8 in its engine.
+
+    What Ultralytics hands to it is this graph alone: no images to calibrate by, and nothing that quantizes again.
+    """
+    rtx = pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra nvidia")
+    path, *_ = exported(yaml)
+    monkeypatch.setattr(rtx, "__version__", "11.4.0")  # of the TensorRT with the same rules: Ultralytics asks for 7
+    monkeypatch.setitem(sys.modules, "tensorrt", rtx)
+    monkeypatch.setattr(exporting, "find_spec", lambda name: True)
+    monkeypatch.setattr(exporting.torch.cuda, "is_available", lambda: True)
+    for name in ("get_int8_calibration_dataloader", "modelopt_quantize_onnx"):
+        owner = Exporter if hasattr(Exporter, name) else engine
+        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("it quantizes again"))
+    export_engine, export_onnx = Exporter.export_engine, Exporter.export_onnx
+
+    def from_gpu(self, *args, **kwargs):
+        self.im = OnGPU(self.im)
+        return export_engine(self, *args, **kwargs)
+
+    def on_cpu(self, *args, **kwargs):
+        on_gpu, self.im = self.im, self.im.image
+        try:
+            return export_onnx(self, *args, **kwargs)
+        finally:
+            self.im = on_gpu
+
+    monkeypatch.setattr(Exporter, "export_engine", from_gpu)
+    monkeypatch.setattr(Exporter, "export_onnx", on_cpu)
+    file = Path(YOLO(path).export(format="engine", imgsz=64, device="cpu"))
+    content = file.read_bytes()
+    size = int.from_bytes(content[:4], "little")
+    about = json.loads(content[4 : 4 + size])
+    assert file.name == "model.engine" and about["imgsz"] == [64, 64] and about["names"]["1"] == "white"
+    graph = Graph(file.with_suffix(".onnx"))
+    quantized = [n for n in graph.of("Conv") if graph.is_pair(n.input[0])]
+    integers = re.findall(
+        rb"const_payload_size=\d+ dims=\{ \d+ \d+ \d+ \d+ \} [^}]*\} [^}]*\} type=int8", content[size:]
+    )
+    assert len(integers) >= len(quantized) > 60, len(integers)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
