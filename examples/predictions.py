@@ -3,7 +3,7 @@
 
     python examples/predictions.py RUN                       # two photographs that Ultralytics installs
     python examples/predictions.py RUN --photographs a.jpg b.jpg --imgsz 320 --out predictions.jpg
-    python examples/predictions.py RUN --benchmark docs/results/yolov5n/benchmark.json
+    python examples/predictions.py RUN --benchmark RUN/qc/benchmark.json
 
 RUN is the folder of a finished run that had a teacher. The figures under the columns are of its report, or
 of its files in ONNX Runtime where `yolo-qc benchmark` has measured them.

@@ -6,7 +6,6 @@ python examples/experiments/summary.py
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +56,27 @@ PLANS = {
     "W3A3": ("budget-W3A3-ops", "budget-W3A3"),
 }
 
-EVERYWHERE = """## One model, one number
+WHERE = """## What runs where
 
-The same checkpoint in PyTorch and as a file in each runtime, on {where}:
-MB of the file, mAP50-95 by Ultralytics, and time on one thread as a share of FP32's in the same runtime. What each file
-is for: [deployment.md](deployment.md)."""
+Each target's own file, on {where}: MB, mAP50-95 by Ultralytics in points, and, where the runtime is the
+one that it is for, ms of an image on one thread and the share of FP32's time in it. FP32 and INT8 are Ultralytics' own
+files of the float start for that runtime. `target=tensorrt` and `fpga` are here for their accuracy: ONNX Runtime
+computes what the file means. A model of few epochs is here for its size and time; the checkpoint's own mAP is beside.
+[targets.md](results/targets.md) has every file, and [deployment.md](deployment.md) what each is for."""
+
+FP32, STOCK = "FP32", "Ultralytics INT8"
+# target -> runtime, kind of file, whether its time is one of the target's own
+FILES = {
+    "cpu": (
+        ("ONNX Runtime", "packed", True),
+        ("ONNX Runtime", "int8", True),
+        ("OpenVINO, f32", "packed", True),
+    ),
+    "openvino": (("OpenVINO, f32", "openvino", True),),
+    "litert": (("LiteRT", "int8", True), ("LiteRT", "int4", True)),
+    "tensorrt": (("ONNX Runtime", "tensorrt", False),),
+    "fpga": (("ONNX Runtime", "qonnx", False),),
+}
 
 
 def labels(run: dict) -> str:
@@ -215,34 +230,37 @@ def sure(columns: list[str]) -> str:
     return mean if error == "-" else f"{mean} ± {error}"
 
 
-def table_everywhere(benchmarks: list[dict]) -> list[str]:
-    """The third table: a row for each file in each runtime, and a column for each model."""
-    shown: dict[tuple[str, str], dict[str, str]] = {}
-    titles = [f"{found['model']}, {found['cpu']}" for found in benchmarks]
-    for title, found in zip(titles, benchmarks):
-        for row in found["rows"]:
-            if "figure" in row:
-                ratio = [f"{row['ratio']:.2f}x"] if row.get("ratio") else []
-                cell = ", ".join([f"{row['mb']:.2f} MB", f"{100 * row['figure']:.2f}", *ratio])
-                shown.setdefault((row["runtime"], row["file"]), {})[title] = cell
-    runtimes = [runtime for runtime, _ in shown]
-    head = ["runtime", "file", *titles]
-    rows = [
-        f"| {runtime} | {file} | {' | '.join(of.get(title, '') for title in titles)} |"
-        for (runtime, file), of in sorted(shown.items(), key=lambda item: runtimes.index(item[0][0]))
-    ]
-    return [*table_head(head), *rows]
+def table_of_targets(measured: dict[str, dict]) -> list[str]:
+    """The third table: a row for each target, model, and file of ours in a runtime for it."""
+    rows = []
+    for target, shown in FILES.items():
+        for found in (of for name, of in measured.items() if name.endswith(f", target={target}")):
+            files = {(row["runtime"], row["file"]): row for row in found["rows"]}
+            for runtime, kind, is_timed in shown:
+                told = [words(files.get((runtime, name), {}), is_timed) for name in (FP32, STOCK, f"ours {kind}")]
+                checkpoint = f"{100 * files['PyTorch', 'checkpoint']['figure']:.2f}"
+                model = found["model"].removesuffix(f", target={target}")
+                where = f"{runtime}, {found['cpu']}" if is_timed else runtime
+                rows.append(f"| {' | '.join([target, model, where, checkpoint, *told[:2], f'{kind}: {told[2]}'])} |")
+    return [*table_head(["target", "model", "here in", "checkpoint", FP32, STOCK, "ours"]), *rows]
+
+
+def words(row: dict, is_timed: bool) -> str:
+    """Size, accuracy and time of a file."""
+    if "figure" not in row:
+        return "-"
+    time = [f"{row['median']:.1f} ms", f"{row['ratio']:.2f}x"] if is_timed and row.get("ratio") else []
+    return ", ".join([f"{row['mb']:.2f} MB", f"{100 * row['figure']:.2f}", *time])
 
 
 def summary(folder: Path) -> str:
     """The page, from a folder of records."""
     records = {name: read(folder / f"{name}.json") for name in ("coco", "presets", "paper")}
-    benchmarks = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/benchmark.json"))]
-    benchmarks.sort(key=lambda found: found["model"].replace("yolov", "yolo0"))  # by generation
-    where = "; ".join(dict.fromkeys(f"{b['data']} at {b['imgsz'][0]} px" for b in benchmarks))
+    measured = read(folder / "targets.json")
+    where = "; ".join(dict.fromkeys(f"{of['data']} at {of['imgsz'][0]} px" for of in measured.values()))
     parts = [
         [HEAD], table_kept(records), [CLAIMS], table_of_claims(records),
-        [EVERYWHERE.format(where=where)], table_everywhere(benchmarks),
+        [WHERE.format(where=where)], table_of_targets(measured),
     ]  # fmt: skip
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
 

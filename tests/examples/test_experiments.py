@@ -376,7 +376,7 @@ def page_tables(lines: list[str]) -> list[list[str]]:
 SCRIPTS = {
     "benchmarks": ("step", "quantizer", "gpu"),
     "experiments": (
-        "paper table1", "summary", "sensitivity", "families", "parity",
+        "paper table1", "summary", "sensitivity", "families", "parity", "targets",
         "kill_and_resume", "reliability",
         *["coco recipe"] * (ROOT / "docs" / "results" / "coco.json").exists(),
     ),
