@@ -25,6 +25,7 @@ from pathlib import Path
 
 import measured
 from record import join, made, read, versions
+from stages import add_stages
 
 # of every run unless `--train` says otherwise; the float row too
 RECIPE = {
@@ -51,7 +52,7 @@ class Cell:
         work: "train"; "correct" corrects the source's run with these options; "start" trains nothing and measures what
             training begins from, float or calibrated; "round" measures the source's model with softer rounding.
         source: Name of the cell whose run this one begins from.
-        recipe: Further arguments of `model.train()`.
+        recipe: Further arguments of `model.train()`; "stages" is one of stages.STAGES.
     """
 
     name: str
@@ -265,15 +266,16 @@ def train(request: dict) -> dict:
     folder = Path(request["run"])
     last = folder / "weights" / "last.pt"
     resume = last.exists() and last.with_name("resume.pt").exists()
+    recipe = dict(request["recipe"])
+    model = YOLO(last if resume else request["weights"])
+    add_stages(model, recipe.pop("stages", None))
     if resume:
-        model = YOLO(last)
-        metrics = model.train(resume=True, device=request["recipe"]["device"])
+        metrics = model.train(resume=True, device=recipe["device"])
     else:
-        model = YOLO(request["weights"])
         if request["options"] is not None:
             measured.add_callbacks(model, request["options"])
         place = {"project": str(folder.parent), "name": folder.name, "exist_ok": True}
-        metrics = model.train(data=request["data"], **place, **request["recipe"])
+        metrics = model.train(data=request["data"], **place, **recipe)
     trainer = model.trainer
     found = {
         "model": Path(model.model.yaml["yaml_file"]).stem,

@@ -87,6 +87,8 @@ GONE = ["ablation-bn_freeze=False,bn_reestimate=True"]  # whose options went, fo
 TRAINING = {  # arguments of `yolo train` changed
     "lr0=1e-4": {"lr0": 1e-4},
     "lr0=9e-4": {"lr0": 9e-4},
+    "stages=activations last": {"stages": "activations last"},
+    "stages=weights rest": {"stages": "weights rest"},
     "mosaic=0.5": {"mosaic": 0.5},
     "mosaic=0": {"mosaic": 0.0},
 }

@@ -11,11 +11,13 @@ import shutil
 import sys
 import time
 from argparse import Namespace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +28,9 @@ import measured  # noqa: E402
 import paper  # noqa: E402
 import record  # noqa: E402
 from conftest import CHECKPOINTS, TINY  # noqa: E402
+from stages import STAGES  # noqa: E402
 
+from yolo_qc_plugin import add_qc_callbacks  # noqa: E402
 from yolo_qc_plugin.config import QCConfig  # noqa: E402
 from yolo_qc_plugin.data.digits import compose  # noqa: E402
 from yolo_qc_plugin.quant.layers import QuantConv2d, quant_convs  # noqa: E402
@@ -189,6 +193,28 @@ def test_a_cell_has_cocos_ap_of_each_state(digits, tmp_path):
     kept = states[found["trained"]["kept"]]
     assert kept.keys() == states["best"].keys() and all(torch.equal(v, kept[k]) for k, v in states["best"].items())
     assert any(not torch.equal(v, states["qat"][k]) for k, v in states["qc"].items())
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_run_in_two_stages(digits, tmp_path, name):
+    """Activations are rounded in the second of two epochs alone; or weights rest in it, and scales do not."""
+    model, seen = YOLO(CHECKPOINTS / "float.pt"), []
+    cells.add_stages(model, name)
+    add_qc_callbacks(model, bits=4, budget=None, correction="off", rounding="nearest")
+
+    def look(trainer):
+        _, conv = list(quant_convs(trainer.model))[1]
+        _, averaged = list(quant_convs(trainer.ema.ema))[1]
+        rounds = {conv.act_quant.enabled, averaged.act_quant.enabled}
+        seen.append((trainer.epoch, rounds, conv.weight.detach().clone(), conv.weight_quant.scale.detach().clone()))
+
+    model.add_callback("on_train_batch_start", look)
+    model.train(data=str(digits), project=str(tmp_path), name="run", nbs=8, optimizer="Adam", **{**TINY, "epochs": 2})
+    for (epoch, rounds, *before), (_, _, *after) in pairwise(seen):
+        assert rounds == {epoch == 1 or name != "activations last"}
+        weight, scale = (not torch.equal(*pair) for pair in zip(before, after))
+        assert scale and weight == (name != "weights rest" or epoch == 0)
+    assert len(seen) == 6
 
 
 def test_a_soft_model_is_not_deployed(digits):
