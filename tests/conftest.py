@@ -74,7 +74,7 @@ def train(digits, tmp_path):
 
     from yolo_qc_plugin import add_qc_callbacks
 
-    def run(options: dict | None = None, callbacks: dict | None = None, model="yolov5n.yaml", **arguments):
+    def run(options: dict | None = None, callbacks: dict | None = None, model=TINY_YAML, **arguments):
         yolo = YOLO(model)
         if options is not None:
             add_qc_callbacks(yolo, **options)
