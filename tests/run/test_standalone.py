@@ -22,7 +22,7 @@ def state_of(file) -> dict:
     return load_checkpoint(file)[0].state_dict()
 
 
-def test_a_finished_run_is_corrected_again(train, tmp_path):
+def test_a_finished_run_is_corrected_again(train, digits, tmp_path):
     """From a corrected checkpoint too: the correction is undone, so what it starts from is qat.pt, bit by bit."""
     small = {"nbs": 8, "lr0": 1e-3, "optimizer": "Adam"}
     run = train({"ema_decay": 0.5, "correction": "off"}, model=FLOAT, **small).trainer
@@ -48,6 +48,14 @@ def test_a_finished_run_is_corrected_again(train, tmp_path):
     assert report["metrics"]["qc"]["map50_95"] > 0.1 and report["metrics"]["qc"] != report["metrics"]["qat"]
     assert report["config"] == {**first["config"], "correction": "tensor", "correction_shift": False}
     assert load_checkpoint(tmp_path / "again" / "weights" / "best.pt")[0].qc.config == report["config"]
+
+    photographs = shutil.copytree(digits.parent / "images", tmp_path / "bare" / "images")
+    with pytest.raises(QCError, match=r"data=.*bare is a folder without a data YAML; leave it out"):
+        correct(run.best, photographs.parent, correction="tensor")
+    bare = photographs.parent / "digits.yaml"
+    bare.write_text(digits.read_text().replace(str(digits.parent), str(photographs.parent)))
+    with pytest.raises(QCError, match=r"digits.yaml has no label for any training image"):
+        correct(run.best, bare, correction="tensor")
 
 
 def test_the_teacher_of_the_run_teaches_again(train, tmp_path):

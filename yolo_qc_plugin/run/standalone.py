@@ -16,12 +16,15 @@ from ..config import QCConfig, QCError
 from ..deploy.snap import snap
 from ..host import compat, log
 from ..host.checkpoints import open_checkpoint
+from ..host.labelling import TASKS
+from ..host.photographs import is_plain_folder
 from ..host.record import own_record, record_of
 from ..host.teacher import FILE as TEACHER
 from ..host.teacher import teacher_of
 from ..quant.layers import quant_convs
 from .drawing import draw_run
 from .finish import correct_and_choose, write_like
+from .labels import refuse_without_labels
 from .start import check_device
 from .validation import validate
 
@@ -46,7 +49,7 @@ def correct(model: str | Path, data: str | Path | None = None, **arguments) -> d
         The report, with figures "qat" and "qc".
 
     Raises:
-        QCError: If the checkpoint is not one of ours, or an option is not accepted.
+        QCError: If the checkpoint is not one of ours, an option is not accepted, or the data have no labels.
 
     Examples:
         >>> from yolo_qc_plugin import correct
@@ -64,9 +67,15 @@ def correct(model: str | Path, data: str | Path | None = None, **arguments) -> d
     overrides = {**of_run, "name": "correct", **arguments, "model": str(model), "mode": "train"}
     if data is not None:
         overrides["data"] = str(data)
+        if yolo.task in TASKS and is_plain_folder(str(data)):
+            raise QCError(
+                f"QC: data={data} is a folder without a data YAML; leave it out, for the data of the run, or label it "
+                "by `yolo-qc label`, and give the YAML that this writes."
+            )
     trainer = yolo.task_map[yolo.task]["trainer"](overrides=overrides)
     if trainer.ddp:
         raise QCError(f"QC: device={trainer.args.device!r} is more than one; QC alone runs on one device.")
+    refuse_without_labels(trainer)
     compat.check_trainer(trainer, compat.AT_START)
     check_device(trainer)
     try:
