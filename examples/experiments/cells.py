@@ -25,7 +25,7 @@ from pathlib import Path
 
 import measured
 from record import join, made, read, versions
-from stages import add_stages
+from trials import add_trial
 
 # of every run unless `--train` says otherwise; the float row too
 RECIPE = {
@@ -52,7 +52,7 @@ class Cell:
         work: "train"; "correct" corrects the source's run with these options; "start" trains nothing and measures what
             training begins from, float or calibrated; "round" measures the source's model with softer rounding.
         source: Name of the cell whose run this one begins from.
-        recipe: Further arguments of `model.train()`; "stages" is one of stages.STAGES.
+        recipe: Further arguments of `model.train()`; "trial" is a name of trials.py.
     """
 
     name: str
@@ -77,7 +77,9 @@ def parser(description: str, kinds: tuple[str, ...] = ()) -> argparse.ArgumentPa
     p.add_argument("--jobs", type=int, default=1, help="cells side by side")
     p.add_argument("--threads", type=int, default=1, help="CPU threads of each cell")
     p.add_argument("--train", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of train() for every cell")
-    p.add_argument("--qc", nargs="+", default=[], metavar="KEY=VALUE", help="options of quantized cells without their own")
+    p.add_argument(
+        "--qc", nargs="+", default=[], metavar="KEY=VALUE", help="options of quantized cells without their own"
+    )
     p.add_argument("--only", nargs="+", metavar="CELL", help="names of the cells to run")
     p.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the page and its record")
     p.add_argument("--runs", type=Path, default=Path("runs/experiments"), help="the runs and a JSON file of each")
@@ -268,7 +270,7 @@ def train(request: dict) -> dict:
     resume = last.exists() and last.with_name("resume.pt").exists()
     recipe = dict(request["recipe"])
     model = YOLO(last if resume else request["weights"])
-    add_stages(model, recipe.pop("stages", None))
+    add_trial(model, recipe.pop("trial", None))
     if resume:
         metrics = model.train(resume=True, device=recipe["device"])
     else:

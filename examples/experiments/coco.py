@@ -36,6 +36,7 @@ from cells import Cell, mean_and_spread, measure, parser
 from measured import State, differences, keep_resampled, label
 from paper import difference, difference_head, header, main_figure, method, points, table_of_differences
 from record import page, results, table_head, write
+from trials import EPOCHS, STARTS
 
 from yolo_qc_plugin.config import QCConfig
 from yolo_qc_plugin.targets import TARGETS
@@ -87,8 +88,7 @@ GONE = ["ablation-bn_freeze=False,bn_reestimate=True"]  # whose options went, fo
 TRAINING = {  # arguments of `yolo train` changed
     "lr0=1e-4": {"lr0": 1e-4},
     "lr0=9e-4": {"lr0": 9e-4},
-    "stages=activations last": {"stages": "activations last"},
-    "stages=weights rest": {"stages": "weights rest"},
+    **{f"trial={name}": {"trial": name} for name in (*EPOCHS, *STARTS)},
     "mosaic=0.5": {"mosaic": 0.5},
     "mosaic=0": {"mosaic": 0.0},
 }

@@ -27,19 +27,20 @@ import coco  # noqa: E402
 import measured  # noqa: E402
 import paper  # noqa: E402
 import record  # noqa: E402
-from conftest import CHECKPOINTS, TINY  # noqa: E402
-from stages import STAGES  # noqa: E402
+import trials  # noqa: E402
+from conftest import CHECKPOINTS, TINY, TINY_YAML  # noqa: E402
 
 from yolo_qc_plugin import add_qc_callbacks  # noqa: E402
 from yolo_qc_plugin.config import QCConfig  # noqa: E402
 from yolo_qc_plugin.data.digits import compose  # noqa: E402
 from yolo_qc_plugin.quant.layers import QuantConv2d, quant_convs  # noqa: E402
+from yolo_qc_plugin.quant.observers import mse_scale, mse_scale_offset  # noqa: E402
 from yolo_qc_plugin.tools.evaluate import detect, evaluate  # noqa: E402
 
 
 def request_of(digits, tmp_path, cell: cells.Cell | None = None, **options) -> dict:
     given = {k: v for k, v in TINY.items() if k not in {"imgsz", "epochs", "device"}} | {"epochs": 2}
-    args = Namespace(data=str(digits), weights="yolov5n.yaml", device="cpu", epochs=2, imgsz=64, qc=[], runs=tmp_path)
+    args = Namespace(data=str(digits), weights=str(TINY_YAML), device="cpu", epochs=2, imgsz=64, qc=[], runs=tmp_path)
     args.coco = False
     args.train = [f"{k}={v}" for k, v in given.items()]
     cell = cell or cells.Cell("EMA-4bit", {"bits": 4, "ema_decay": 0.99, **options})
@@ -58,7 +59,7 @@ def test_a_killed_cell_goes_on_and_fills_its_row(train, digits, tmp_path):
     assert not cells.is_done(request, {})
     cells.work(request)
     found = json.loads(Path(request["target"]).read_text())
-    assert found["resumed"] and found["steps"] == 3 and found["model"] == "yolov5n"
+    assert found["resumed"] and found["steps"] == 3 and found["model"] == "tiny"
     assert found["images"] == {"train": 24, "val": 8} and str(tmp_path) not in json.dumps(found)
     assert set(found) >= {"versions", "commit", "date", "machine"}
     assert cells.is_done(request, {})
@@ -195,26 +196,45 @@ def test_a_cell_has_cocos_ap_of_each_state(digits, tmp_path):
     assert any(not torch.equal(v, states["qat"][k]) for k, v in states["qc"].items())
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_a_run_in_two_stages(digits, tmp_path, name):
-    """Activations are rounded in the second of two epochs alone; or weights rest in it, and scales do not."""
+@pytest.mark.parametrize("name", trials.EPOCHS)
+def test_trials_of_stages(digits, tmp_path, name):
+    """Of what is rounded, to how many bits, and of what is trained: by epoch, in four of them."""
     model, seen = YOLO(CHECKPOINTS / "float.pt"), []
-    cells.add_stages(model, name)
+    cells.add_trial(model, name)
     add_qc_callbacks(model, bits=4, budget=None, correction="off", rounding="nearest")
 
     def look(trainer):
         _, conv = list(quant_convs(trainer.model))[1]
         _, averaged = list(quant_convs(trainer.ema.ema))[1]
-        rounds = {conv.act_quant.enabled, averaged.act_quant.enabled}
+        rounds = {(c.act_quant.bits if c.act_quant.enabled else None) for c in (conv, averaged)}
         seen.append((trainer.epoch, rounds, conv.weight.detach().clone(), conv.weight_quant.scale.detach().clone()))
 
     model.add_callback("on_train_batch_start", look)
-    model.train(data=str(digits), project=str(tmp_path), name="run", nbs=8, optimizer="Adam", **{**TINY, "epochs": 2})
+    arguments = {**TINY, "epochs": 4, "nbs": 8, "optimizer": "Adam", "fraction": 0.5}
+    model.train(data=str(digits), project=str(tmp_path), name="run", **arguments)
+    bits = {"activations last": (None, None, 4, 4), "activations in stages": (6, 5, 4, 4)}.get(name, (4,) * 4)
     for (epoch, rounds, *before), (_, _, *after) in pairwise(seen):
-        assert rounds == {epoch == 1 or name != "activations last"}
+        assert rounds == {bits[epoch]}
         weight, scale = (not torch.equal(*pair) for pair in zip(before, after))
-        assert scale and weight == (name != "weights rest" or epoch == 0)
-    assert len(seen) == 6
+        assert scale and weight == (name != "weights rest" or epoch < 3)
+    assert len(seen) == 8
+
+
+def test_trials_of_starts():
+    """Each is near the start of least squares where nothing lies far out, and cuts off an outlier less or more."""
+    torch.manual_seed(0)
+    x = torch.cat([torch.rand(20000) * 2 - 0.5, torch.tensor([8.0])])
+    least = mse_scale_offset(x, 15)
+    power, percentile = (with_offset(x, 15) for _, with_offset in trials.STARTS.values())
+    assert percentile[0] < power[0] and percentile[0] == pytest.approx(2 / 15, rel=0.02)
+    assert power[0] == pytest.approx(least[0].item(), rel=0.15) and power[0] >= least[0]
+    for scale, offset in (power, percentile):
+        assert (offset / scale).round() == pytest.approx(
+            (offset / scale).item(), abs=1e-4
+        ) and -15 <= offset / scale < 0
+    rows = x[:20000].view(4, -1)
+    for by_row, _ in trials.STARTS.values():
+        assert by_row(rows, -8, 7).tolist() == pytest.approx(mse_scale(rows, -8, 7).tolist(), rel=0.15)
 
 
 def test_a_soft_model_is_not_deployed(digits):
