@@ -22,6 +22,7 @@ from yolo_qc_plugin.quant.layers import is_quantized
 from yolo_qc_plugin.run.callbacks import QCCallbacks
 
 DETECTORS = "yolov5n", "yolo26n", "yolo11n-seg", "yolo11n-pose", "yolo11n-obb"
+STUDENT = "yolov5n.yaml"  # of the layers that the teacher's are compared with
 OPTIONS = {"correction": "off", "output_bits": None}
 
 
@@ -245,7 +246,7 @@ def test_a_student_is_quantized_trained_and_resumed(train, teacher, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(OPTIONS, {"on_train_batch_start": look}, distill_model=str(teacher), epochs=2, nbs=8)
+        train(OPTIONS, {"on_train_batch_start": look}, STUDENT, distill_model=str(teacher), epochs=2, nbs=8)
     model = seen["model"]
     assert isinstance(model, DistillationModel) and is_quantized(model.student_model)
     assert not is_quantized(model.teacher_model) and not is_quantized(model.projector)
@@ -278,7 +279,8 @@ def test_outputs_are_compared_in_a_run_unless_they_are_not_to_be(train, teacher)
     """The host's own loss off, what results.csv shows is ours; and training follows another path."""
     losses, weights = [], []
     for weight in (1.0, 0.0):
-        yolo = train({**OPTIONS, "distill_outputs": weight}, distill_model=str(teacher), dis=0.0, nbs=8, exist_ok=True)
+        options = {**OPTIONS, "distill_outputs": weight}
+        yolo = train(options, model=STUDENT, distill_model=str(teacher), dis=0.0, nbs=8, exist_ok=True)
         losses.append(last_epoch(yolo.trainer.save_dir)["train/dis_loss"])
         weights.append(yolo.trainer.model.student_model.model[1].conv.weight.detach().clone())
     assert losses[0] > 0 and losses[1] == 0
@@ -295,7 +297,8 @@ def test_a_resumed_run_goes_on_with_its_own_options(train, tmp_path):
 
     options = {**OPTIONS, "distill_outputs": 0.0}
     with pytest.raises(KeyboardInterrupt):
-        train(options, {"on_train_batch_start": kill}, distill_model=str(tmp_path / "other.pt"), epochs=2, nbs=8)
+        arguments = {"distill_model": str(tmp_path / "other.pt"), "epochs": 2, "nbs": 8}
+        train(options, {"on_train_batch_start": kill}, STUDENT, **arguments)
     resumed = YOLO(tmp_path / "run" / "weights" / "last.pt")
     QCCallbacks(QCConfig()).register(resumed)  # as callbacks=qc on the command line does
     resumed.train(resume=True)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FLOAT, TINY, last_epoch
+from conftest import FLOAT, TINY, TINY_YAML, last_epoch
 from two_processes import GlooTrainer, Record, states
 from ultralytics import YOLO, cfg
 from ultralytics.engine.trainer import BaseTrainer
@@ -29,7 +29,7 @@ OPTIONS = {"bits": 4, "rounding": "nearest", "dampening_weight": 1.0}
 @pytest.fixture(scope="module")
 def run(digits, tmp_path_factory):
     """The YOLO object after a run of two processes, its folder, and what each rank recorded."""
-    yolo, folder = YOLO("yolov5n.yaml"), tmp_path_factory.mktemp("ranks")
+    yolo, folder = YOLO(TINY_YAML), tmp_path_factory.mktemp("ranks")
     add_qc_callbacks(yolo, **OPTIONS)
     for event, callback in Record().events().items():
         yolo.add_callback(event, callback)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FLOAT, TINY
+from conftest import FLOAT, TINY, TINY_YAML
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
@@ -32,7 +32,7 @@ def quantized_layers(model) -> int:
 def test_the_callbacks_go_when_their_run_has_ended(train, digits, tmp_path):
     """A second training of the same object is a float one, from the latent weights."""
     yolo = train(QUICK)
-    assert quantized_layers(yolo.model) == 75
+    assert quantized_layers(yolo.model) == 15
     latent = yolo.model.state_dict()["model.3.conv.weight"].clone()
     seen = {}
     yolo.add_callback("on_train_start", lambda t: seen.update(weight=t.model.model[3].conv.weight.detach().clone()))
@@ -45,7 +45,7 @@ def test_the_callbacks_go_when_their_run_was_interrupted(train, digits, tmp_path
     def stop(trainer):
         raise KeyboardInterrupt
 
-    yolo = YOLO("yolov5n.yaml")
+    yolo = YOLO(TINY_YAML)
     add_qc_callbacks(yolo, **QUICK)
     yolo.add_callback("on_train_batch_end", stop)
     arguments = {**TINY, "data": str(digits), "project": str(tmp_path)}
@@ -86,7 +86,7 @@ def test_what_is_not_validated_is_put_back():
 
 def test_what_a_run_was_refused_for_can_be_mended(digits, tmp_path):
     """A refusal before training is not the end of a run: the callbacks wait for the next one."""
-    yolo = YOLO("yolov5n.yaml")
+    yolo = YOLO(TINY_YAML)
     add_qc_callbacks(yolo, **QUICK)
     arguments = {**TINY, "data": str(digits), "project": str(tmp_path)}
     with pytest.raises(QCError, match="compile=True"):
@@ -142,7 +142,7 @@ def test_options_that_a_target_gains_nothing_by_are_named(options, said, caplog)
 
 
 def test_callbacks_added_to_a_trainer_train(digits, tmp_path):
-    overrides = {"model": "yolov5n.yaml", **TINY, "data": str(digits), "project": str(tmp_path), "name": "run"}
+    overrides = {"model": TINY_YAML, **TINY, "data": str(digits), "project": str(tmp_path), "name": "run"}
     trainer = DetectionTrainer(overrides=overrides)
     add_qc_callbacks(trainer, **QUICK)
     trainer.train()
@@ -200,7 +200,7 @@ def test_a_checkpoint_opens_with_an_unsupported_ultralytics(train, digits, tmp_p
     done = run("version")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["deployed"] == 75
+    assert found["deployed"] == 15
     assert "is not supported; yolo-qc-plugin supports ultralytics>=9.0,<10" in found["refused"]
     assert "supports ultralytics>=9.0,<10. The checkpoint opens" in done.stdout + done.stderr
     broken = run("fuse")

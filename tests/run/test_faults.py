@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
+from conftest import TINY_YAML
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
@@ -85,7 +86,7 @@ def test_a_folder_that_forbids_writing_is_named(tmp_path):
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_start_that_is_not_finite(train, tmp_path, value):
     """Refused at once where the model is at hand, and before training where the host loads it."""
-    yolo = YOLO("yolov5n.yaml")
+    yolo = YOLO(TINY_YAML)
     yolo.model.state_dict()["model.3.conv.weight"].view(-1)[7] = value
     with pytest.raises(QCError, match=r"inf or NaN in 1 tensors \(model.3.conv.weight\)"):
         add_qc_callbacks(yolo)
@@ -102,7 +103,7 @@ def test_degenerate_data_and_weights(train, digits, tmp_path):
         cv2.imwrite(str(file), 0 * cv2.imread(str(file)))
     text = digits.read_text().replace(str(digits.parent), str(tmp_path / "data"))
     (tmp_path / "data" / "digits.yaml").write_text(f"{text}  10: nothing\n")
-    yolo = YOLO("yolov5n.yaml")
+    yolo = YOLO(TINY_YAML)
     state = yolo.model.state_dict()
     state["model.1.conv.weight"][:4] = 0
     state["model.3.conv.weight"].zero_()
@@ -112,4 +113,4 @@ def test_degenerate_data_and_weights(train, digits, tmp_path):
     model = trained.model
     assert all(v.isfinite().all() for v in model.state_dict().values() if v.is_floating_point())
     assert all((s > 0).all() for q in [m for m in model.modules() if hasattr(m, "quant_range")] for s in [q.scale])
-    assert len(scale_parameters(model)) > 100
+    assert len(scale_parameters(model)) > 20

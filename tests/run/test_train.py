@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FLOAT, TINY, last_epoch
+from conftest import FLOAT, TINY, TINY_YAML, last_epoch
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
@@ -268,7 +268,8 @@ def test_float_runs_are_not_changed(digits, tmp_path):
     code = (
         "import sys, torch\nfrom ultralytics import YOLO\n"
         "if sys.argv[1] == 'attached':\n    from yolo_qc_plugin.run.callbacks import attach; attach()\n"
-        f"YOLO('yolov5n.yaml').train(data={str(digits)!r}, project={str(tmp_path)!r}, name=sys.argv[1], **{TINY!r})\n"
+        f"YOLO({str(TINY_YAML)!r}).train(data={str(digits)!r}, project={str(tmp_path)!r}, name=sys.argv[1], "
+        f"**{TINY!r})\n"
     )
     for name in ("attached", "stock"):
         done = subprocess.run(
