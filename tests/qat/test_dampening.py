@@ -121,7 +121,7 @@ def test_weights_come_nearer_to_their_grid_points_in_a_run(train):
         seen.append((away_from_grid(trainer.model), trainer.loss.item() - shown))
 
     options = {"bits": 4, "rounding": "nearest", "dampening_weight": 10.0, "correction": "off", "output_bits": None}
-    train(options, {"on_train_batch_end": look}, epochs=2, nbs=8, optimizer="SGD", lr0=0.02, val=False)
+    train(options, {"on_train_batch_end": look}, "yolov5n.yaml", epochs=2, nbs=8, optimizer="SGD", lr0=0.02, val=False)
     away, added = zip(*seen)
     assert away[:2] == pytest.approx([12**-0.5] * 2, rel=0.01) and away[-1] < 0.9 * away[1]  # at random, then not
     assert max(map(abs, added[:2])) < 1e-2 and min(added[2:]) > 10

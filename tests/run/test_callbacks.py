@@ -92,7 +92,7 @@ def test_what_a_run_was_refused_for_can_be_mended(digits, tmp_path):
     with pytest.raises(QCError, match="compile=True"):
         yolo.train(**arguments, compile=True)
     yolo.train(**arguments)
-    assert quantized_layers(yolo.model) == 75
+    assert quantized_layers(yolo.model) == 15
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -146,7 +146,7 @@ def test_callbacks_added_to_a_trainer_train(digits, tmp_path):
     trainer = DetectionTrainer(overrides=overrides)
     add_qc_callbacks(trainer, **QUICK)
     trainer.train()
-    assert quantized_layers(load_checkpoint(tmp_path / "run" / "weights" / "best.pt")[0]) == 75
+    assert quantized_layers(load_checkpoint(tmp_path / "run" / "weights" / "best.pt")[0]) == 15
 
 
 def test_float_outputs_keep_their_scales_in_the_correction(train):
