@@ -77,9 +77,7 @@ def parser(description: str, kinds: tuple[str, ...] = ()) -> argparse.ArgumentPa
     p.add_argument("--jobs", type=int, default=1, help="cells side by side")
     p.add_argument("--threads", type=int, default=1, help="CPU threads of each cell")
     p.add_argument("--train", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of train() for every cell")
-    p.add_argument(
-        "--qc", nargs="+", default=[], metavar="KEY=VALUE", help="options of quantized cells without their own"
-    )
+    p.add_argument("--qc", nargs="+", default=[], metavar="KEY=VALUE", help="options of every quantized cell")
     p.add_argument("--only", nargs="+", metavar="CELL", help="names of the cells to run")
     p.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the page and its record")
     p.add_argument("--runs", type=Path, default=Path("runs/experiments"), help="the runs and a JSON file of each")
@@ -168,7 +166,7 @@ def request(cell: Cell, seed: int, args: argparse.Namespace) -> dict:
     return {
         "work": cell.work,
         "coco": args.coco,
-        "options": cell.options and {**({} if cell.source else pairs(args.qc)), **cell.options},
+        "options": cell.options and {**cell.options, **({} if cell.source else pairs(args.qc))},
         "recipe": recipe,
         "data": str(Path(args.data).resolve()) if Path(args.data).exists() else args.data,
         "weights": str(Path(args.weights).resolve()) if Path(args.weights).exists() else args.weights,

@@ -58,7 +58,7 @@ RECIPE = {f"W{w}A{a}": {"weight_bits": w, "act_bits": a} for w, a in ((8, 8), (4
 TRAINED = "W4A8", "W4A4", "W3A3"
 
 ABLATION = {  # one default changed at a time, at W4A4; what is the default is left out
-    "teacher=off": {"teacher": "off", "label_weight": 1.0},
+    "teacher=off": {"teacher": "off"},
     "distill_outputs=0": {"distill_outputs": 0.0},
     "distill_features=0": {"distill_features": 0.0},
     "distill_features=1": {"distill_features": 1.0},

@@ -3,6 +3,7 @@
 
 import inspect
 import math
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from yolo_qc_plugin.deploy import kinds
 from yolo_qc_plugin.deploy.codes import compare_codes
 from yolo_qc_plugin.deploy.fold import deployed_convs
 from yolo_qc_plugin.deploy.litert import exported
-from yolo_qc_plugin.deploy.litert.exported import LITERT_RUNTIMES, ExportedLiteRT
+from yolo_qc_plugin.deploy.litert.exported import LITERT_RUNTIMES, ExportedLiteRT, litert_obstacle
 from yolo_qc_plugin.deploy.litert.flatbuffer import Flatbuffer, Grid
 from yolo_qc_plugin.deploy.litert.graph import LITERT_KINDS, write_litert
 from yolo_qc_plugin.deploy.litert.layout import Geometry, Tensor, regrouped
@@ -31,6 +32,8 @@ from yolo_qc_plugin.deploy.litert.weights import rounds_twice
 from yolo_qc_plugin.deploy.snap import snap
 from yolo_qc_plugin.host import exporting
 from yolo_qc_plugin.quant.layers import quant_convs
+from yolo_qc_plugin.tools.benchmark import _obstacle
+from yolo_qc_plugin.tools.exports import File
 
 pytest.importorskip("onnx", reason="needs the extra litert")
 interpreter = pytest.importorskip("ai_edge_litert.interpreter", reason="needs the extra litert")
@@ -312,14 +315,22 @@ def test_files_that_are_refused(family, tmp_path, content, message):
         ExportedLiteRT(bad)
 
 
-@pytest.mark.parametrize("found", [None, "2.1.3"])
-def test_a_file_without_its_runtime_or_with_an_older_one(tmp_path, monkeypatch, found):
+@pytest.mark.parametrize("found,reason", [
+    (None, r"LiteRT is not installed: pip install 'yolo-qc-plugin\[litert\]'"),
+    ("2.1.3", r"LiteRT 2\.1\.3 is too old for this file; install ai-edge-litert>=2\.1\.4"),
+    ("2.0.0rc1", r"LiteRT 2\.0\.0rc1 is too old"),
+])  # fmt: skip
+def test_a_file_without_its_runtime_or_with_an_older_one(tmp_path, monkeypatch, found, reason):
+    """It is refused; `benchmark` leaves such files out."""
+    assert litert_obstacle() is None
     if found:
         monkeypatch.setattr(kinds.metadata, "version", lambda name: found)
     else:
         monkeypatch.setattr(exported, "find_spec", lambda name: None)
-    with pytest.raises(QCError, match=r"needs ai-edge-litert>=2\.1\.4: pip install 'yolo-qc-plugin\[litert\]'"):
+    with pytest.raises(QCError, match=rf"file=.*best\.tflite cannot be run: {reason}"):
         ExportedLiteRT(tmp_path / "best.tflite")
+    file = File("ours int8", "litert", tmp_path, (), {"litert": "int8"})
+    assert re.match(reason, _obstacle(file, tmp_path / "best.tflite", "ai_edge_litert"))
 
 
 @given(st.data())

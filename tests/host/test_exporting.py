@@ -142,14 +142,16 @@ def test_an_older_onnx_runtime(kind, monkeypatch, caplog):
     assert f"{message} qc_onnx=int8" in caplog.text
 
 
-def test_an_older_openvino(monkeypatch):
-    """It is not tried, with a reason: `check` shows it, and `benchmark` leaves the file out."""
+def test_an_older_openvino(monkeypatch, tmp_path):
+    """It is not tried, with a reason; with a folder that is made for it, refused."""
     pytest.importorskip("openvino", reason="needs the extra export")
     assert runtime_obstacle("packed", "openvino") is None
     monkeypatch.setattr(kinds.metadata, "version", lambda name: "2024.6.0")
-    reason = "OpenVINO 2024.6.0 is too old for the packed kind; install openvino>=2025.0"
-    assert runtime_obstacle("packed", "openvino") == reason
-    assert ExportedOpenVINO.obstacle(None, "openvino") == "openvino>=2025.0: pip install 'yolo-qc-plugin[export]'"
+    reason = "OpenVINO 2024.6.0 is too old for the packed kind; install openvino>=2025.0; or export with callbacks=qc"
+    assert runtime_obstacle("packed", "openvino") == f"{reason} qc_onnx=int8, which older ones run"
+    assert runtime_obstacle("int8", "openvino") is None
+    with pytest.raises(QCError, match=r"cannot be run: OpenVINO 2024\.6\.0 is too old for this model; install"):
+        ExportedOpenVINO(tmp_path)
 
 
 @pytest.mark.parametrize("program,raised", [("yolo", SystemExit), ("C:/yolo.exe", SystemExit), ("train.py", QCError)])

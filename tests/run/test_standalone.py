@@ -50,11 +50,11 @@ def test_a_finished_run_is_corrected_again(train, digits, tmp_path):
     assert load_checkpoint(tmp_path / "again" / "weights" / "best.pt")[0].qc.config == report["config"]
 
     photographs = shutil.copytree(digits.parent / "images", tmp_path / "bare" / "images")
-    with pytest.raises(QCError, match=r"data=.*bare is a folder without a data YAML; leave it out"):
+    with pytest.raises(QCError, match=r"data=.*bare is a folder without a data YAML; leave data= out, for the data"):
         correct(run.best, photographs.parent, correction="tensor")
     bare = photographs.parent / "digits.yaml"
     bare.write_text(digits.read_text().replace(str(digits.parent), str(photographs.parent)))
-    with pytest.raises(QCError, match=r"digits.yaml has no label for any training image"):
+    with pytest.raises(QCError, match=r"digits.yaml has no label for any training image; .*, or leave data= out"):
         correct(run.best, bare, correction="tensor")
 
 

@@ -388,6 +388,8 @@ def test_an_older_onnx_runtime_is_refused_before_any_work(trained, digits, monke
     reason = r"ONNX Runtime 1\.22\.0 is too old for the packed kind"
     with pytest.raises(QCError, match=reason):
         check(checkpoint, file, digits)
+    if find_spec("openvino"):
+        assert re.match(r"OpenVINO 1\.22\.0 is too old for the packed", open_onnx(Path(file)).obstacle("openvino"))
     assert re.match(reason, open_onnx(Path(file)).obstacle("onnxruntime"))  # for which benchmark leaves the file out
 
 

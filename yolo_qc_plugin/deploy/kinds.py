@@ -13,6 +13,7 @@ Kinds of graph, by their containers (deploy.qdq and deploy.qonnx write them):
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -22,6 +23,8 @@ from ..config import TARGETS, QCError
 INT4_OPSET = 21  # the first with 4-bit types
 INT8_OPSET = 13  # the first whose DequantizeLinear takes one scale per channel
 SAME_OPSET = 18  # nodes of our traces mean the same from here to INT4_OPSET
+OPENVINO = 2025, 0  # the first that takes weights of 4 bits
+PACKAGES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "ai_edge_litert": "LiteRT"}  # runtimes, in words
 
 
 @dataclass(frozen=True)
@@ -31,21 +34,22 @@ class Kind:
     Attributes:
         min_opset: The least opset to trace with.
         runtime: The first ONNX Runtime that runs it as it is meant.
+        openvino: The first OpenVINO that does; empty for any.
     """
 
     min_opset: int = INT8_OPSET
-    runtime: tuple[int, int] = (1, 20)
+    runtime: tuple[int, ...] = (1, 20)
+    openvino: tuple[int, ...] = ()
 
 
 ONNX_KINDS = {
-    "packed": Kind(SAME_OPSET, runtime=(1, 23)),
+    "packed": Kind(SAME_OPSET, runtime=(1, 23), openvino=OPENVINO),
     "int8": Kind(),
-    "openvino": Kind(SAME_OPSET, runtime=(1, 23)),
+    "openvino": Kind(SAME_OPSET, runtime=(1, 23), openvino=OPENVINO),
     "int4": Kind(SAME_OPSET),
     "tensorrt": Kind(),
     "qonnx": Kind(),
 }
-OLDEST = {"openvino": (2025, 0), "ai_edge_litert": (2, 1, 4)}  # the first that runs what is written for it
 # format of `yolo export` -> the kinds of graph that it can be made from, the target's own or else the first; none where
 # no ONNX graph is on the way
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -124,26 +128,24 @@ def runtime_obstacle(kind: str, runtime: str = "onnxruntime") -> str | None:
         kind: One of ONNX_KINDS.
         runtime: Its package, "onnxruntime" or "openvino".
     """
-    needed = ONNX_KINDS[kind].runtime if runtime == "onnxruntime" else OLDEST[runtime]
-    if not is_older(runtime, needed):
-        return None
-    older = "; or export with callbacks=qc qc_onnx=int8, which older ones run" if kind == "packed" else ""
-    named = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}[runtime]
-    return (
-        f"{named} {_version(runtime)} is too old for the {kind} kind; install {at_least(runtime, needed)}"
-        f"{older if runtime == 'onnxruntime' else ''}"
-    )
+    needed = ONNX_KINDS[kind].runtime if runtime == "onnxruntime" else ONNX_KINDS[kind].openvino
+    reason = too_old(runtime, needed, f"the {kind} kind")
+    return reason and reason + "; or export with callbacks=qc qc_onnx=int8, which older ones run" * (kind == "packed")
 
 
-def is_older(package: str, needed: tuple[int, ...]) -> bool:
-    """Whether a package is installed in a version before the one that is needed."""
+def too_old(package: str, needed: tuple[int, ...], what: str) -> str | None:
+    """Why the version of a runtime that is installed does not do, and which does; None where it does, or none is here.
+
+    Args:
+        package: One of PACKAGES.
+        needed: The first version that does.
+        what: It is needed for.
+    """
     found = _version(package) if find_spec(package) else ""
-    return bool(found) and tuple(map(int, found.split(".")[: len(needed)])) < needed
-
-
-def at_least(package: str, version: tuple[int, ...]) -> str:
-    """A package's requirement, as pip takes it."""
-    return f"{package.replace('_', '-')}>={'.'.join(map(str, version))}"
+    if not found or tuple(map(int, re.findall(r"\d+", found)))[: len(needed)] >= needed:
+        return None
+    version = ".".join(map(str, needed))
+    return f"{PACKAGES[package]} {found} is too old for {what}; install {package.replace('_', '-')}>={version}"
 
 
 def _version(package: str) -> str:

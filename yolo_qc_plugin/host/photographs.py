@@ -112,6 +112,11 @@ def is_plain_folder(data: str | Path) -> bool:
     return Path(data).is_dir() and not any(Path(data).glob("*.y*ml"))
 
 
+def has_no_yaml(data: str | Path) -> bool:
+    """Whether it is a folder without a data YAML anywhere in it, where Ultralytics looks for one."""
+    return Path(data).is_dir() and not any(Path(data).rglob("*.y*ml"))
+
+
 def _contents(data: str) -> dict[str, Any]:
     """What the YAML says, with the path that Ultralytics would take where it names none."""
     if is_plain_folder(data):

@@ -12,7 +12,7 @@ from ..config import QCConfig, QCError
 from ..files import json_object
 from ..host import log
 from ..host.labelling import TASKS, Labeller
-from ..host.photographs import any_labels, is_plain_folder, read_photographs
+from ..host.photographs import any_labels, has_no_yaml, read_photographs
 from .labelled import RECORD, YAML_FILE, write_labelled
 
 SHOWN = 8  # classes in the text
@@ -91,7 +91,7 @@ def label_for_run(trainer: BaseTrainer, config: QCConfig) -> None:
 def _label_for_run(trainer: BaseTrainer, config: QCConfig) -> None:
     args = trainer.args
     if config.labels == "data":
-        if args.task in TASKS and is_plain_folder(args.data) and not any(Path(args.data).rglob("*.y*ml")):
+        if args.task in TASKS and has_no_yaml(args.data):
             raise QCError(f"QC: data={args.data} is a folder without a data YAML; {ASK}.")
         return
     folder = (trainer.save_dir / "qc" / "data").resolve()
@@ -117,8 +117,12 @@ def labels_of_run(trainer: BaseTrainer) -> dict[str, Any]:
     return found if "by_model" in found else {}  # labelling was interrupted, or another file has that name
 
 
-def refuse_without_labels(trainer: BaseTrainer) -> None:
+def refuse_without_labels(trainer: BaseTrainer, otherwise: str = ASK) -> None:
     """Refuse to train on background alone, before Ultralytics reads all images; a trainer's own data set may differ.
+
+    Args:
+        trainer: Before it has read its images.
+        otherwise: What else there is to do.
 
     Raises:
         QCError: If no training image has a label.
@@ -126,7 +130,7 @@ def refuse_without_labels(trainer: BaseTrainer) -> None:
     data = str(trainer.args.data)
     stock = type(trainer).build_dataset.__module__.startswith("ultralytics.")
     if stock and trainer.args.task in TASKS and not any_labels(trainer.data["train"], data):
-        raise QCError(f"QC: data={data} has no label for any training image; give label files, or {ASK}.")
+        raise QCError(f"QC: data={data} has no label for any training image; give label files, or {otherwise}.")
 
 
 def _start_model(trainer: BaseTrainer, config: QCConfig) -> Labeller:

@@ -17,7 +17,7 @@ from ..deploy.snap import snap
 from ..host import compat, log
 from ..host.checkpoints import open_checkpoint
 from ..host.labelling import TASKS
-from ..host.photographs import is_plain_folder
+from ..host.photographs import has_no_yaml
 from ..host.record import own_record, record_of
 from ..host.teacher import FILE as TEACHER
 from ..host.teacher import teacher_of
@@ -28,6 +28,7 @@ from .labels import refuse_without_labels
 from .start import check_device
 from .validation import validate
 
+OF_THE_RUN = "leave data= out, for the data of the run, or give the YAML that `yolo-qc label` writes"
 OPTIONS = tuple(f.name for f in fields(QCConfig) if f.name.startswith("correction"))
 # of the run that the checkpoint is from: what is not to be taken over
 OTHERS = "model", "pretrained", "resume", "project", "name", "exist_ok", "save_dir", "distill_model"
@@ -67,15 +68,12 @@ def correct(model: str | Path, data: str | Path | None = None, **arguments) -> d
     overrides = {**of_run, "name": "correct", **arguments, "model": str(model), "mode": "train"}
     if data is not None:
         overrides["data"] = str(data)
-        if yolo.task in TASKS and is_plain_folder(str(data)):
-            raise QCError(
-                f"QC: data={data} is a folder without a data YAML; leave it out, for the data of the run, or label it "
-                "by `yolo-qc label`, and give the YAML that this writes."
-            )
+        if yolo.task in TASKS and has_no_yaml(data):
+            raise QCError(f"QC: data={data} is a folder without a data YAML; {OF_THE_RUN}.")
     trainer = yolo.task_map[yolo.task]["trainer"](overrides=overrides)
     if trainer.ddp:
         raise QCError(f"QC: device={trainer.args.device!r} is more than one; QC alone runs on one device.")
-    refuse_without_labels(trainer)
+    refuse_without_labels(trainer, OF_THE_RUN)
     compat.check_trainer(trainer, compat.AT_START)
     check_device(trainer)
     try:

@@ -15,7 +15,7 @@ from ultralytics.utils import YAML
 
 from ..config import QCError
 from ..deploy.exported import Exported, Run
-from ..deploy.kinds import OLDEST, at_least, is_older
+from ..deploy.kinds import OPENVINO, too_old
 from ..deploy.nodes import unpack4
 
 MARK = ".weight_codes"  # in the name of what holds a layer's integer weights
@@ -38,7 +38,7 @@ class ExportedWhole(Exported):
         if not path.exists():
             raise QCError(f"QC: file={path} does not exist.")
         if reason := self.obstacle(self.runtimes[0]):
-            raise QCError(f"QC: file={path} needs {reason}.")
+            raise QCError(f"QC: file={path} cannot be run: {reason}.")
         try:
             about = self._load()
             height, width = about["imgsz"]
@@ -85,10 +85,9 @@ class ExportedOpenVINO(ExportedWhole):
 
     def obstacle(self, name: str) -> str | None:
         """Why the runtime is not tried, or None."""
-        needed = OLDEST["openvino"]
-        if find_spec("openvino") and not is_older("openvino", needed):
-            return None
-        return f"{at_least('openvino', needed)}: pip install 'yolo-qc-plugin[export]'"
+        if not find_spec("openvino"):
+            return "OpenVINO is not installed: pip install 'yolo-qc-plugin[export]'"
+        return too_old("openvino", OPENVINO, "this model")
 
     def open(self, runtime: str, content: bytes | None = None) -> Run:
         """The model in OpenVINO, its float layers in FP32 as for ONNX files."""

@@ -13,10 +13,11 @@ import numpy as np
 
 from ...config import QCError
 from ..exported import Exported, Run
-from ..kinds import OLDEST, at_least, is_older
+from ..kinds import too_old
 from ..nodes import unpack4
 from .flatbuffer import pack
 
+OLDEST = 2, 1, 4  # LiteRT
 LITERT_RUNTIMES = ("LiteRT", "LiteRT, built-in kernels")  # with XNNPACK, and without
 
 
@@ -34,7 +35,7 @@ class ExportedLiteRT(Exported):
 
     def __init__(self, path: Path):
         if reason := litert_obstacle():
-            raise QCError(f"QC: file={path} needs {reason}.")
+            raise QCError(f"QC: file={path} cannot be run: {reason}.")
         from ai_edge_litert import schema_py_generated as schema
 
         self.path, self.schema = path, schema
@@ -113,11 +114,10 @@ def _follow(before: dict[int, int], tensor: int) -> int:
 
 
 def litert_obstacle() -> str | None:
-    """What has to be installed to run a file, or None: it is."""
-    needed = OLDEST["ai_edge_litert"]
-    if find_spec("ai_edge_litert") and not is_older("ai_edge_litert", needed):
-        return None
-    return f"{at_least('ai_edge_litert', needed)}: pip install 'yolo-qc-plugin[litert]'"
+    """Why a file cannot be run here, or None."""
+    if not find_spec("ai_edge_litert"):
+        return "LiteRT is not installed: pip install 'yolo-qc-plugin[litert]'"
+    return too_old("ai_edge_litert", OLDEST, "this file")
 
 
 def litert_metadata(path: Path) -> dict[str, str]:
