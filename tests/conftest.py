@@ -69,7 +69,7 @@ def small_files(monkeypatch):
 
 @pytest.fixture
 def train(digits, tmp_path):
-    """Train YOLOv5n on the digits with the plugin, in this process: train(options, callbacks, **host arguments)."""
+    """Train the tiny model on the digits, in this process: train(options, callbacks, model, **host arguments)."""
     from ultralytics import YOLO
 
     from yolo_qc_plugin import add_qc_callbacks

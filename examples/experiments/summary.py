@@ -242,7 +242,7 @@ def table_of_targets(measured: dict[str, dict]) -> list[str]:
                 model = found["model"].removesuffix(f", target={target}")
                 where = f"{runtime}, {found['cpu']}" if is_timed else runtime
                 rows.append(f"| {' | '.join([target, model, where, checkpoint, *told[:2], f'{kind}: {told[2]}'])} |")
-    return [*table_head(["target", "model", "here in", "checkpoint", FP32, STOCK, "ours"]), *rows]
+    return [*table_head(["target", "model", "measured in", "checkpoint", FP32, STOCK, "ours"]), *rows]
 
 
 def words(row: dict, is_timed: bool) -> str:

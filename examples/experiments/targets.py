@@ -4,7 +4,8 @@
     python examples/experiments/targets.py --checkpoints RUN/weights/best.pt ... --float yolo11n.pt --data coco.yaml
 
 Runs `yolo-qc benchmark` on checkpoints with the same float start, one for each target; OUT/targets.json keeps a result
-for each model and target, and OUT/targets.md shows all of them. `summary.py` shows of each what it was trained for.
+for each model, its widths and target, the last that was measured, and OUT/targets.md shows all of them. `summary.py`
+shows of each what it was trained for.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from record import read
+from record import made, read
 
 from yolo_qc_plugin.tools.benchmark import benchmark, format_benchmark
 
@@ -24,12 +25,12 @@ target. What each file is for: [deployment.md](../deployment.md)."""
 
 
 def measure(checkpoint: Path, args: argparse.Namespace) -> dict:
-    """The result of the benchmark, without the paths of a machine."""
+    """The result of the benchmark, without the paths of a machine, and where and when it was made."""
     given = {"float": args.float, "imgsz": args.imgsz, "threads": args.threads, "repeats": args.repeats}
     found = benchmark(str(checkpoint), args.data, **given)
     print(format_benchmark(found), flush=True)
     del found["page"]
-    return {**found, **{key: Path(found[key]).name for key in ("checkpoint", "float", "data")}}
+    return {**found, **{key: Path(found[key]).name for key in ("checkpoint", "float", "data")}, **made()}
 
 
 def page(record: dict[str, dict]) -> str:
@@ -58,6 +59,7 @@ def main() -> None:
     record = read(file)
     if not (args.assemble or (args.checkpoints and args.float and args.data)):
         p.error("--checkpoints, --float and --data are needed to measure")
+    args.out.mkdir(parents=True, exist_ok=True)
     for checkpoint in [] if args.assemble else args.checkpoints:
         found = measure(checkpoint, args)
         record = in_order({**record, found["model"]: found})

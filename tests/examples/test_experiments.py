@@ -33,6 +33,7 @@ from conftest import CHECKPOINTS, TINY, TINY_YAML  # noqa: E402
 from yolo_qc_plugin import add_qc_callbacks  # noqa: E402
 from yolo_qc_plugin.config import QCConfig  # noqa: E402
 from yolo_qc_plugin.data.digits import compose  # noqa: E402
+from yolo_qc_plugin.quant import quantizer  # noqa: E402
 from yolo_qc_plugin.quant.layers import QuantConv2d, quant_convs  # noqa: E402
 from yolo_qc_plugin.quant.observers import mse_scale, mse_scale_offset  # noqa: E402
 from yolo_qc_plugin.tools.evaluate import detect, evaluate  # noqa: E402
@@ -232,9 +233,31 @@ def test_trials_of_starts():
         assert (offset / scale).round() == pytest.approx(
             (offset / scale).item(), abs=1e-4
         ) and -15 <= offset / scale < 0
+    short = torch.rand(4, 16) - 0.5  # of a 1x1 convolution: percentiles of few values are near the largest
+    second, largest = short.abs().sort(1).values[:, -2:].T
+    by_rows = trials.by_percentile(short, -8, 7) * 7
+    assert ((by_rows > (largest + second) / 2) & (by_rows < largest)).all()
     rows = x[:20000].view(4, -1)
     for by_row, _ in trials.STARTS.values():
         assert by_row(rows, -8, 7).tolist() == pytest.approx(mse_scale(rows, -8, 7).tolist(), rel=0.15)
+
+
+def test_a_cell_runs_its_trial(digits, tmp_path, monkeypatch):
+    """Runs of one seed are the same but for it: other starts end in other scales."""
+
+    def scales(cell, trial):
+        cell = cells.Cell(cell, {"bits": 4, "correction": "off"}, recipe={"trial": trial} if trial else {})
+        request = {**request_of(digits, tmp_path, cell), "weights": str(CHECKPOINTS / "float.pt")}
+        with monkeypatch.context() as patch:
+            for replaced in ("mse_scale", "mse_scale_offset"):
+                patch.setattr(quantizer, replaced, getattr(quantizer, replaced))  # so that it comes back
+            cells.work(request)
+        assert json.loads(Path(request["target"]).read_text())["recipe"].get("trial") == trial
+        model, _ = load_checkpoint(Path(request["run"]) / "weights" / "qat.pt")
+        return [(conv.act_quant.scale.item(), conv.weight_quant.scale.mean().item()) for _, conv in quant_convs(model)]
+
+    first, *others, last = (scales(f"cell{i}", name) for i, name in enumerate((None, *trials.STARTS, None)))
+    assert first == last and len(others) == 2 and first not in others and others[0] != others[1]
 
 
 def test_a_soft_model_is_not_deployed(digits):

@@ -22,7 +22,7 @@ from yolo_qc_plugin.quant.layers import is_quantized
 from yolo_qc_plugin.run.callbacks import QCCallbacks
 
 DETECTORS = "yolov5n", "yolo26n", "yolo11n-seg", "yolo11n-pose", "yolo11n-obb"
-STUDENT = "yolov5n.yaml"  # of the layers that the teacher's are compared with
+STUDENT = "yolov5n.yaml"  # the teacher's architecture, so that layers match
 OPTIONS = {"correction": "off", "output_bits": None}
 
 

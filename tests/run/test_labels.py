@@ -302,7 +302,7 @@ def test_a_run_from_a_bare_folder(train, photos, tmp_path, predicted, caplog):
 
 
 def test_a_complete_data_set_stays_as_it_is(train, digits, tmp_path, predicted):
-    yolo = train(QUICK, model=TINY_YAML)
+    yolo = train(QUICK)
     assert yolo.trainer.args.data == str(digits) and not (tmp_path / "run" / "qc" / "data").exists()
     assert not predicted
 

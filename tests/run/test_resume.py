@@ -200,7 +200,7 @@ def test_state_of_steps_starts_anew_with_an_epoch(train):
         steps.begin_epoch(trainer)
         seen.append(len([quant for quant in steps._shared if quant._kept or quant._reads]))
 
-    train({"budget": None, "correction": "off"}, {"on_train_batch_start": leave_something}, model=TINY_YAML)
+    train({"budget": None, "correction": "off"}, {"on_train_batch_start": leave_something})
     assert seen[0] > 1 and set(seen[1::2]) == {0}
 
 
