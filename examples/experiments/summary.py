@@ -61,8 +61,9 @@ WHERE = """## What runs where
 Each target's own file, on {where}: MB, mAP50-95 by Ultralytics in points, and, where the runtime is the
 one that it is for, ms of an image on one thread and the share of FP32's time in it. FP32 and INT8 are Ultralytics' own
 files of the float start for that runtime. `target=tensorrt` and `fpga` are here for their accuracy: ONNX Runtime
-computes what the file means. A model of few epochs is here for its size and time; the checkpoint's own mAP is beside.
-[targets.md](results/targets.md) has every file, and [deployment.md](deployment.md) what each is for."""
+computes what the file means. The checkpoint's own mAP is beside; models of `cpu` were trained longest, see
+[results](results/README.md). [targets.md](results/targets.md) has every file, [deployment.md](deployment.md) what each is
+for."""
 
 FP32, STOCK = "FP32", "Ultralytics INT8"
 # target -> runtime, kind of file, whether its time is one of the target's own
