@@ -62,8 +62,8 @@ Each target's own file, on {where}: MB, mAP50-95 by Ultralytics in points, and, 
 one that it is for, ms of an image on one thread and the share of FP32's time in it. FP32 and INT8 are Ultralytics' own
 files of the float start for that runtime. `target=tensorrt` and `fpga` are here for their accuracy: ONNX Runtime
 computes what the file means. The checkpoint's own mAP is beside; models of `cpu` were trained longest, see
-[results](results/README.md). [targets.md](results/targets.md) has every file, [deployment.md](deployment.md) what each is
-for."""
+[results](results/README.md). [targets.md](results/targets.md) has every file, [deployment.md](deployment.md) what each
+is for."""
 
 FP32, STOCK = "FP32", "Ultralytics INT8"
 # target -> runtime, kind of file, whether its time is one of the target's own
