@@ -326,7 +326,7 @@ def test_a_file_without_its_runtime_or_with_an_older_one(tmp_path, monkeypatch, 
     if found:
         monkeypatch.setattr(kinds.metadata, "version", lambda name: found)
     else:
-        monkeypatch.setattr(exported, "find_spec", lambda name: None)
+        monkeypatch.setattr(kinds, "find_spec", lambda name: None)
     with pytest.raises(QCError, match=rf"file=.*best\.tflite cannot be run: {reason}"):
         ExportedLiteRT(tmp_path / "best.tflite")
     file = File("ours int8", "litert", tmp_path, (), {"litert": "int8"})

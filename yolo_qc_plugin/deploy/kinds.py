@@ -25,6 +25,7 @@ INT8_OPSET = 13  # the first whose DequantizeLinear takes one scale per channel
 SAME_OPSET = 18  # nodes of our traces mean the same from here to INT4_OPSET
 OPENVINO = 2025, 0  # the first that takes weights of 4 bits
 PACKAGES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "ai_edge_litert": "LiteRT"}  # runtimes, in words
+EXTRAS = {"onnxruntime": "export", "openvino": "export", "ai_edge_litert": "litert"}  # that bring them
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,7 @@ def check_runtime(kind: str) -> None:
     Raises:
         QCError: Naming the version that is needed, and the kind for older ones.
     """
-    if not find_spec("onnxruntime"):
-        raise QCError("QC: ONNX Runtime is not installed: pip install 'yolo-qc-plugin[export]'.")
-    if reason := runtime_obstacle(kind):
+    if reason := missing("onnxruntime") or runtime_obstacle(kind):
         raise QCError(f"QC: {reason}.")
 
 
@@ -131,6 +130,13 @@ def runtime_obstacle(kind: str, runtime: str = "onnxruntime") -> str | None:
     needed = ONNX_KINDS[kind].runtime if runtime == "onnxruntime" else ONNX_KINDS[kind].openvino
     reason = too_old(runtime, needed, f"the {kind} kind")
     return reason and reason + "; or export with callbacks=qc qc_onnx=int8, which older ones run" * (kind == "packed")
+
+
+def missing(package: str) -> str | None:
+    """That a runtime, one of PACKAGES, is not installed, and how one gets it; None where it is."""
+    if find_spec(package):
+        return None
+    return f"{PACKAGES[package]} is not installed: pip install 'yolo-qc-plugin[{EXTRAS[package]}]'"
 
 
 def too_old(package: str, needed: tuple[int, ...], what: str) -> str | None:

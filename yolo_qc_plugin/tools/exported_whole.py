@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ultralytics.utils import YAML
 
 from ..config import QCError
 from ..deploy.exported import Exported, Run
-from ..deploy.kinds import OPENVINO, too_old
+from ..deploy.kinds import OPENVINO, missing, too_old
 from ..deploy.nodes import unpack4
 
 MARK = ".weight_codes"  # in the name of what holds a layer's integer weights
@@ -85,9 +84,7 @@ class ExportedOpenVINO(ExportedWhole):
 
     def obstacle(self, name: str) -> str | None:
         """Why the runtime is not tried, or None."""
-        if not find_spec("openvino"):
-            return "OpenVINO is not installed: pip install 'yolo-qc-plugin[export]'"
-        return too_old("openvino", OPENVINO, "this model")
+        return missing("openvino") or too_old("openvino", OPENVINO, "this model")
 
     def open(self, runtime: str, content: bytes | None = None) -> Run:
         """The model in OpenVINO, its float layers in FP32 as for ONNX files."""

@@ -6,14 +6,13 @@ from __future__ import annotations
 import json
 import zipfile
 from ast import literal_eval
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from ...config import QCError
 from ..exported import Exported, Run
-from ..kinds import too_old
+from ..kinds import missing, too_old
 from ..nodes import unpack4
 from .flatbuffer import pack
 
@@ -115,9 +114,7 @@ def _follow(before: dict[int, int], tensor: int) -> int:
 
 def litert_obstacle() -> str | None:
     """Why a file cannot be run here, or None."""
-    if not find_spec("ai_edge_litert"):
-        return "LiteRT is not installed: pip install 'yolo-qc-plugin[litert]'"
-    return too_old("ai_edge_litert", OLDEST, "this file")
+    return missing("ai_edge_litert") or too_old("ai_edge_litert", OLDEST, "this file")
 
 
 def litert_metadata(path: Path) -> dict[str, str]:
