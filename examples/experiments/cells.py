@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -49,8 +50,9 @@ class Cell:
     Args:
         name: Of its files.
         options: Of the plugin, whose widths are uniform unless a budget is among them; None is float.
-        work: "train"; "correct" corrects the source's run with these options; "start" trains nothing and measures what
-            training begins from, float or calibrated; "round" measures the source's model with softer rounding.
+        work: "train"; "correct" corrects the source's run with these options, with teacher="off" by labels alone;
+            "start" trains nothing and measures what training begins from, float or calibrated; "round" measures the
+            source's model with softer rounding.
         source: Name of the cell whose run this one begins from.
         recipe: Further arguments of `model.train()`; "trial" is a name of trials.py.
     """
@@ -295,10 +297,14 @@ def correct(request: dict) -> dict:
     """Correct the finished run of another cell; returns what the JSON file is to hold of it."""
     from yolo_qc_plugin import correct
 
-    source, folder = Path(request["source"]), Path(request["run"])
+    source, folder, options = Path(request["source"]), Path(request["run"]), dict(request["options"])
+    if options.pop("teacher", None) == "off":  # QC is taught by the teacher.pt beside what it corrects
+        apart = folder / "apart"
+        apart.mkdir(parents=True, exist_ok=True)
+        source = Path(shutil.copy(source, apart))
     place = {"project": str(folder.parent), "name": folder.name, "exist_ok": True}
     machine = {k: v for k, v in request["recipe"].items() if k in MACHINE}
-    report = correct(source, request["data"], **request["options"], **place, **machine)
+    report = correct(source, request["data"], **options, **place, **machine)
     return {key: report[key] for key in ("config", "metrics", "kept")}
 
 

@@ -10,17 +10,17 @@
     python examples/experiments/coco.py table2 ... --qc preset=paper
     python examples/experiments/coco.py table3 ... --qc preset=paper
     python examples/experiments/coco.py granularity ... --qc preset=paper
-    python examples/experiments/coco.py rates ... --qc preset=paper
-    python examples/experiments/coco.py rates ... --of budget-W4A4-ops
+    python examples/experiments/coco.py corrections ... --qc preset=paper
+    python examples/experiments/coco.py corrections ... --of budget-W4A4-ops
 
 `recipe` is what a model keeps with the plugin's defaults and the same widths in all layers; `ablation` changes one
 default at a time; `labels` has the float model label photographs that have no labels, from several confidences on;
 `budget` is the same widths against widths by a budget of as much; `length` trains for a CPU for fewer epochs; table1 to
 table3 are the paper's, made by the same functions as paper.py's; `granularity` is a scale per tensor against one per
-channel, narrow edges ("4-bit*") and soft rounding; `rates` are QC's, of a cell's finished run. Runs are shared between
-the kinds, and what is done or begun is not repeated (see cells.py); give the paper's five the same options.
-OUT/coco.json holds all cells and their paired differences, OUT/coco.npz the resamples that these come from; OUT/coco.md
-is made from the first alone:
+channel, narrow edges ("4-bit*") and soft rounding; `corrections` are a cell's finished run, corrected again at other
+rates, for longer, and by labels alone. Runs are shared between the kinds, and what is done or begun is not repeated
+(see cells.py); give the paper's five the same options. OUT/coco.json holds all cells and their paired differences,
+OUT/coco.npz the resamples that these come from; OUT/coco.md is made from the first alone:
 
     python examples/experiments/coco.py recipe --assemble
 """
@@ -36,7 +36,7 @@ from cells import Cell, mean_and_spread, measure, parser
 from measured import State, differences, keep_resampled, label
 from paper import difference, difference_head, header, main_figure, method, points, table_of_differences
 from record import page, results, table_head, write
-from trials import EPOCHS, STARTS
+from trials import CALLBACKS, STARTS
 
 from yolo_qc_plugin.config import QCConfig
 from yolo_qc_plugin.targets import TARGETS
@@ -88,7 +88,7 @@ GONE = ["ablation-bn_freeze=False,bn_reestimate=True"]  # whose options went, fo
 TRAINING = {  # arguments of `yolo train` changed
     "lr0=1e-4": {"lr0": 1e-4},
     "lr0=9e-4": {"lr0": 9e-4},
-    **{f"trial={name}": {"trial": name} for name in (*EPOCHS, *STARTS)},
+    **{f"trial={name}": {"trial": name} for name in (*CALLBACKS, *STARTS)},
     "mosaic=0.5": {"mosaic": 0.5},
     "mosaic=0": {"mosaic": 0.0},
 }
@@ -114,8 +114,12 @@ PLANS = {
 
 LENGTHS = 1, 3, 10, 20  # epochs, beside those of the cell of `budget` that has the default of `target=cpu`
 
-RATES = 1e-3, 3e-3, 1e-2  # of QC; the paper's is 1e-4
-RATED = method("EMA", 4).name, *UNIFORM, *PLANS  # cells whose finished runs can be corrected again
+CORRECTIONS = {  # of a finished run, each with what it changes
+    **{f"lr{rate:g}": {"correction_lr": rate} for rate in (1e-3, 3e-3, 1e-2)},  # the paper's is 1e-4
+    **{f"epochs{n}": {"correction_epochs": n} for n in (3, 10)},
+    "labels": {"teacher": "off"},
+}
+CORRECTED = method("EMA", 4).name, *UNIFORM, *PLANS  # cells whose finished runs can be corrected again
 NARROW = {"4": {"bits": 4}, "3": {"bits": 3}, "4*": {"bits": 4, "edge_bits": 4}}
 # mAP on COCO in the paper's main text: per tensor, per channel, per tensor with QC; all with EMA
 PAPER = {
@@ -142,10 +146,10 @@ def rounded(bits: int) -> Cell:
     return Cell(f"rounded-LSQ-{bits}bit", None, "round", source=method("LSQ", bits).name)
 
 
-def at_rate(rate: float, source: str) -> Cell:
-    """A finished run, corrected again at a rate of its own."""
-    options, of = {"correction": "channel", "correction_lr": rate}, "" if source == RATED[0] else f"{source}-"
-    return Cell(f"{of}QC-lr{rate:g}", options, "correct", source=source)
+def corrected(source: str, way: str) -> Cell:
+    """A finished run, corrected again in one of `CORRECTIONS`."""
+    of = "" if source == CORRECTED[0] else f"{source}-"
+    return Cell(f"{of}QC-{way}", {"correction": "channel", **CORRECTIONS[way]}, "correct", source=source)
 
 
 def calibrated(width: str) -> Cell:
@@ -153,8 +157,8 @@ def calibrated(width: str) -> Cell:
     return Cell(f"calibrated-{width}", RECIPE[width], "start")
 
 
-def cells(kind: str, rated: str = "") -> list[Cell]:
-    """The cells of a table; `rated` is the cell whose run `rates` corrects."""
+def cells(kind: str, of: str = "") -> list[Cell]:
+    """The cells of a table; `of` is the cell whose run `corrections` corrects."""
     if kind == "recipe":
         return [START, TRAINED_ON, *map(calibrated, RECIPE), *(Cell(width, RECIPE[width]) for width in TRAINED)]
     if kind == "ablation":
@@ -168,9 +172,9 @@ def cells(kind: str, rated: str = "") -> list[Cell]:
     if kind == "granularity":
         made = [averaged(bits, per_channel) for bits in NARROW for per_channel in (False, True)]
         return [START, *made, *(method("LSQ", bits) for bits in paper.WIDTHS), *map(rounded, paper.WIDTHS)]
-    if kind == "rates":
-        source = next(cell for cell in (method("EMA", 4), *budgeted()) if cell.name == rated)
-        return [START, source, *(at_rate(rate, rated) for rate in RATES)]
+    if kind == "corrections":
+        source = next(cell for cell in (method("EMA", 4), *budgeted()) if cell.name == of)
+        return [START, source, *(corrected(of, way) for way in CORRECTIONS)]
     return [START, *paper.cells(kind, paper.WIDTHS)]
 
 
@@ -260,7 +264,7 @@ def compared() -> list[tuple[State, State]]:
     for first, *others in ([*names(ablated()), *GONE], names(labelled())):
         pairs += [((name, "qat"), (first, "qat")) for name in (first, *others)]
     pairs += searched()
-    pairs += [((at_rate(rate, source).name, "qc"), (source, "qat")) for source in RATED for rate in RATES]
+    pairs += [((corrected(source, way).name, "qc"), (source, "qat")) for source in CORRECTED for way in CORRECTIONS]
     return [*pairs, *(pair for bits in NARROW for pair in granular(bits)), *map(softer, paper.WIDTHS)]
 
 
@@ -448,29 +452,31 @@ def granularity(name: str, content: dict) -> list[str]:
     return [*lines, "", *table_of_differences(content, pairs, figure)]
 
 
-def rates(name: str, content: dict) -> list[str]:
-    """QC's learning rate."""
-    corrected = {source: {rate: at_rate(rate, source).name for rate in RATES} for source in RATED}
-    corrected = {s: of for s, of in corrected.items() if any(results(content["cells"], cell) for cell in of.values())}
-    runs = [run for source in corrected for run in results(content["cells"], source).values()]
+def corrections(name: str, content: dict) -> list[str]:
+    """QC's learning rate, its length, and what teaches it."""
+    made = {source: {way: corrected(source, way).name for way in CORRECTIONS} for source in CORRECTED}
+    made = {s: of for s, of in made.items() if any(results(content["cells"], cell) for cell in of.values())}
+    runs = [run for source in made for run in results(content["cells"], source).values()]
     if not runs:
         return []
     figure, title = main_figure(runs)
     lines = [
-        *header("QC's learning rate", name, runs),
-        "Finished runs, corrected at several rates of Adam, among them that of the run itself. The last columns are "
-        "the gain over the model without QC.",
+        *header("QC in other ways", name, runs),
+        "Finished runs, corrected again with one option changed, after the correction of the run itself, which tells "
+        "its rate. `teacher=off` is by the labels of the data alone. The last columns are the gain over the model "
+        "without QC.",
         "",
-        *table_head(["run", "rate", "seeds", title, *difference_head(content)]),
+        *table_head(["run", "QC", "seeds", title, *difference_head(content)]),
     ]
-    for source, of in corrected.items():
+    for source, of in made.items():
         (run, *_) = results(content["cells"], source).values()
-        own = {run["config"]["correction_lr"]: source} if "qc" in run["metrics"] else {}
-        for rate, cell in sorted({**of, **own}.items()):
+        own = {f"correction_lr={run['config']['correction_lr']:g}": source} if "qc" in run["metrics"] else {}
+        others = {", ".join(f"{k}={v}" for k, v in CORRECTIONS[way].items()): cell for way, cell in of.items()}
+        for changed, cell in {**own, **others, **own}.items():
             if after := points(results(content["cells"], cell), "qc", figure):
                 gains = difference(content, (cell, "qc"), (source, "qat"), figure)
                 spread = mean_and_spread(after.values())
-                lines.append(f"| {source} | {rate:g} | {len(after)} | {spread} | {' | '.join(gains)} |")
+                lines.append(f"| {source} | {changed} | {len(after)} | {spread} | {' | '.join(gains)} |")
     return lines
 
 
@@ -502,16 +508,19 @@ def soft_rounding(name: str, content: dict) -> list[str]:
 
 TABLES = (
     *(recipe, ablation, labels, budgets, lengths),
-    *(paper.table1, paper.table2, rates, paper.table3, granularity, soft_rounding),
+    *(paper.table1, paper.table2, corrections, paper.table3, granularity, soft_rounding),
 )
-KINDS = "recipe", "ablation", "labels", "budget", "length", "table1", "table2", "table3", "granularity", "rates"
+KINDS = (
+    *("recipe", "ablation", "labels", "budget", "length"),
+    *("table1", "table2", "table3", "granularity", "corrections"),
+)
 
 
 def main() -> None:
     """Parse the command line and run."""
     p = parser(__doc__, KINDS)
     p.set_defaults(runs=Path("runs/coco"), coco=True)
-    p.add_argument("--of", default=RATED[0], choices=RATED, help="cell whose run `rates` corrects again")
+    p.add_argument("--of", default=CORRECTED[0], choices=CORRECTED, help="cell whose run `corrections` corrects")
     args = p.parse_args()
     file = args.out / "coco.json"
     record, done = measure(cells(args.kind, args.of), file, args)

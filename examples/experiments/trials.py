@@ -1,13 +1,15 @@
 # yolo_qc_plugin, AGPL-3.0
-"""What a cell tries that no option of the plugin gives: stages of a run, and other starts of the scales."""
+"""What a cell tries that no option of the plugin gives: stages of a run, other gradients and losses, other starts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from yolo_qc_plugin.host import distillation
 from yolo_qc_plugin.quant import quantizer
 from yolo_qc_plugin.quant.calibrate import act_quantizers
 from yolo_qc_plugin.quant.functional import fake_quantize
@@ -55,6 +57,88 @@ def weights_rest(trainer) -> None:
             conv.weight.requires_grad_(False)
 
 
+class Fork(torch.autograd.Function):
+    """Hands a tensor to several branches, and has the gradient that each gives back count alike.
+
+    Each is brought to the mean of their norms before they are added.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, branches: int) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for _ in range(branches))
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
+        norms = torch.stack([g.norm() for g in gradients])
+        shares = norms.mean() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        return sum(share * g for share, g in zip(shares, gradients)), None
+
+
+def gradients_balanced(trainer) -> None:
+    """Where several top-level layers read the output of one, their gradients count alike."""
+    from ultralytics.utils.torch_utils import unwrap_model
+
+    layers = list(unwrap_model(trainer.model).model)
+    # layer -> those that it reads, in order
+    read = {i: [i - 1 if f == -1 else f for f in torch.tensor([m.f]).flatten().tolist()] for i, m in enumerate(layers)}
+    handed: dict[tuple[int, int], Tensor] = {}  # (source, reader) -> what this reader gets
+
+    def hand(source: int, readers: list[int], layer: nn.Module, args: tuple, output: Tensor) -> None:
+        handed.update(zip([(source, r) for r in readers], Fork.apply(output, len(readers))))
+
+    def take(reader: int, layer: nn.Module, args: tuple) -> tuple:
+        given = args[0] if isinstance(args[0], list) else [args[0]]
+        taken = [handed.pop((source, reader), x) for source, x in zip(read[reader], given)]
+        return (taken if isinstance(args[0], list) else taken[0], *args[1:])
+
+    for source, layer in enumerate(layers):
+        readers = [r for r, sources in read.items() if source in sources]
+        if len(readers) > 1:
+            layer.register_forward_hook(partial(hand, source, readers))
+    for reader, layer in enumerate(layers):
+        layer.register_forward_pre_hook(partial(take, reader))
+
+
+def distances(boxes: Tensor, reg_max: int) -> Tensor:
+    """Distances to the four sides, in strides, (batch, 4, places), of what a head gives for boxes."""
+    if reg_max == 1:
+        return boxes
+    batch, _, places = boxes.shape
+    bins = torch.arange(reg_max, dtype=boxes.dtype, device=boxes.device)
+    return torch.einsum("bsrp,r->bsp", boxes.view(batch, 4, reg_max, places).softmax(2), bins)
+
+
+def overlap(first: Tensor, second: Tensor) -> Tensor:
+    """Intersection over union of boxes by their distances to the sides from the same places: (batch, places)."""
+    width, height = (lambda x: x[:, 0] + x[:, 2]), (lambda x: x[:, 1] + x[:, 3])
+    shared = torch.minimum(first, second)
+    intersection = width(shared).clamp_min(0) * height(shared).clamp_min(0)
+    union = width(first) * height(first) + width(second) * height(second) - intersection
+    return intersection / union.clamp_min(1e-6)
+
+
+def aligned_loss(plain: Callable, student: dict, teacher: dict, reg_max: int, cls: float, dfl: float) -> Tensor:
+    """The loss of outputs with the teacher's scores times the overlap of the student's box with the teacher's.
+
+    A place whose box the student finds less well is to score less, so that it loses to its neighbours in suppression.
+    """
+    with torch.no_grad():
+        same = overlap(*(distances(outputs["boxes"].float(), reg_max) for outputs in (student, teacher)))
+        scores = teacher["scores"].float().sigmoid() * same[:, None]
+    aligned = {**teacher, "scores": scores.logit(eps=1e-6)}
+    return plain(student, aligned, reg_max, cls, 0.0) + plain(student, teacher, reg_max, 0.0, dfl)
+
+
+def scores_aligned(trainer) -> None:
+    """Training, and nothing after it, draws the model to scores by overlap."""
+    distillation.outputs_loss = partial(aligned_loss, OUTPUTS_LOSS)
+
+
+def scores_plain(trainer) -> None:
+    """What is measured of a model knows nothing of it."""
+    distillation.outputs_loss = OUTPUTS_LOSS
+
+
 def by_power(x: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """The scale of least error to the power of 2.4 for each row of x (rows, n)."""
     full = x.abs().amax(1).clamp(min=1e-6) / quant_max
@@ -100,10 +184,13 @@ def starts(scale: Callable, with_offset: Callable) -> None:
     quantizer.mse_scale, quantizer.mse_scale_offset = scale, with_offset  # type: ignore[assignment]
 
 
-EPOCHS = {
-    "activations last": activations_last,
-    "activations in stages": activations_in_stages,
-    "weights rest": weights_rest,
+OUTPUTS_LOSS = distillation.outputs_loss
+CALLBACKS = {
+    "activations last": {"on_train_epoch_start": activations_last},
+    "activations in stages": {"on_train_epoch_start": activations_in_stages},
+    "weights rest": {"on_train_epoch_start": weights_rest},
+    "gradients balanced": {"on_train_start": gradients_balanced},
+    "scores by overlap": {"on_train_start": scores_aligned, "on_train_end": scores_plain},
 }
 STARTS = {
     "starts by L2.4": (by_power, by_power_with_offset),
@@ -112,8 +199,9 @@ STARTS = {
 
 
 def add_trial(yolo, name: str | None) -> None:
-    """Have a run try what a name says, one of EPOCHS or STARTS; None is a run as any other."""
+    """Have a run try what a name says, one of CALLBACKS or STARTS; None is a run as any other."""
     if name in STARTS:
         starts(*STARTS[name])
     elif name:
-        yolo.add_callback("on_train_epoch_start", EPOCHS[name])
+        for event, callback in CALLBACKS[name].items():
+            yolo.add_callback(event, callback)

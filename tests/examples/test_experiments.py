@@ -13,6 +13,7 @@ import time
 from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from conftest import CHECKPOINTS, TINY, TINY_YAML  # noqa: E402
 from yolo_qc_plugin import add_qc_callbacks  # noqa: E402
 from yolo_qc_plugin.config import QCConfig  # noqa: E402
 from yolo_qc_plugin.data.digits import compose  # noqa: E402
+from yolo_qc_plugin.host import distillation  # noqa: E402
 from yolo_qc_plugin.quant import quantizer  # noqa: E402
 from yolo_qc_plugin.quant.layers import QuantConv2d, quant_convs  # noqa: E402
 from yolo_qc_plugin.quant.observers import mse_scale, mse_scale_offset  # noqa: E402
@@ -75,6 +77,23 @@ def test_a_killed_cell_goes_on_and_fills_its_row(train, digits, tmp_path):
         "EMA-4bit-seed0": found
     }
     assert cells.is_done(request, joined["digits-yolov5n"]["cells"])
+
+
+def test_a_run_is_corrected_by_its_teacher_or_by_labels_alone(digits, tmp_path):
+    """The same way twice is the same; without the teacher it is another."""
+    source = cells.Cell("source", {"bits": 4, "correction": "off"})
+    ways = {"a": {}, "b": {}, "c": {"teacher": "off"}}
+    again = [cells.Cell(name, {"correction": "channel", **of}, "correct", source="source") for name, of in ways.items()]
+    shifts = []
+    for cell in source, *again:
+        request = {**request_of(digits, tmp_path, cell), "weights": str(CHECKPOINTS / "float.pt")}
+        with measured.keeping_corrected():
+            cells.work(request)
+        assert json.loads(Path(request["target"]).read_text())["options"] == cell.options
+        if cell.source:
+            model, _ = load_checkpoint(Path(request["run"]) / "weights" / "qc.pt")
+            shifts.append([conv.correction.beta.flatten().tolist() for _, conv in quant_convs(model)])
+    assert shifts[0] == shifts[1] != shifts[2]
 
 
 def test_a_cell_that_fails_says_why(digits, tmp_path, capsys):
@@ -197,7 +216,7 @@ def test_a_cell_has_cocos_ap_of_each_state(digits, tmp_path):
     assert any(not torch.equal(v, states["qat"][k]) for k, v in states["qc"].items())
 
 
-@pytest.mark.parametrize("name", trials.EPOCHS)
+@pytest.mark.parametrize("name", ["activations last", "activations in stages", "weights rest"])
 def test_trials_of_stages(digits, tmp_path, name):
     """Of what is rounded, to how many bits, and of what is trained: by epoch, in four of them."""
     model, seen = YOLO(CHECKPOINTS / "float.pt"), []
@@ -219,6 +238,50 @@ def test_trials_of_stages(digits, tmp_path, name):
         weight, scale = (not torch.equal(*pair) for pair in zip(before, after))
         assert scale and weight == (name != "weights rest" or epoch < 3)
     assert len(seen) == 8
+
+
+def test_gradients_of_branches_count_alike():
+    """Outputs stay, and so do gradients behind the last branch; further back they change."""
+    x = torch.zeros(2, requires_grad=True)
+    first, second = trials.Fork.apply(x, 2)
+    (first * torch.tensor([3.0, 0.0]) + second * torch.tensor([0.0, 4.0])).sum().backward()
+    assert x.grad.tolist() == [3.5, 3.5]  # each of the norm that they have in the mean
+
+    model = load_checkpoint(CHECKPOINTS / "float.pt")[0].float().train()
+
+    def step():
+        torch.manual_seed(0)
+        model.zero_grad()
+        output = model(torch.rand(2, 3, 64, 64))
+        sum(x.square().mean() for x in (output["boxes"], output["scores"])).backward()
+        return output["scores"].detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    model.requires_grad_(True)
+    plain, before = step()
+    trials.gradients_balanced(SimpleNamespace(model=model))
+    balanced, after = step()
+    last = f"model.{len(model.model) - 1}."
+    changed = {n for n in before if not torch.allclose(before[n], after[n], rtol=1e-3, atol=1e-9)}
+    assert torch.equal(plain, balanced) and changed and not any(n.startswith(last) for n in changed)
+    assert any(n.startswith("model.0.") for n in changed)
+
+
+def test_scores_by_overlap():
+    """Equal outputs lose nothing; a box that is off has its score drawn down, whatever its class."""
+    torch.manual_seed(0)
+    teacher = {"scores": torch.randn(1, 3, 5), "boxes": torch.rand(1, 4, 5) * 4 + 1}
+    teacher["feats"] = [torch.zeros(1, 1, 1, 5)]
+    same = {**teacher, "scores": teacher["scores"].clone().requires_grad_()}
+    off = {**same, "boxes": teacher["boxes"] * torch.tensor([1, 1, 1, 1, 3.0])}  # nine times the area, the last place
+    losses = [trials.aligned_loss(trials.OUTPUTS_LOSS, student, teacher, 1, 1.0, 0.0) for student in (same, off)]
+    assert losses[0].item() == pytest.approx(0, abs=1e-5) and losses[1] > 0.1
+    losses[1].backward()
+    assert (same["scores"].grad[..., -1] > 1e-3).all() and same["scores"].grad[..., :-1].abs().max() < 1e-5
+    bins = torch.full((1, 4 * 8, 2), -50.0)
+    bins[:, 3::8] = 50  # all of a distribution in its fourth bin
+    assert trials.distances(bins, 8).flatten().tolist() == pytest.approx([3.0] * 8)
+    boxes = torch.tensor([[[1.0], [1.0], [1.0], [1.0]], [[1.0], [1.0], [3.0], [1.0]]])
+    assert trials.overlap(boxes[:1], boxes[1:]).item() == pytest.approx(0.5)
 
 
 def test_trials_of_starts():
@@ -243,7 +306,7 @@ def test_trials_of_starts():
 
 
 def test_a_cell_runs_its_trial(digits, tmp_path, monkeypatch):
-    """Runs of one seed are the same but for it: other starts end in other scales."""
+    """Runs of one seed are the same but for it, which changes the scales that they end in."""
 
     def scales(cell, trial):
         cell = cells.Cell(cell, {"bits": 4, "correction": "off"}, recipe={"trial": trial} if trial else {})
@@ -256,8 +319,10 @@ def test_a_cell_runs_its_trial(digits, tmp_path, monkeypatch):
         model, _ = load_checkpoint(Path(request["run"]) / "weights" / "qat.pt")
         return [(conv.act_quant.scale.item(), conv.weight_quant.scale.mean().item()) for _, conv in quant_convs(model)]
 
-    first, *others, last = (scales(f"cell{i}", name) for i, name in enumerate((None, *trials.STARTS, None)))
-    assert first == last and len(others) == 2 and first not in others and others[0] != others[1]
+    tried = *trials.STARTS, "gradients balanced", "scores by overlap"
+    first, *others, last = (scales(f"cell{i}", name) for i, name in enumerate((None, *tried, None)))
+    assert first == last and first not in others and len({tuple(found) for found in others}) == len(tried)
+    assert distillation.outputs_loss is trials.OUTPUTS_LOSS
 
 
 def test_a_soft_model_is_not_deployed(digits):
@@ -378,30 +443,32 @@ def test_cells_against_the_first():
         assert all(QCConfig.from_options(cell.options) for cell in made)
 
 
-def test_rates_are_of_any_finished_run():
-    """Beside the rate that a run had itself, in order; a run without QC has none of its own."""
+def test_any_finished_run_is_corrected_in_other_ways():
+    """After what the run had itself, of which a run without QC has nothing."""
     one = {"data": "d.yaml", "weights": "w.pt", "model": "yolov5n", "steps": 6, "versions": {}, "options": {}}
     one |= {"images": {"train": 24, "val": 8}, "config": {"correction_lr": 1e-3}}
     states = {
         "W4A4": {"qat": 0.3, "qc": 0.31},
         "W4A4-QC-lr0.01": {"qc": 0.32},
+        "W4A4-QC-labels": {"qc": 0.29},
         "budget-W4A4": {"qat": 0.5},
         "budget-W4A4-QC-lr0.003": {"qc": 0.49},
     }
     recorded = {f"{name}-seed0": {**one, **cell_of(0, **of)} for name, of in states.items()}
-    page = coco.rates("d", {"cells": recorded, "notes": [], "differences": {}})
+    page = coco.corrections("d", {"cells": recorded, "notes": [], "differences": {}})
     (rows,) = page_tables(page)
     assert [row.rsplit(" | ", 4)[0] for row in rows[2:]] == [
-        "| W4A4 | 0.001 | 1 | 31.0 | +1.0",
-        "| W4A4 | 0.01 | 1 | 32.0 | +2.0",
-        "| budget-W4A4 | 0.003 | 1 | 49.0 | -1.0",
+        "| W4A4 | correction_lr=0.001 | 1 | 31.0 | +1.0",
+        "| W4A4 | correction_lr=0.01 | 1 | 32.0 | +2.0",
+        "| W4A4 | teacher=off | 1 | 29.0 | -1.0",
+        "| budget-W4A4 | correction_lr=0.003 | 1 | 49.0 | -1.0",
     ]
     assert (("W4A4-QC-lr0.01", "qc"), ("W4A4", "qat")) in coco.compared()
-    made = {cell.name: cell for cell in coco.cells("rates", "budget-W4A4-ops")}
+    made = {cell.name: cell for cell in coco.cells("corrections", "budget-W4A4-ops")}
     assert made["budget-W4A4-ops-QC-lr0.01"].source == "budget-W4A4-ops" and made["budget-W4A4-ops"].work == "train"
-    for source in coco.RATED:
-        assert coco.cells("rates", source)[1].name == source
-    assert coco.rates("d", {"cells": {}}) == []
+    for source in coco.CORRECTED:
+        assert coco.cells("corrections", source)[1].name == source
+    assert coco.corrections("d", {"cells": {}}) == []
 
 
 def test_a_budget_is_what_its_name_says():
