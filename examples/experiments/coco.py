@@ -470,9 +470,10 @@ def corrections(name: str, content: dict) -> list[str]:
     ]
     for source, of in made.items():
         (run, *_) = results(content["cells"], source).values()
-        own = {f"correction_lr={run['config']['correction_lr']:g}": source} if "qc" in run["metrics"] else {}
-        others = {", ".join(f"{k}={v}" for k, v in CORRECTIONS[way].items()): cell for way, cell in of.items()}
-        for changed, cell in {**own, **others, **own}.items():
+        rows = {f"correction_lr={run['config']['correction_lr']:g}": source} if "qc" in run["metrics"] else {}
+        for way, cell in of.items():
+            rows.setdefault(", ".join(f"{k}={v}" for k, v in CORRECTIONS[way].items()), cell)
+        for changed, cell in rows.items():
             if after := points(results(content["cells"], cell), "qc", figure):
                 gains = difference(content, (cell, "qc"), (source, "qat"), figure)
                 spread = mean_and_spread(after.values())
