@@ -79,8 +79,8 @@ def gradients_balanced(trainer) -> None:
     from ultralytics.utils.torch_utils import unwrap_model
 
     layers = list(unwrap_model(trainer.model).model)
-    # layer -> those that it reads, in order
-    read = {i: [i - 1 if f == -1 else f for f in torch.tensor([m.f]).flatten().tolist()] for i, m in enumerate(layers)}
+    given = [m.f if isinstance(m.f, list) else [m.f] for m in layers]
+    read = {i: [i - 1 if f == -1 else f for f in of] for i, of in enumerate(given)}  # layer -> those that it reads
     handed: dict[tuple[int, int], Tensor] = {}  # (source, reader) -> what this reader gets
 
     def hand(source: int, readers: list[int], layer: nn.Module, args: tuple, output: Tensor) -> None:
