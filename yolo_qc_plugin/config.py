@@ -220,14 +220,6 @@ class QCConfig:
         return self.runs_on.narrow
 
     @property
-    def sum_bits(self) -> int:
-        """Width of what residual sums add, where the target wants that quantized.
-
-        Where all that read a tensor are to have one scale it is that of convolutions' inputs; else more cost nothing.
-        """
-        return self.body_bits[1] if self.symmetric else MAX_BITS
-
-    @property
     def symmetric(self) -> bool:
         """Whether the target wants symmetric grids (see `Target`)."""
         return self.runs_on.symmetric
