@@ -71,7 +71,7 @@ TARGETS: dict[str, Target] = {
         symmetric=True,
         joined=True,
     ),
-    "litert": Target({"per_channel": True, "act_bits": 8}, onnx="packed", narrow=True),
+    "litert": Target({"per_channel": True, "act_bits": 8}, onnx="packed", narrow=True, joined=True),
     # every bit is logic there, of activations too; FINN takes no zero points, which outputs' grids have
     "fpga": Target(
         {"per_channel": True, "act_offset": False, "output_bits": None},

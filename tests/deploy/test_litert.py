@@ -61,6 +61,7 @@ FAMILIES = {  # (YAML, options of build)
     "yolov8n": ("yolov8n.yaml", dict(outputs=True)),
     "yolo11n": ("yolo11n.yaml", dict(outputs=True, act_offset=False)),
     "yolo26n": ("yolo26n.yaml", dict(outputs=True)),
+    "yolo11n, target": ("yolo11n.yaml", dict(target="litert", outputs=True, per_channel=True, act_bits=8)),
 }
 TASKS = {
     "segment": "yolov8n-seg.yaml",
@@ -148,6 +149,19 @@ def test_built_in_kernels_are_a_step_off_at_most(family, name, kind, runtime):
     path, file = family(name, kind)
     found = compare_codes(deployed(path), ExportedLiteRT(file), runtime, images(2))
     assert found["steps"] <= 1 and found["changed"] < MOVED, found
+
+
+def test_what_is_read_on_one_grid_is_computed_once(family):
+    """With the target a product for each activation but those in float; without it more, for tensors of two grids."""
+    products = {}
+    for name in "yolo11n, target", "yolo11n":
+        _, file = family(name, "int8")
+        run = interpreter.Interpreter(str(file))
+        kinds = {t["index"]: t["dtype"] for t in run.get_tensor_details()}
+        operators = [(op["op_name"], kinds[op["outputs"][0]]) for op in run._get_ops_details()]
+        products[name] = operators.count(("MUL", np.int8))
+        assert operators.count(("LOGISTIC", np.int8)) == 77
+    assert products["yolo11n, target"] < 77 < products["yolo11n"]
 
 
 @pytest.mark.parametrize("kind", LITERT_KINDS)

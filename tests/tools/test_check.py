@@ -268,6 +268,24 @@ def test_a_model_for_tensorrt_passes(digits, tmp_path, small_files):
     assert all(r["steps"] <= 1 and r["changed"] < 1e-3 for r in result["runtimes"] if "skipped" not in r)
 
 
+def test_a_model_for_litert_has_the_same_codes(digits, tmp_path, small_files):
+    """What is concatenated is on one grid; codes are the same in ONNX and in LiteRT."""
+    pytest.importorskip("ai_edge_litert", reason="needs the extra litert")
+    model = YOLO(FLOAT)
+    add_qc_callbacks(model, target="litert", weight_bits=4)
+    model.train(**TINY, data=str(digits), project=str(tmp_path), name="run")
+    checkpoint = tmp_path / "run" / "weights" / "best.pt"
+    for options in {"format": "onnx"}, {"format": "litert"}:
+        exporting = YOLO(checkpoint)
+        if options["format"] == "litert":
+            choose_litert_kind(exporting, "int8")
+        result = check(checkpoint, exporting.export(**options, imgsz=64, device="cpu"), digits, images=2)
+        assert result["weights"] == []
+        assert result["checkpoint"]["AP"] == result["pytorch"]["AP"] > FINDS
+        first = result["runtimes"][0]
+        assert first["changed_end_to_end"] == first["points"] == 0, first
+
+
 def test_a_model_for_openvino_passes_with_the_same_codes(digits, tmp_path, small_files):
     """SiLU is rounded floats in it; the edges' weights have 7 bits, so that all are integers in OpenVINO."""
     model = YOLO(FLOAT)
