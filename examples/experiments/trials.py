@@ -8,6 +8,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from ultralytics.nn.modules import DFL
+from ultralytics.utils.metrics import bbox_iou
+from ultralytics.utils.tal import dist2bbox
 
 from yolo_qc_plugin.host import distillation
 from yolo_qc_plugin.quant import quantizer
@@ -70,7 +73,7 @@ class Fork(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
         norms = torch.stack([g.norm() for g in gradients])
-        shares = norms.mean() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        shares = norms.mean() / norms.clamp_min(1e-12)  # of a branch that gives back nothing it must stay finite
         return sum(share * g for share, g in zip(shares, gradients)), None
 
 
@@ -101,20 +104,13 @@ def gradients_balanced(trainer) -> None:
 
 def distances(boxes: Tensor, reg_max: int) -> Tensor:
     """Distances to the four sides, in strides, (batch, 4, places), of what a head gives for boxes."""
-    if reg_max == 1:
-        return boxes
-    batch, _, places = boxes.shape
-    bins = torch.arange(reg_max, dtype=boxes.dtype, device=boxes.device)
-    return torch.einsum("bsrp,r->bsp", boxes.view(batch, 4, reg_max, places).softmax(2), bins)
+    return DFL(reg_max).to(boxes)(boxes) if reg_max > 1 else boxes
 
 
 def overlap(first: Tensor, second: Tensor) -> Tensor:
     """Intersection over union of boxes by their distances to the sides from the same places: (batch, places)."""
-    width, height = (lambda x: x[:, 0] + x[:, 2]), (lambda x: x[:, 1] + x[:, 3])
-    shared = torch.minimum(first, second)
-    intersection = width(shared).clamp_min(0) * height(shared).clamp_min(0)
-    union = width(first) * height(first) + width(second) * height(second) - intersection
-    return intersection / union.clamp_min(1e-6)
+    corners = (dist2bbox(x, torch.zeros_like(x[:, :2]), xywh=False, dim=1) for x in (first, second))
+    return bbox_iou(*(x.transpose(1, 2) for x in corners), xywh=False).squeeze(-1)
 
 
 def aligned_loss(plain: Callable, student: dict, teacher: dict, reg_max: int, cls: float, dfl: float) -> Tensor:

@@ -216,7 +216,10 @@ def test_a_cell_has_cocos_ap_of_each_state(digits, tmp_path):
     assert any(not torch.equal(v, states["qat"][k]) for k, v in states["qc"].items())
 
 
-@pytest.mark.parametrize("name", ["activations last", "activations in stages", "weights rest"])
+STAGES = [name for name, of in trials.CALLBACKS.items() if "on_train_epoch_start" in of]
+
+
+@pytest.mark.parametrize("name", STAGES)
 def test_trials_of_stages(digits, tmp_path, name):
     """Of what is rounded, to how many bits, and of what is trained: by epoch, in four of them."""
     model, seen = YOLO(CHECKPOINTS / "float.pt"), []
@@ -246,6 +249,9 @@ def test_gradients_of_branches_count_alike():
     first, second = trials.Fork.apply(x, 2)
     (first * torch.tensor([3.0, 0.0]) + second * torch.tensor([0.0, 4.0])).sum().backward()
     assert x.grad.tolist() == [3.5, 3.5]  # each of the norm that they have in the mean
+    x.grad = None
+    (trials.Fork.apply(x, 2)[0] * 100).sum().backward()  # the other branch gives back nothing
+    assert x.grad.tolist() == [50.0, 50.0]
 
     model = load_checkpoint(CHECKPOINTS / "float.pt")[0].float().train()
 
@@ -319,7 +325,7 @@ def test_a_cell_runs_its_trial(digits, tmp_path, monkeypatch):
         model, _ = load_checkpoint(Path(request["run"]) / "weights" / "qat.pt")
         return [(conv.act_quant.scale.item(), conv.weight_quant.scale.mean().item()) for _, conv in quant_convs(model)]
 
-    tried = *trials.STARTS, "gradients balanced", "scores by overlap"
+    tried = [*trials.STARTS, *(name for name in trials.CALLBACKS if name not in STAGES)]
     first, *others, last = (scales(f"cell{i}", name) for i, name in enumerate((None, *tried, None)))
     assert first == last and first not in others and len({tuple(found) for found in others}) == len(tried)
     assert distillation.outputs_loss is trials.OUTPUTS_LOSS
