@@ -26,7 +26,7 @@ target. What each file is for: [deployment.md](../deployment.md)."""
 
 def measure(checkpoint: Path, args: argparse.Namespace) -> dict:
     """The result of the benchmark, without the paths of a machine, and where and when it was made."""
-    given = {"float": args.float, "imgsz": args.imgsz, "threads": args.threads, "repeats": args.repeats}
+    given = {key: getattr(args, key) for key in ("float", "format", "imgsz", "threads", "repeats")}
     found = benchmark(str(checkpoint), args.data, **given)
     print(format_benchmark(found), flush=True)
     del found["page"]
@@ -49,6 +49,7 @@ def main() -> None:
     p.add_argument("--checkpoints", type=Path, nargs="+", help="the runs' best.pt")
     p.add_argument("--float", help="the checkpoint that they were trained from")
     p.add_argument("--data", help="data set YAML")
+    p.add_argument("--format", help="onnx, openvino or litert: files of this format alone")
     p.add_argument("--imgsz", type=int, default=320)
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--repeats", type=int, default=60)

@@ -19,7 +19,7 @@ from yolo_qc_plugin.cli import main
 from yolo_qc_plugin.deploy.litert.graph import LITERT_KINDS
 from yolo_qc_plugin.tools import exports
 from yolo_qc_plugin.tools.benchmark import benchmark, format_benchmark
-from yolo_qc_plugin.tools.latency import RUNTIMES, SETTLE, TURN, measure
+from yolo_qc_plugin.tools.latency import SETTLE, TURN, measure
 
 pytest.importorskip("onnxruntime", reason="needs the extra export")
 pytestmark = pytest.mark.usefixtures("small_files")
@@ -107,15 +107,15 @@ def test_every_kind_is_in_the_table(run, digits):
 def test_litert_files_are_in_the_table(run, digits, tmp_path):
     """Without Ultralytics' converter there is no FP32 to compare with, and the reason is told."""
     pytest.importorskip("ai_edge_litert", reason="needs the extra litert")
-    program(f"model={run[0] / 'weights' / 'best.pt'}", f"data={digits}", "repeats=6", f"out={tmp_path / 'new'}")
+    given = [f"model={run[0] / 'weights' / 'best.pt'}", f"data={digits}", "repeats=6", f"out={tmp_path / 'new'}"]
+    program(*given, "format=litert")
     result = json.loads((tmp_path / "new" / "benchmark.json").read_text())
     rows = {row["file"]: row for row in result["rows"] if row["runtime"] == "LiteRT"}
     reason = rows["FP32"]["skipped"]
     assert reason == "needs litert_torch" and reason in (tmp_path / "new" / "benchmark.md").read_text()
     assert all(rows[f"ours {k}"]["figure"] > FINDS and rows[f"ours {k}"]["ratio"] is None for k in LITERT_KINDS)
     assert rows["ours int4"]["mb"] < rows["ours int8"]["mb"]
-    onnx = {row["file"]: row for row in result["rows"] if row["runtime"] == "ONNX Runtime"}
-    assert "Ultralytics INT8" not in onnx and "figure" not in onnx["FP32"] and onnx["FP32"]["ratio"] == 1
+    assert {row["runtime"] for row in result["rows"]} == {"PyTorch", "LiteRT"}
 
 
 def test_a_file_that_cannot_be_written_is_a_row(run, digits, tmp_path, monkeypatch):
@@ -128,11 +128,11 @@ def test_a_file_that_cannot_be_written_is_a_row(run, digits, tmp_path, monkeypat
 
     export, level = YOLO.export, LOGGER.level
     monkeypatch.setattr(YOLO, "export", refuse)
-    monkeypatch.setattr("yolo_qc_plugin.tools.benchmark.RUNTIMES", {"ONNX Runtime": RUNTIMES["ONNX Runtime"]})
-    result = benchmark(str(run[0] / "weights" / "best.pt"), str(digits), repeats=6, out=str(tmp_path))
+    result = benchmark(str(run[0] / "weights" / "best.pt"), str(digits), format="onnx", repeats=6, out=str(tmp_path))
     rows = {row["file"]: row for row in result["rows"]}
     assert rows["ours int8"] == {"runtime": "ONNX Runtime", "file": "ours int8", "skipped": "no"}
-    assert rows["FP32"]["median"] > 0 and LOGGER.level == level
+    assert rows["FP32"]["median"] > 0 and "figure" not in rows["FP32"]  # a float start was not given
+    assert rows["FP32"]["ratio"] == 1 and "Ultralytics INT8" not in rows and LOGGER.level == level
 
 
 @pytest.mark.parametrize("change,message", [
@@ -145,6 +145,7 @@ def test_a_file_that_cannot_be_written_is_a_row(run, digits, tmp_path, monkeypat
     (dict(out="closed"), "out=closed cannot be written to"),
     (dict(out="mine"), "benchmark.md was not made by yolo-qc benchmark"),
     (dict(repeats=0), "repeats=0 is not accepted"),
+    (dict(format="engine"), "format=engine is not accepted; accepted: onnx, openvino, litert."),
     (dict(threads=0), "threads=0 is not accepted"),
     (dict(data="."), "data=. is a folder; give a data YAML"),
 ], ids=str)  # fmt: skip

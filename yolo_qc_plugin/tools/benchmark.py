@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..deploy.exported_qonnx import open_onnx
 from ..deploy.litert.exported import litert_obstacle
 from ..host import log
 from ..host.checkpoints import load_checkpoint
+from ..host.exporting import NEEDS
 from ..host.record import own_record
 from ..quant.inject import remove
 from ..quant.layers import quant_convs
@@ -44,6 +45,7 @@ def benchmark(
     data: str,
     *,
     float: str | None = None,
+    format: str | None = None,
     imgsz: int | Sequence[int] | None = None,
     split: str = "val",
     threads: int | None = None,
@@ -57,6 +59,7 @@ def benchmark(
         data: Data YAML, as Ultralytics accepts it: for accuracy, and for Ultralytics to calibrate its INT8 on.
         float: Checkpoint that training began with, whose exports by Ultralytics are measured beside. Without it, ratios
             are to the model without its quantizers.
+        format: "onnx", "openvino" or "litert": what runs files of this format alone; by default all that is here.
         imgsz: Image side in pixels, or height and width; by default that of training.
         split: "train", "val" or "test", of accuracy.
         threads: Of each runtime; by default as many as there are processors.
@@ -84,6 +87,7 @@ def benchmark(
     for name, count in {"repeats": repeats, "threads": 1 if threads is None else threads}.items():
         if count < 1:
             raise QCError(f"QC: {name}={count} is not accepted; give a whole number of at least 1.")
+    runtimes = _runtimes(format)
     check_data(yolo.task, data)
     sides = check_imgsz(imgsz or yolo.overrides.get("imgsz", 640), stride=int(max(yolo.model.stride)), min_dim=2)
     folder = _folder(Path(model), out)
@@ -108,10 +112,20 @@ def benchmark(
     with tempfile.TemporaryDirectory() as name:
         int8 = {"quantize": 8, "data": data} if float else None
         files = files_of(Path(model), Path(float or _without_quantizers(model, name)), int8)
-        result["rows"] = _Rows(yolo, files, Path(name), result).all()
+        result["rows"] = _Rows(yolo, files, runtimes, Path(name), result).all()
     (folder / "benchmark.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     Path(result["page"]).write_text(format_benchmark(result), encoding="utf-8")
     return result
+
+
+def _runtimes(format: str | None) -> dict[str, Runtime]:
+    """Those to measure in, by name."""
+    formats = {runtime.stock: runtime.package for runtime in RUNTIMES.values()}
+    if format and format not in formats:
+        raise QCError(f"QC: format={format} is not accepted; accepted: {', '.join(formats)}.")
+    if format and not find_spec(formats[format]):
+        raise QCError(f"QC: format={format} needs {formats[format]}; {NEEDS[format][1]}.")
+    return {k: r for k, r in RUNTIMES.items() if format in {None, r.stock} and find_spec(r.package)}
 
 
 def _folder(model: Path, out: str | None) -> Path:
@@ -153,13 +167,20 @@ class _Rows:
     Args:
         yolo: The quantized model, with whose validation all files are validated.
         files: To be written.
-        folder: For them.
+        runtimes: To measure in.
+        folder: For the files.
         settings: The result so far.
     """
 
-    def __init__(self, yolo: YOLO, files: Sequence[File], folder: Path, settings: dict[str, Any]):
-        self.yolo, self.files, self.folder, self.settings = yolo, files, folder, settings
-        self.runtimes = {name: runtime for name, runtime in RUNTIMES.items() if find_spec(runtime.package)}
+    def __init__(
+        self,
+        yolo: YOLO,
+        files: Sequence[File],
+        runtimes: Mapping[str, Runtime],
+        folder: Path,
+        settings: dict[str, Any],
+    ):
+        self.yolo, self.files, self.runtimes, self.folder, self.settings = yolo, files, runtimes, folder, settings
 
     def all(self) -> list[dict[str, Any]]:
         """The checkpoint's row, and those of each runtime."""
