@@ -220,6 +220,14 @@ class QCConfig:
         return self.runs_on.narrow
 
     @property
+    def sum_bits(self) -> int:
+        """Width of what residual sums add, where the target quantizes that.
+
+        8, or on symmetric grids, where all that read a tensor are to share one, that of convolutions' inputs.
+        """
+        return self.body_bits[1] if self.symmetric else MAX_BITS
+
+    @property
     def symmetric(self) -> bool:
         """Whether the target wants symmetric grids (see `Target`)."""
         return self.runs_on.symmetric

@@ -21,7 +21,8 @@ class Target:
         widths: Those that a budget chooses from: others take no less of the file than the next of these.
         narrow: Whether weights of 8 bits leave out the code -128.
         budget: What `budget="auto"` is there: some layers then have more bits than others, at little or no cost.
-        symmetric: Whether activations are to be signed and symmetric, and the inputs of residual sums quantized.
+        symmetric: Whether activations are to be signed and symmetric.
+        sums: Whether the inputs of residual sums are to be quantized.
         joined: Whether what is concatenated, split, pooled or enlarged is to be on one grid, so that codes can be.
         body_weights: The widest weights that `bits` gives to layers other than edges.
         edge_weights: The width of edges' weights where `edge_bits` is not given.
@@ -36,6 +37,7 @@ class Target:
     budget: str = "110%size"  # docs/results/coco.md, "Widths by a budget"
     narrow: bool = False
     symmetric: bool = False
+    sums: bool = False
     joined: bool = False
     body_weights: int = MAX_BITS
     edge_weights: int = MAX_BITS
@@ -69,9 +71,10 @@ TARGETS: dict[str, Target] = {
         bears={"act_offset": (False,), "output_bits": (None,)},
         narrow=True,
         symmetric=True,
+        sums=True,
         joined=True,
     ),
-    "litert": Target({"per_channel": True, "act_bits": 8}, onnx="packed", narrow=True, joined=True),
+    "litert": Target({"per_channel": True, "act_bits": 8}, onnx="packed", narrow=True, sums=True, joined=True),
     # every bit is logic there, of activations too; FINN takes no zero points, which outputs' grids have
     "fpga": Target(
         {"per_channel": True, "act_offset": False, "output_bits": None},

@@ -29,6 +29,7 @@ from yolo_qc_plugin.quant.inject import inject, quantize_outputs, remove
 from yolo_qc_plugin.quant.layers import ChannelAffine, QuantConv2d, quant_convs
 from yolo_qc_plugin.quant.quantizer import ActQuantizer
 from yolo_qc_plugin.quant.share import share_quantizers
+from yolo_qc_plugin.quant.taps import tap_sums
 from yolo_qc_plugin.run.callbacks import attach
 
 attach()
@@ -78,8 +79,11 @@ def build(yaml, change=None, quantize=True, corrected=True, outputs=False, task=
     if quantize:
         config = QCConfig(**{"scale_init": "lsq", **options})
         inject(model, config, architecture.edge_convs(model), architecture.fixed_convs(model))
+        image = architecture.blank_image(model)
+        if config.runs_on.sums:
+            tap_sums(model, image, config, architecture.sums_of_branches(model))
         if config.runs_on.joined:
-            share_quantizers(model, architecture.blank_image(model), joined=True)
+            share_quantizers(model, image, joined=True)
         calibrate(model, [images(2)], model, config.scale_init)
         if outputs:
             width = 8 if outputs is True else outputs
@@ -87,7 +91,7 @@ def build(yaml, change=None, quantize=True, corrected=True, outputs=False, task=
             calibrate_outputs(model, [images(2)], model)
         if corrected:
             correct(model)
-        snap(model)
+        snap(model, architecture.blank_image(model))
     return model
 
 

@@ -26,7 +26,7 @@ from yolo_qc_plugin.deploy.fold import deployed_convs
 from yolo_qc_plugin.deploy.litert import exported
 from yolo_qc_plugin.deploy.litert.exported import LITERT_RUNTIMES, ExportedLiteRT, litert_obstacle
 from yolo_qc_plugin.deploy.litert.flatbuffer import Flatbuffer, Grid
-from yolo_qc_plugin.deploy.litert.graph import LITERT_KINDS, write_litert
+from yolo_qc_plugin.deploy.litert.graph import LITERT_KINDS, adds_exactly, write_litert
 from yolo_qc_plugin.deploy.litert.layout import Geometry, Tensor, regrouped
 from yolo_qc_plugin.deploy.litert.weights import rounds_twice
 from yolo_qc_plugin.deploy.snap import snap
@@ -152,16 +152,28 @@ def test_built_in_kernels_are_a_step_off_at_most(family, name, kind, runtime):
 
 
 def test_what_is_read_on_one_grid_is_computed_once(family):
-    """With the target a product for each activation but those in float; without it more, for tensors of two grids."""
-    products = {}
+    """With the target a product for each sigmoid but those in float; without it more, for tensors of two grids."""
+    values = {}
     for name in "yolo11n, target", "yolo11n":
         _, file = family(name, "int8")
         run = interpreter.Interpreter(str(file))
+        made = {t["index"]: t["dtype"] is np.int8 and math.prod(t["shape"]) for t in run.get_tensor_details()}
+        operators = [(op["op_name"], made[op["outputs"][0]]) for op in run._get_ops_details()]
+        values[name] = [sum(size for op, size in operators if op == kind) for kind in ("MUL", "LOGISTIC")]
+    (products, sigmoids), (others, _) = values["yolo11n, target"], values["yolo11n"]
+    assert 0.9 * sigmoids < products <= sigmoids < others
+
+
+def test_residual_sums_are_integer_where_training_quantizes_their_inputs(family):
+    """All eleven of YOLO11n outside attention with the target, none without; the head's sums are in float."""
+    sums = {}
+    for name in "yolo11n, target", "yolov8n":
+        _, file = family(name, "int8")
+        run = interpreter.Interpreter(str(file))
         kinds = {t["index"]: t["dtype"] for t in run.get_tensor_details()}
-        operators = [(op["op_name"], kinds[op["outputs"][0]]) for op in run._get_ops_details()]
-        products[name] = operators.count(("MUL", np.int8))
-        assert operators.count(("LOGISTIC", np.int8)) == 77
-    assert products["yolo11n, target"] < 77 < products["yolo11n"]
+        adds = [kinds[op["outputs"][0]] for op in run._get_ops_details() if op["op_name"] == "ADD"]
+        sums[name] = adds.count(np.int8), adds.count(np.float32)
+    assert sums == {"yolo11n, target": (11, 5), "yolov8n": (0, 8)}
 
 
 @pytest.mark.parametrize("kind", LITERT_KINDS)
@@ -270,7 +282,7 @@ def test_a_dead_channel_of_a_large_shift(tmp_path):
     block = model.model[1]
     with torch.no_grad():
         block.bn.weight[3], block.bn.bias[3] = 0.0, -600 * block.act.quant.scale.item()
-    snap(model)
+    snap(model, images(1))
     path = write_trained(model, tmp_path / "dead.pt", QCConfig(), half=False)
     for kind in LITERT_KINDS:
         graph = ExportedLiteRT(export(path, kind))
@@ -396,6 +408,44 @@ def test_padding_is_left_to_litert_only_where_it_pads_alike(n, kernel, stride, l
     assert np.array_equal(
         found, torch.nn.functional.conv2d(padded, torch.ones(1, 1, kernel, kernel), stride=stride)[0, 0]
     )
+
+
+ODD = st.integers(32, 1023).map(lambda n: 2 * n + 1)
+
+
+@given(st.tuples(ODD, ODD, ODD), st.tuples(*2 * [st.integers(0, 3)]), st.tuples(*3 * [st.integers(-128, 127)]))
+@settings(max_examples=40, deadline=None)
+def test_sums_of_codes_are_exact_where_they_are_written(odd, units, zero_points):
+    """All pairs of codes, against whole numbers; grids as `snap` makes them are fine enough."""
+    scales = odd[0] << units[0], odd[1] << units[1], odd[2]
+    *inputs, out = (Grid(scale * 2.0**-12, zero_point) for scale, zero_point in zip(scales, zero_points))
+    exact = adds_exactly(inputs, out)
+    assert exact or max(scales) >= 2 * odd[2]
+    if exact:
+        codes = np.arange(-128, 128)
+        a, b = ((codes - z) * scale for z, scale in zip(zero_points[:2], scales))
+        sums = np.add.outer(a, b)
+        wanted = np.clip((2 * sums + odd[2]) // (2 * odd[2]) + zero_points[2], -128, 127)
+        assert np.array_equal(_added(codes.astype(np.int8), inputs, out), wanted)
+
+
+def test_sums_at_thresholds_are_left_to_floats():
+    assert not adds_exactly([Grid(3.0, 0), Grid(1.0, 0)], Grid(2.0, 0))  # halves
+    assert not adds_exactly([Grid(1.0, 0), Grid(2.0**-8, 0)], Grid(1 - 2.0**-13, 0))  # 2^-14 of a step from one
+    assert not adds_exactly([Grid(1.0, 0), Grid(2.0**-11, 0)], Grid(1 + 2.0**-5, 0))  # no ADD of XNNPACK's
+
+
+def _added(codes, inputs, out):
+    """Codes that XNNPACK makes of the sums of all pairs."""
+    flat, n = Flatbuffer("sums"), len(codes)
+    pair = [flat.tensor(name, [1, n, n, 1], grid) for name, grid in zip("ab", inputs)]
+    y = flat.tensor("y", [1, n, n, 1], out)
+    run = interpreter.Interpreter(model_content=flat.finish(pair, [flat.add("ADD", pair, y, "AddOptions")]))
+    run.allocate_tensors()
+    for details, given_codes in zip(run.get_input_details(), np.meshgrid(codes, codes, indexing="ij")):
+        run.set_tensor(details["index"], given_codes.reshape(1, n, n, 1))
+    run.invoke()
+    return run.get_tensor(run.get_output_details()[0]["index"]).reshape(n, n)
 
 
 @pytest.mark.parametrize("multiplier", [0.9, 0.4, 0.13, 0.021])

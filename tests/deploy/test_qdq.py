@@ -277,7 +277,7 @@ def stack_of(blocks, options, output_bits, correction, seed):
     calibrate_outputs(stack, [x], stack)
     if correction != "off":
         correct(stack, correction == "channel")
-    snap(stack)
+    snap(stack, x)
     return stack, x
 
 
@@ -368,7 +368,7 @@ def test_a_dead_channel_keeps_its_shift(tmp_path, kind, weight):
     stack, x = stack_of([ONE], dict(bits=4), 8, "off", 0)
     with torch.no_grad():
         stack[0].bn.weight[0], stack[0].bn.bias[0] = weight, 0.5
-    snap(stack)
+    snap(stack, x)
     model = onnx.load(write_onnx(stack, x, kind, tmp_path / "stack.onnx"))
     wanted = stack(x)[:, 0]
     for optimised in (False, True):
@@ -549,7 +549,7 @@ def test_all_codes_agree_end_to_end(family, yaml, kind, runtime):
             pytest.skip("OpenVINO has no 4-bit activations")
     path, file = family(yaml, kind)
     model, _ = load_checkpoint(path)
-    snap(model.float())
+    snap(model.float(), images())
     model.fuse(verbose=False)
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     found = compare_codes(model, ExportedONNX(Path(file)), runtime, x)

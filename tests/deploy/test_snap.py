@@ -11,11 +11,12 @@ from test_fold import CONVS, build, images, layer
 from torch import nn
 
 from yolo_qc_plugin.deploy.fold import deploy_conv
-from yolo_qc_plugin.deploy.snap import MULTIPLIER_BITS, SCALE_BITS, snap, snap_conv, snap_scale
+from yolo_qc_plugin.deploy.snap import MULTIPLIER_BITS, SCALE_BITS, snap, snap_conv, snap_scale, unit_of_scale
 from yolo_qc_plugin.quant.activations import QuantActivation, quant_activations
 from yolo_qc_plugin.quant.layers import quant_convs
 from yolo_qc_plugin.quant.observers import binary_range
 from yolo_qc_plugin.quant.quantizer import ActQuantizer
+from yolo_qc_plugin.quant.taps import taps
 
 
 def with_grid(scale):
@@ -64,7 +65,7 @@ def test_snapped_scales(bits, scale, zero_point, offset):
     was = quant.scale.item()
     for _ in range(2):  # again, it changes nothing
         with torch.no_grad():
-            snap_scale(quant)
+            snap_scale(quant, unit_of_scale(quant))
         now = quant.scale.item()
         odd, _ = Fraction(now).as_integer_ratio()
         while odd % 2 == 0:
@@ -74,15 +75,16 @@ def test_snapped_scales(bits, scale, zero_point, offset):
         assert quant.zero_point == (zero_point if offset else 0)
 
 
+@pytest.mark.parametrize("options", [{}, dict(target="litert", per_channel=True, act_bits=8)], ids=str)
 @torch.no_grad()
-def test_no_value_comes_near_a_threshold():
+def test_no_value_comes_near_a_threshold(options):
     """In a model after `snap`: of every convolution's output and every input, in exact arithmetic.
 
     Outputs must be 1 / 2q of a step off, inputs (of SiLU, concatenations and residual sums of it) 2^-16 of a step: some
-    times FP32's rounding of positions of up to 255 steps.
+    times FP32's rounding of positions of up to 255 steps. What residual sums add can have grids too.
     """
-    model = build("yolov5n.yaml", outputs=True).double()
-    snap(model)  # in float64: no rounding but that of the numbers themselves
+    model = build("yolov5n.yaml", outputs=True, **options).double()
+    snap(model, images().double())  # in float64: no rounding but that of the numbers themselves
     seen = {}
 
     def note(name, quant):
@@ -93,15 +95,16 @@ def test_no_value_comes_near_a_threshold():
 
     hooks = [m.act_quant.register_forward_pre_hook(note(n, m.act_quant)) for n, m in quant_convs(model)]
     hooks += [m.quant.register_forward_pre_hook(note(n, m.quant)) for n, m in quant_activations(model)]
+    hooks += [m.act_quant.register_forward_pre_hook(note(n, m.act_quant)) for n, m in taps(model)]
     model(images().double())
     for hook in hooks:
         hook.remove()
-    assert len(seen) == 75 + 75
+    assert len(seen) == 75 + 75 + len(list(taps(model)))
     for name, (position, _) in seen.items():
         if name == "model.0.conv":
             continue  # the image's own values are given
         distance = (position - position.floor() - 0.5).abs().min().item()
-        assert distance > (2.0**-14 if ".act" in name else 2.0**-17), (name, distance)
+        assert distance > (2.0**-14 if name.endswith(".act") else 2.0**-17), (name, distance)
 
 
 def test_the_grid_of_outputs_is_binary_and_near_the_best():

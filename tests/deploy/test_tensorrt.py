@@ -52,7 +52,7 @@ def build(yaml, **options):
     config = QCConfig.from_options({"target": "tensorrt", "scale_init": "lsq", **options})
     inject(model, config, architecture.edge_convs(model), architecture.fixed_convs(model))
     image = architecture.blank_image(model)
-    sums = tap_sums(model, image, config.body_bits[1], architecture.sums_of_branches(model))
+    sums = tap_sums(model, image, config, architecture.sums_of_branches(model))
     share_quantizers(model, image, joined=True)
     calibrate(model, [images(2)], model, config.scale_init)
     correct(model)

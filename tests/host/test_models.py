@@ -21,7 +21,7 @@ from yolo_qc_plugin import choose_onnx_kind, model_yaml, remove
 from yolo_qc_plugin.cfg import MODELS, with_our_models
 from yolo_qc_plugin.config import QCError
 from yolo_qc_plugin.data.digits import compose
-from yolo_qc_plugin.deploy.snap import SCALE_BITS, snap_scale
+from yolo_qc_plugin.deploy.snap import SCALE_BITS, snap_scale, unit_of_scale
 from yolo_qc_plugin.quant.activations import HeadOutput, QuantActivation, in_256ths, quant_activations
 from yolo_qc_plugin.quant.layers import quant_convs
 from yolo_qc_plugin.quant.quantizer import ActQuantizer
@@ -131,7 +131,7 @@ def test_no_value_behind_leaky_relu_comes_near_a_threshold():
                 quant = ActQuantizer(4, offset=True)
                 with torch.no_grad():
                     quant.scale.fill_(float(steps * slope / threshold))
-                    snap_scale(quant)
+                    snap_scale(quant, unit_of_scale(quant))
                 distances.append(abs(steps * slope / Fraction(quant.scale.item()) - threshold))
         return min(distances)
 

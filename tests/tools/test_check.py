@@ -26,6 +26,7 @@ from yolo_qc_plugin.deploy.fold import FixedQuantizer, deployed_convs
 from yolo_qc_plugin.deploy.nodes import pack4
 from yolo_qc_plugin.deploy.snap import MULTIPLIER_BITS
 from yolo_qc_plugin.quant.layers import quant_convs
+from yolo_qc_plugin.quant.taps import taps
 from yolo_qc_plugin.tools.accuracy import Accuracy, is_as_accurate, measure
 from yolo_qc_plugin.tools.check import check, format_check
 from yolo_qc_plugin.tools.evaluate import evaluate, takes_oblong
@@ -281,6 +282,26 @@ def test_a_model_for_litert_has_the_same_codes(digits, tmp_path, small_files):
             choose_litert_kind(exporting, "int8")
         result = check(checkpoint, exporting.export(**options, imgsz=64, device="cpu"), digits, images=2)
         assert result["weights"] == []
+        assert result["checkpoint"]["AP"] == result["pytorch"]["AP"] > FINDS
+        first = result["runtimes"][0]
+        assert first["changed_end_to_end"] == first["points"] == 0, first
+
+
+def test_a_model_for_litert_passes(digits, tmp_path, small_files):
+    """What its residual sums add has grids of its own: codes are the same in ONNX, and in LiteRT, which adds codes."""
+    pytest.importorskip("ai_edge_litert", reason="needs the extra litert")
+    model = YOLO(FLOAT)
+    add_qc_callbacks(model, target="litert", weight_bits=4, act_bits=4)
+    model.train(**TINY, data=str(digits), project=str(tmp_path), name="run")
+    checkpoint = tmp_path / "run" / "weights" / "best.pt"
+    trained = YOLO(checkpoint).model
+    assert [tap.act_quant.bits for _, tap in taps(trained)] == [8] * len(list(taps(trained))) != []
+    for options in {"format": "onnx"}, {"format": "litert"}:
+        exporting = YOLO(checkpoint)
+        if options["format"] == "litert":
+            choose_litert_kind(exporting, "int8")
+        result = check(checkpoint, exporting.export(**options, imgsz=64, device="cpu"), digits, images=2)
+        assert result["weights"] == [] and result["passed"]
         assert result["checkpoint"]["AP"] == result["pytorch"]["AP"] > FINDS
         first = result["runtimes"][0]
         assert first["changed_end_to_end"] == first["points"] == 0, first

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..config import QCConfig
 from .precision import KeepWide
 from .quantizer import ActQuantizer
 from .watch import Watched
@@ -35,15 +36,15 @@ class Tap(KeepWide, nn.Module):
         return self.act_quant(given[0]) if given else (self.act_quant(args[0]), *args[1:])
 
 
-def tap_sums(model: nn.Module, image: Tensor, bits: int, sums_of_branches: Collection[int] = ()) -> int:
-    """Quantize both inputs of every residual sum and the input of every max pooling, in place.
+def tap_sums(model: nn.Module, image: Tensor, config: QCConfig, sums_of_branches: Collection[int] = ()) -> int:
+    """Quantize both inputs of every residual sum and, on symmetric grids, the input of every max pooling, in place.
 
     Sums of which a block gave one input alone, as those within attention, stay as they are.
 
     Args:
         model: Injected model.
         image: What the model takes, of any size.
-        bits: Width.
+        config: The options.
         sums_of_branches: Ids of modules whose outputs are added up before an activation function: no residuals.
 
     Returns:
@@ -56,9 +57,9 @@ def tap_sums(model: nn.Module, image: Tensor, bits: int, sums_of_branches: Colle
         found = [m for m in map(watched.maker, pair) if m is not None and id(m) not in sums_of_branches]
         if len(found) == 2:
             makers, sums = [*makers, *found], sums + 1
-    pools = [m for m in model.modules() if type(m) is nn.MaxPool2d]
+    pools = [m for m in model.modules() if config.symmetric and type(m) is nn.MaxPool2d]
     for block in [*dict.fromkeys(makers), *pools]:
-        tap = Tap(ActQuantizer(bits, offset=False, int8=True).to(image.device))
+        tap = Tap(ActQuantizer(config.sum_bits, config.act_offset, config.symmetric).to(image.device))
         block.add_module(NAME, tap)
         block.register_forward_pre_hook(tap) if block in pools else block.register_forward_hook(tap)
     return sums

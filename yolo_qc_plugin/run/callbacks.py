@@ -120,8 +120,8 @@ class QCCallbacks:
         start.warn_of_options(config)
         injection = inject(model, config, architecture.edge_convs(model), architecture.fixed_convs(model))
         image = architecture.blank_image(model)
-        if config.symmetric:
-            sums = tap_sums(model, image, config.body_bits[1], architecture.sums_of_branches(model))
+        if config.runs_on.sums:
+            sums = tap_sums(model, image, config, architecture.sums_of_branches(model))
             log.info(f"{sums} residual sums with quantized inputs")
         shared = share_quantizers(model, image, joined=config.runs_on.joined)
         model.qc = QuantRecord(config.to_dict(), start=str(trainer.args.model))

@@ -205,4 +205,4 @@ def set_outputs(trainer: BaseTrainer, model: nn.Module, config: QCConfig) -> Non
     bits = cast(int, config.output_bits)
     quantize_outputs(architecture.output_blocks(model), bits, config.runs_on.rounded_silu)
     calibrate_outputs(model, training_images(trainer, config.calibration_batches), model)
-    snap(model)
+    snap(model, architecture.blank_image(model))

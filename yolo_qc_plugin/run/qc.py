@@ -89,7 +89,7 @@ def train_qc(trainer: BaseTrainer, config: QCConfig, source: Path, teacher: Teac
     with weights_quantized_once(model, dtype), corrected_in_norms(architecture.normed_blocks(model)):
         train_correction(parameters, epochs, loss, config.correction_lr, steps, scaler, accumulate)
     model.criterion, model.args = None, record_args
-    snap(model)
+    snap(model, architecture.blank_image(model))
     model.to(memory_format=torch.contiguous_format)  # as Ultralytics writes checkpoints, whatever it trained in
     return model.eval().requires_grad_(False)  # as a stripped checkpoint is
 

@@ -14,7 +14,7 @@ from ultralytics.utils.torch_utils import unset_deterministic
 
 from ..config import QCConfig, QCError
 from ..deploy.snap import snap
-from ..host import compat, log
+from ..host import architecture, compat, log
 from ..host.checkpoints import open_checkpoint
 from ..host.labelling import TASKS
 from ..host.photographs import has_no_yaml
@@ -96,7 +96,7 @@ def _correct(trainer: BaseTrainer, config: QCConfig, source: Path, arguments: di
     model.qc.config = config.to_dict()
     for _, conv in quant_convs(model):  # of an earlier correction
         conv.correction = None
-    snap(model)
+    snap(model, architecture.blank_image(model))
     log.info(f"measuring {source}")
     metrics = {"qat": validate(trainer, deepcopy(model), config.coco_eval)}
     qat = trainer.wdir / "qat.pt"

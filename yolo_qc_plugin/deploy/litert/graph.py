@@ -9,9 +9,10 @@ It is made from the ONNX graph that tracing marked, tensor by tensor as they are
 What moves values and makes no new ones (concatenation, MaxPool, Resize to the nearest, Slice, Reshape, Transpose) gives
 codes of codes. A convolution gives codes by CONV_2D with INT4 or INT8 weights, a scale for each output channel and an
 INT32 bias; SiLU by LOGISTIC, whose 256ths are LiteRT's own output grid, and MUL, which rounds the exact product of
-two codes once, to the grid of whoever reads it. A tensor that is read on two grids is computed on both. All else is
-computed in values, behind DEQUANTIZE and before QUANTIZE: sums of residuals, attention, the head's arithmetic, and
-convolutions whose outputs nothing quantizes.
+two codes once, to the grid of whoever reads it. A residual sum of what has quantizers is an ADD, if that adds finely
+enough (see `adds_exactly`). A tensor that is read on two grids is computed on both. All else is computed in values,
+behind DEQUANTIZE and before QUANTIZE: other sums, attention, the head's arithmetic, and convolutions whose outputs
+nothing quantizes.
 
 Codes of a grid narrower than 8 bits lie at the container's top, so that saturation cuts off values above the grid; a
 MAXIMUM cuts off those below, where the input can be that low (see `bounds`).
@@ -22,7 +23,8 @@ built-in kernels that take them move less than a twentieth of the codes by one (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,8 @@ from .values import compute
 from .weights import Weight, geometry_of, shift_of, write_bias, write_weight
 
 LITERT_KINDS = ("int4", "int8")
+OPTIONS = {"MUL": "MulOptions", "ADD": "AddOptions"}
+ADD_BITS = 21  # of the larger factor of XNNPACK's ADD
 SIGMOID = Grid(2.0**-8, -128)  # the only output grid that LOGISTIC has
 
 
@@ -118,6 +122,8 @@ class _Graph(Translation):
             if factors := self._factors(node, name):
                 return self._bounded(name, self._combined("MUL", factors, name, grid), grid)
             return move(self, node, name, lambda x: self.codes(x, grid))
+        if node is not None and node.op_type == QUANTIZE and grid_of(node) == grid:
+            return self.codes(node.input[0], grid)
         codes = self._integer(node, grid) or self._quantized(self.value(name), f"{name}_codes", grid)
         return self._bounded(name, codes, grid)
 
@@ -136,15 +142,27 @@ class _Graph(Translation):
             return None
         if node.op_type == CONVOLVE:
             return self._convolved(node, grid)
-        sources = self._quantizers(node)
-        if not sources or node.op_type not in {"Sigmoid", "Mul"} or (node.op_type == "Sigmoid" and grid != SIGMOID):
+        op = {"Sigmoid": "LOGISTIC", "Mul": "MUL", "Add": "ADD"}.get(node.op_type)
+        grids = [g for x in node.input if (g := self._grid(x))]
+        if op is None or len(grids) < len(node.input) or (op == "LOGISTIC" and grid != SIGMOID):
             return None
-        inputs = self.alike([self.codes(s.input[0], grid_of(s)) for s in sources])
-        return self._combined("MUL" if node.op_type == "Mul" else "LOGISTIC", inputs, node.output[0], grid)
+        if op == "ADD" and not adds_exactly(grids, grid):
+            return None
+        inputs = self.alike([self.codes(x, of) for x, of in zip(node.input, grids)])
+        return self._combined(op, inputs, node.output[0], grid)
+
+    def _grid(self, name: str) -> Grid | None:
+        """The grid of what a quantizer gave, moved or not; None of anything else."""
+        node = self.sources.get(name)
+        if node is not None and node.op_type in MOVES:
+            grids = {self._grid(x) for x in (node.input if node.op_type == "Concat" else node.input[:1])}
+            return grids.pop() if len(grids) == 1 else None
+        return grid_of(node) if node is not None and node.op_type == QUANTIZE else None
 
     def _combined(self, op: str, inputs: list[Tensor], name: str, grid: Grid) -> Tensor:
-        out = self.new(f"{name}_codes", inputs[0].shape, inputs[0].order, grid)
-        self.file.add(op, [x.index for x in inputs], out.index, "MulOptions" if op == "MUL" else "")
+        shape = np.broadcast_shapes(*(x.shape for x in inputs))
+        out = self.new(f"{name}_codes", shape, inputs[0].order, grid)
+        self.file.add(op, [x.index for x in inputs], out.index, OPTIONS.get(op, ""))
         return out
 
     def _quantizers(self, node) -> list:
@@ -246,3 +264,18 @@ def grid_of(node) -> Grid:
     a = attributes(node)
     shift = 127 - a["quant_max"]
     return Grid(a["scale"], a["zero_point"] + shift, a["quant_min"] + shift)
+
+
+def adds_exactly(inputs: Sequence[Grid], out: Grid) -> bool:
+    """Whether XNNPACK's ADD gives the codes of exact sums, whatever the codes of its two inputs.
+
+    It multiplies codes by whole factors, the larger of 21 bits, adds and shifts. A factor is off by half at most, which
+    times the largest codes must be less than how near a sum comes to a threshold between two codes.
+    """
+    factors = [grid.scale / out.scale for grid in inputs]
+    if not all(2.0**-10 <= factor < 2.0**8 for factor in factors):  # XNNPACK takes no others
+        return False
+    codes = [np.arange(grid.low, 128) - grid.zero_point for grid in inputs]
+    sums = np.add.outer(*(factor * own for factor, own in zip(factors, codes)))
+    off = sum(np.abs(own).max() for own in codes) / 2.0 ** (ADD_BITS - math.frexp(max(factors))[1] + 1)
+    return bool(np.abs(sums - np.floor(sums) - 0.5).min() > off)
