@@ -138,6 +138,8 @@ def test_a_file_that_cannot_be_written_is_a_row(run, digits, tmp_path, monkeypat
 @pytest.mark.parametrize("change,message", [
     (dict(model="none.pt"), "model=none.pt does not exist"),
     (dict(model="start"), "is not quantized; accepted: checkpoints trained with callbacks=qc"),
+    (dict(model="fused.pt"), "fused.pt was fused when it was saved; accepted: a run's best.pt, last.pt or qat.pt"),
+    (dict(float="fused.pt"), "fused.pt is quantized; accepted: float checkpoints"),
     (dict(model="torn.pt"), "torn.pt cannot be read as a checkpoint"),
     (dict(float="best"), "is quantized; accepted: float checkpoints"),
     (dict(float="yolov5n.yaml"), "float=yolov5n.yaml is of another task or other classes than model="),
@@ -153,6 +155,7 @@ def test_refusals_take_one_line_and_no_export(run, digits, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(exports.File, "write", lambda *_: pytest.fail("something was exported"))
     (tmp_path / "torn.pt").write_bytes(run[1].read_bytes()[:1000])
+    YOLO(run[0] / "weights" / "best.pt").fuse().save("fused.pt")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "benchmark.md").write_text("my notes")
     monkeypatch.setattr("os.access", lambda path, mode: str(path) != "closed")  # the superuser may write everywhere

@@ -11,7 +11,7 @@ from torch import nn
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from ..config import QCError
-from ..quant.layers import is_quantized
+from ..quant.layers import is_deployed, is_quantized
 
 if TYPE_CHECKING:
     from ultralytics import YOLO
@@ -57,6 +57,8 @@ def load_checkpoint(option: str, file: str | Path, quantized: bool) -> YOLO:
         raise QCError(f"QC: {option}={file} is a folder or an exported file; accepted: checkpoints.")
     if quantized and not is_quantized(yolo.model):
         raise QCError(f"QC: {option}={file} is not quantized; accepted: checkpoints trained with callbacks=qc.")
+    if quantized and is_deployed(yolo.model):
+        raise QCError(f"QC: {option}={file} was fused when it was saved; accepted: a run's best.pt, last.pt or qat.pt.")
     if not quantized and is_quantized(yolo.model):
         raise QCError(f"QC: {option}={file} is quantized; accepted: float checkpoints.")
     yolo.model.float().eval()

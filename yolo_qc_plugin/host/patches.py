@@ -35,7 +35,7 @@ from ..deploy.pack import pack_openvino
 from ..files import AtomicPath
 from ..qat.scale_steps import separate_scales
 from ..quant.inject import remove
-from ..quant.layers import is_quantized, scale_parameters
+from ..quant.layers import is_deployed, is_quantized, scale_parameters
 from . import compat, log
 from .architecture import deploy_model, student
 from .exporting import in_one_line, kind_of, prepare_export
@@ -176,15 +176,16 @@ def _strip_later(original: Callable) -> Callable:
 
 def _fuse_quantized(original: Callable) -> Callable:
     def fuse(self, verbose=True, imgsz=640):
+        if is_deployed(self):
+            return self
         if is_quantized(self):
             deploy_model(self)
             for m in self.modules():
                 if isinstance(m, Detect):
                     m.fuse()  # deletes the branch that inference does not use
             self.info(verbose=verbose, imgsz=imgsz)
-        elif not deployed_convs(self):
-            return original(self, verbose, imgsz)
-        return self
+            return self
+        return original(self, verbose, imgsz)
 
     return fuse
 
@@ -192,7 +193,7 @@ def _fuse_quantized(original: Callable) -> Callable:
 def _check_export(original: Callable) -> Callable:
     def __call__(self, model):
         with in_one_line():
-            if not (is_quantized(model) or deployed_convs(model)):
+            if not is_quantized(model):
                 return original(self, model)
             kind = prepare_export(self, model)
             file = original(self, model)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import QCConfig, QCError
 from .activations import QuantActivation, quant_activations
-from .layers import Deployed, QuantConv2d, is_quantized, quant_convs
+from .layers import QuantConv2d, is_deployed, is_quantized, quant_convs
 from .modules import replace_modules
 from .precision import keep_wide, undo_keep_wide
 from .taps import untap
@@ -92,7 +92,7 @@ def remove(model: nn.Module) -> int:
     Raises:
         QCError: If the model is fused: its batch norms are gone.
     """
-    if any(isinstance(m, Deployed) for m in model.modules()):
+    if is_deployed(model):
         raise QCError("QC: the model is fused; load the checkpoint again and remove() before fuse().")
     twins = {m: m.to_float() for _, m in quant_convs(model)}
     replace_modules(model, twins)

@@ -133,8 +133,13 @@ def quant_convs(model: nn.Module) -> Iterator[tuple[str, QuantConv2d]]:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether the model has quantized convolutions (that are not deployed)."""
-    return any(True for _ in quant_convs(model))
+    """Whether the model has quantized convolutions, deployed or not."""
+    return is_deployed(model) or any(True for _ in quant_convs(model))
+
+
+def is_deployed(model: nn.Module) -> bool:
+    """Whether the model's quantized convolutions are deployed."""
+    return any(isinstance(m, Deployed) for m in model.modules())
 
 
 @torch.no_grad()
