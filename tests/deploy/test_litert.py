@@ -54,6 +54,7 @@ head:
   - [[-1, 5], 1, Concat, [1]]
   - [[9, 7], 1, Detect, [nc]]
 """
+TRAINED_FOR_IT = dict(target="litert", outputs=True, per_channel=True, act_bits=8)
 FAMILIES = {  # (YAML, options of build)
     "small": ("small", dict(outputs=True, scale_init="mse")),  # of which a code of -8 has no negative in INT4
     "small, float outputs": ("small", dict(outputs=False)),
@@ -61,7 +62,7 @@ FAMILIES = {  # (YAML, options of build)
     "yolov8n": ("yolov8n.yaml", dict(outputs=True)),
     "yolo11n": ("yolo11n.yaml", dict(outputs=True, act_offset=False)),
     "yolo26n": ("yolo26n.yaml", dict(outputs=True)),
-    "yolo11n, target": ("yolo11n.yaml", dict(target="litert", outputs=True, per_channel=True, act_bits=8)),
+    "yolo11n, target": ("yolo11n.yaml", TRAINED_FOR_IT),
 }
 TASKS = {
     "segment": "yolov8n-seg.yaml",
@@ -70,7 +71,7 @@ TASKS = {
     "classify": "yolov8n-cls.yaml",
 }
 OTHERS = {  # what they compute in floats between convolutions, sums of branches and attention, may lie at thresholds
-    name: (name if "tiny" in name else f"{name}.yaml", dict(outputs=True))
+    name: (name if "tiny" in name else f"{name}.yaml", TRAINED_FOR_IT)
     for name in ("yolov6n", "yolov7-tiny", "yolov9t", "yolov10n", "yolo12n")
 }
 FAMILIES_OF_INT8 = FAMILIES | {task: (yaml, dict(outputs=True, task=task)) for task, yaml in TASKS.items()}

@@ -64,9 +64,9 @@ def snap(model: nn.Module, image: Tensor) -> None:
 def _units(model: nn.Module, image: Tensor) -> dict[ActQuantizer, int]:
     """Of each scale of an input, or of what is added up, the exponent of the unit that it is to be a multiple of."""
     watched = Watched(model, image)
-    sources: dict[ActQuantizer, set] = {}
+    sources: dict[Any, set] = {m.act_quant: set() for m in model.modules() if hasattr(m, "act_quant")}
     for tensor, quant in watched.reads:
-        sources.setdefault(quant, set()).update(watched.sources(tensor))
+        sources[quant] |= watched.sources(tensor)
     tapped = set().union(*sources.values())
     units: dict[Any, int] = {m: _unit_of_values(a) for _, a in quant_activations(model) for m in (a, a.function)}
     units |= {quant: unit_of_scale(quant, TAPPED_BITS if quant in tapped else SCALE_BITS) for quant in sources}
