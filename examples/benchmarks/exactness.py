@@ -100,7 +100,7 @@ def deployed(yaml: str, imgsz: int, target: str | None = None) -> nn.Module:
     calibrate(model, images, model, config.scale_init)
     quantize_outputs(architecture.output_blocks(model), 8, config.runs_on.rounded_silu)
     calibrate_outputs(model, images, model)
-    snap(model)
+    snap(model, images[0])
     architecture.deploy_model(model)
     return model.eval()
 
