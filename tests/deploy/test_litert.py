@@ -156,10 +156,10 @@ def test_what_is_read_on_one_grid_is_computed_once(family):
     """With the target a product for each sigmoid but those in float; without it more, for tensors of two grids."""
     values = {}
     for name in "yolo11n, target", "yolo11n":
-        _, file = family(name, "int8")
-        run = interpreter.Interpreter(str(file))
-        made = {t["index"]: t["dtype"] is np.int8 and math.prod(t["shape"]) for t in run.get_tensor_details()}
-        operators = [(op["op_name"], made[op["outputs"][0]]) for op in run._get_ops_details()]
+        operators = [
+            (op, math.prod(shape)) for op, kind, shape in _operators(family(name, "int8")[1]) if kind is np.int8
+        ]
+        assert sum(op == "LOGISTIC" for op, _ in operators) == 77
         values[name] = [sum(size for op, size in operators if op == kind) for kind in ("MUL", "LOGISTIC")]
     (products, sigmoids), (others, _) = values["yolo11n, target"], values["yolo11n"]
     assert 0.9 * sigmoids < products <= sigmoids < others
@@ -169,12 +169,16 @@ def test_residual_sums_are_integer_where_training_quantizes_their_inputs(family)
     """All eleven of YOLO11n outside attention with the target, none without; the head's sums are in float."""
     sums = {}
     for name in "yolo11n, target", "yolov8n":
-        _, file = family(name, "int8")
-        run = interpreter.Interpreter(str(file))
-        kinds = {t["index"]: t["dtype"] for t in run.get_tensor_details()}
-        adds = [kinds[op["outputs"][0]] for op in run._get_ops_details() if op["op_name"] == "ADD"]
+        adds = [kind for op, kind, _ in _operators(family(name, "int8")[1]) if op == "ADD"]
         sums[name] = adds.count(np.int8), adds.count(np.float32)
     assert sums == {"yolo11n, target": (11, 5), "yolov8n": (0, 8)}
+
+
+def _operators(file):
+    """Name, and type and shape of the output, of every operator of a file."""
+    run = interpreter.Interpreter(str(file))
+    made = {t["index"]: (t["dtype"], t["shape"]) for t in run.get_tensor_details()}
+    return [(op["op_name"], *made[op["outputs"][0]]) for op in run._get_ops_details()]
 
 
 @pytest.mark.parametrize("kind", LITERT_KINDS)
