@@ -71,9 +71,10 @@ TASKS = {
     "classify": "yolov8n-cls.yaml",
 }
 OTHERS = {  # what they compute in floats between convolutions, sums of branches and attention, may lie at thresholds
-    name: (name if "tiny" in name else f"{name}.yaml", TRAINED_FOR_IT)
+    name: (name if "tiny" in name else f"{name}.yaml", dict(outputs=True))
     for name in ("yolov6n", "yolov7-tiny", "yolov9t", "yolov10n", "yolo12n")
 }
+OTHERS |= {"yolov9t, target": ("yolov9t.yaml", TRAINED_FOR_IT), "yolov10n, target": ("yolov10n.yaml", TRAINED_FOR_IT)}
 FAMILIES_OF_INT8 = FAMILIES | {task: (yaml, dict(outputs=True, task=task)) for task, yaml in TASKS.items()}
 SNAPPED = [name for name in FAMILIES_OF_INT8 if "float" not in name]
 FLIPPED = 1e-4  # share of codes
